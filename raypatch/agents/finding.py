@@ -1,0 +1,129 @@
+"""Which file of a directory is the agent, and which format reads it (design 3)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from raypatch.agents.agent import Agent, AgentOptions
+from raypatch.definitions import OUTPUT_LOGITS
+from raypatch.errors import AgentError
+
+MANIFEST = "agent.json"
+MANIFEST_KEYS = ("file", "activation", "factory", "output")
+# Kinds in the order of the contract: each is (name for people, file patterns).
+WEIGHT_PATTERNS = ("*.pt", "*.pth")
+
+
+def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: Any) -> Agent:
+    """Load the agent in a directory; ``fields`` are those of :class:`AgentOptions`.
+
+    Raises AgentError, in one line, where the directory holds no agent that can be read
+    with what the options allow.
+    """
+    options = options or AgentOptions(**fields)
+    directory = _existing_directory(path)
+    file, options = _choose(directory, options)
+    if file.suffix == ".zip":
+        from raypatch.agents.stable_baselines import load_zip
+
+        return load_zip(file, options)
+    from raypatch.agents.state_dict import load_state_dict_agent
+
+    return load_state_dict_agent(file, options)
+
+
+def read_layer_structure(path: str | Path, options: AgentOptions) -> tuple[dict[str, int], int]:
+    """Layers with their neuron counts and the number of logits, for ``generate``.
+
+    Where the network cannot be built but its weights can be read, the structure comes from
+    the weights: every ``*.weight`` of more than one dimension, and its first dimension.
+    """
+    try:
+        counts = dict(load_agent(path, options).neuron_counts)
+        return counts, counts.pop(OUTPUT_LOGITS)
+    except AgentError:
+        directory = _existing_directory(path)
+        file, _ = _choose(directory, options)
+        if file.suffix == ".zip":
+            raise
+        from raypatch.agents.state_dict import read_state_dict, weight_layers
+
+        layers = {name: w.shape[0] for name, w in weight_layers(read_state_dict(file)).items()}
+        if not layers:
+            raise
+        return layers, list(layers.values())[-1]
+
+
+def _existing_directory(path: str | Path) -> Path:
+    directory = Path(path)
+    if directory.is_file():
+        raise AgentError(
+            f"--agent_path {path}: this is a file; give its directory, and --agent_file "
+            f"{directory.name} if there are several"
+        )
+    if not directory.is_dir():
+        raise AgentError(f"--agent_path {path}: no such directory")
+    return directory
+
+
+def _choose(directory: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
+    """The agent's file and the options with what a manifest adds."""
+    if options.agent_file:
+        file = directory / options.agent_file
+        if not file.is_file():
+            raise AgentError(f"--agent_file {options.agent_file}: no such file in {directory}")
+        return (file, options) if file.name != MANIFEST else _manifest(file, options)
+    manifest = directory / MANIFEST
+    if manifest.is_file():
+        return _manifest(manifest, options)
+    if (directory / "agent.zip").is_file():
+        return directory / "agent.zip", options
+    for patterns in (("*.zip",), WEIGHT_PATTERNS):
+        found = sorted(file for pattern in patterns for file in directory.glob(pattern))
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise AgentError(f"{directory}: several agents: {names}; choose with --agent_file")
+        if found:
+            return found[0], options
+    raise AgentError(
+        f"{directory}: no agent here; expected agent.json, a Stable-Baselines3 *.zip, "
+        "or weights as *.pt or *.pth"
+    )
+
+
+def _manifest(path: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
+    """Read ``agent.json``; what the command line says goes before what the manifest says."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AgentError(f"{path}: not a readable JSON manifest: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("file"), str):
+        raise AgentError(f'{path}: a manifest is an object with "file", like {{"file": "policy.pt"}}')
+    unknown = sorted(set(content) - set(MANIFEST_KEYS))
+    if unknown:
+        raise AgentError(
+            f"{path}: unknown key {unknown[0]!r}; valid: {', '.join(MANIFEST_KEYS)}"
+        )
+    if any(not isinstance(value, str) for value in content.values()):
+        raise AgentError(f"{path}: every value of a manifest is a text")
+    file = path.parent / content["file"]
+    if path.parent.resolve() not in file.resolve().parents:
+        raise AgentError(f"{path}: file {content['file']!r} lies outside the agent's directory")
+    if not file.is_file():
+        raise AgentError(f"{path}: file {content['file']!r} does not exist beside the manifest")
+    if content.get("factory") and not (options.trust_agent_code or options.agent_factory):
+        raise AgentError(
+            f"{path}: factory {content['factory']!r} runs code from this directory; "
+            "allow it with --trust_agent_code"
+        )
+    return file, AgentOptions(
+        agent_file=options.agent_file,
+        agent_factory=options.agent_factory or content.get("factory"),
+        agent_output=options.agent_output or content.get("output"),
+        activation=options.activation or content.get("activation"),
+        trust_agent_code=options.trust_agent_code,
+    )
+
+

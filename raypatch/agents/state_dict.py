@@ -1,0 +1,143 @@
+"""State dicts (``.pt``, ``.pth``): read safely, plain MLPs rebuilt where nothing is guessed."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raypatch.agents.activations import activation_by_name
+from raypatch.agents.agent import Agent, AgentOptions, make_agent
+from raypatch.errors import AgentError
+
+
+def load_state_dict_agent(file: Path, options: AgentOptions) -> Agent:
+    """An agent from a state dict of linear layers that chain by shape in the file's order."""
+    state = read_state_dict(file)
+    if options.activation is None:
+        raise AgentError(
+            f"{file}: a state dict does not say its activation function; give --activation relu "
+            '(or tanh, ...), or an agent.json with "activation"'
+        )
+    activation = activation_by_name(options.activation, "--activation")
+    network = chained_mlp(state, activation, str(file))
+    first = next(module for module in network.modules() if isinstance(module, nn.Linear))
+    return make_agent(
+        network,
+        torch.zeros(1, first.in_features),
+        output_kind="logits",
+        loaded_as=f"state dict {file.name}, plain MLP, {activation.__name__} between layers",
+        files=(file,),
+    )
+
+
+def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
+    """Load tensors only; a pickled object is refused, never executed."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        if "Weights only load failed" in str(error):
+            raise AgentError(
+                f"{file}: holds pickled objects, not just tensors, and loading them would run "
+                "code; save the state dict instead: torch.save(module.state_dict(), ...)"
+            ) from None
+        raise AgentError(f"{file}: not a readable torch file ({type(error).__name__})") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not any(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
+        raise AgentError(f"{file}: holds no state dict (names to tensors)")
+    return {str(name): v for name, v in content.items() if isinstance(v, torch.Tensor)}
+
+
+def weight_layers(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Layer name to weight: every ``*.weight`` of more than one dimension, in file order."""
+    return {
+        name.removesuffix(".weight"): tensor
+        for name, tensor in state.items()
+        if name.endswith(".weight") and tensor.ndim > 1
+    }
+
+
+class ChainedMLP(nn.Module):
+    """Linear layers in a row at the paths the state dict names, an activation between them."""
+
+    def __init__(
+        self, layers: Mapping[str, nn.Linear], activation: type[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.paths = list(layers)
+        for path, layer in layers.items():
+            add_submodule(self, path, layer)
+        self.activation = activation()
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        x = self.get_submodule(self.paths[0])(obs)
+        for path in self.paths[1:]:
+            x = self.get_submodule(path)(self.activation(x))
+        return x
+
+
+def add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` at a dotted path, with plain containers on the way."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if not hasattr(root, parent):
+            root.add_module(parent, nn.Module())
+        root = getattr(root, parent)
+    root.add_module(name, module)
+
+
+def linear_from(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A Linear holding these very tensors as float32 parameters."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return layer
+
+
+def chained_mlp(
+    state: Mapping[str, torch.Tensor], activation: type[nn.Module], origin: str
+) -> ChainedMLP:
+    """Rebuild a plain MLP, or say which tensor shows that it is none."""
+    weights = weight_layers(state)
+    known = {f"{path}.{part}" for path in weights for part in ("weight", "bias")}
+    foreign = next((name for name in state if name not in known), None)
+    if not weights or foreign is not None:
+        raise AgentError(
+            f"{origin}: {foreign or 'no weight'!r} is no linear layer's; only plain MLPs are "
+            "rebuilt from weights alone, others need a factory or an exported program"
+        )
+    layers: dict[str, nn.Linear] = {}
+    width, previous = None, ""
+    for path, weight in weights.items():
+        if weight.ndim != 2:
+            raise AgentError(
+                f"{origin}: {path}.weight has shape {list(weight.shape)}; only linear layers "
+                "are rebuilt from weights alone"
+            )
+        if width not in (None, weight.shape[1]):
+            raise AgentError(
+                f"{origin}: {path!r} takes {weight.shape[1]} values but {previous!r} before it "
+                f"gives {width}; the layers do not chain, so the network cannot be guessed"
+            )
+        if not bool(torch.isfinite(weight).all()):
+            raise AgentError(f"{origin}: {path}.weight holds NaN or infinity")
+        layers[path] = linear_from(weight, state.get(f"{path}.bias"))
+        width, previous = weight.shape[0], path
+    return ChainedMLP(layers, activation)
+
+
+def load_into(module: nn.Module, state: Mapping[str, Any], origin: str) -> None:
+    """Load a state dict strictly; raises AgentError naming the first tensor that differs."""
+    try:
+        module.load_state_dict(dict(state), strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise AgentError(f"{origin}: weights do not fit: {lines[0] if lines else error}") from None

@@ -1,0 +1,1 @@
+"""The engine: exact patched outputs of any torch network. Knows torch, not Ray."""

@@ -1,0 +1,207 @@
+"""Capture: a network as a graph of modules and functions, once.
+
+The graph is plain data (no user classes unless a user's own layer is a leaf of it), so it
+travels to actors that have neither the agent's files nor its code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from raypatch.engine.layers import owns_weights
+
+
+class CaptureError(Exception):
+    """The network cannot be captured as a graph; the text says why."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for another node's value among a node's arguments."""
+
+    node: int
+
+
+@dataclass
+class Node:
+    """One operation; its index is its place in the forward pass."""
+
+    index: int
+    op: str  # "input", "constant", "module", "function" or "method"
+    target: Any  # argument position, tensor, module, callable or method name
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    # Path of the module that is called, where one is; a layer's name if it owns weights.
+    path: str | None = None
+    users: int = 0
+
+    @property
+    def inputs(self) -> list[int]:
+        """Indices of the nodes whose values are needed, in the order of the arguments."""
+        leaves, _ = tree_flatten((self.args, self.kwargs), is_leaf=_is_ref)
+        return [leaf.node for leaf in leaves if isinstance(leaf, Ref)]
+
+    @property
+    def key(self) -> Any:
+        """What rules are registered under: module type, function, or method name."""
+        return type(self.target) if self.op == "module" else self.target
+
+    def call(self, value_of: Callable[[int], Any], argument: Any = None) -> Any:
+        """Run the operation on the values of its inputs."""
+        if self.op == "input":
+            return argument
+        if self.op == "constant":
+            return self.target
+        args, kwargs = tree_map(
+            lambda leaf: value_of(leaf.node) if isinstance(leaf, Ref) else leaf,
+            (self.args, self.kwargs),
+            is_leaf=_is_ref,
+        )
+        if self.op == "method":
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        return self.target(*args, **kwargs)
+
+
+def _is_ref(leaf: Any) -> bool:
+    return isinstance(leaf, Ref)
+
+
+@dataclass
+class Graph:
+    """Nodes in the order of the forward pass; the last one is the network's output."""
+
+    nodes: list[Node]
+    how: str  # "torch.fx" or "torch.export"
+
+
+def capture(network: nn.Module) -> Graph:
+    """Trace with torch.fx; raises CaptureError with the reason where that is impossible.
+
+    The graph refers to the network's own modules, whose ``inplace`` flags are cleared; give
+    it a copy.
+    """
+    for module in network.modules():
+        # Values are kept and shared between passes, so nothing may overwrite its input.
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+    tracer = _Tracer()
+    try:
+        traced = tracer.trace(network, concrete_args=_defaults(network))
+    except Exception as error:  # user code runs under symbolic values: anything may be raised
+        raise CaptureError(f"torch.fx: {_first_line(error)}") from None
+    return Graph(_nodes(traced, network), "torch.fx")
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return owns_weights(module) or super().is_leaf_module(module, qualified_name)
+
+
+def _defaults(network: nn.Module) -> dict[str, Any]:
+    """Optional arguments of ``forward``, fixed at their defaults."""
+    parameters = inspect.signature(network.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _nodes(traced: fx.Graph, network: nn.Module) -> list[Node]:
+    nodes: list[Node] = []
+    # In-place operations are run out of place; whoever reads the overwritten value later
+    # must see the new one.
+    current: dict[fx.Node, Ref] = {}
+    n_inputs = 0
+    for item in traced.nodes:
+        if item.op == "output":
+            break
+        args = fx.map_arg(item.args, lambda n: current[n])
+        kwargs = dict(fx.map_arg(item.kwargs, lambda n: current[n]))
+        index = len(nodes)
+        if item.op == "placeholder":
+            if item.args:
+                nodes.append(Node(index, "constant", item.args[0]))
+            else:
+                nodes.append(Node(index, "input", n_inputs))
+                n_inputs += 1
+        elif item.op == "get_attr":
+            nodes.append(Node(index, "constant", _attribute(network, item.target)))
+        elif item.op == "call_module":
+            module = network.get_submodule(item.target)
+            nodes.append(Node(index, "module", module, args, kwargs, path=item.target))
+        else:
+            op = {"call_function": "function", "call_method": "method"}[item.op]
+            target, overwrites = _out_of_place(item.target, kwargs)
+            nodes.append(Node(index, op, target, args, kwargs))
+            if overwrites and isinstance(item.args[0], fx.Node):
+                current[item.args[0]] = Ref(index)
+        current[item] = Ref(index)
+    output = next(item for item in traced.nodes if item.op == "output").args[0]
+    if not isinstance(output, fx.Node):
+        raise CaptureError("the network returns several values, not one tensor")
+    return _needed(nodes[: current[output].node + 1])
+
+
+def _needed(nodes: list[Node]) -> list[Node]:
+    """The nodes that the last one depends on, numbered anew, with their users counted."""
+    wanted = {len(nodes) - 1}
+    for node in reversed(nodes):
+        if node.index in wanted:
+            wanted.update(node.inputs)
+    kept = [node for node in nodes if node.index in wanted]
+    number = {node.index: new for new, node in enumerate(kept)}
+    for node in kept:
+        node.args, node.kwargs = tree_map(
+            lambda leaf: Ref(number[leaf.node]) if isinstance(leaf, Ref) else leaf,
+            (node.args, node.kwargs),
+            is_leaf=_is_ref,
+        )
+        node.index = number[node.index]
+    for node in kept:
+        for used in node.inputs:
+            kept[used].users += 1
+    return kept
+
+
+def _attribute(network: nn.Module, path: str) -> Any:
+    value: Any = network
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+_IN_PLACE_OPERATORS = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def _out_of_place(target: Any, kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    """The operation without its side effect, and whether it had one."""
+    if kwargs.pop("inplace", False):
+        return target, True
+    if target in _IN_PLACE_OPERATORS:
+        return _IN_PLACE_OPERATORS[target], True
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if not name.endswith("_") or name.startswith("_") or name.endswith("__"):
+        return target, False
+    if isinstance(target, str):
+        if hasattr(torch.Tensor, name[:-1]):
+            return name[:-1], True
+    else:
+        for home in (torch, nn.functional):
+            if hasattr(home, name[:-1]):
+                return getattr(home, name[:-1]), True
+    raise CaptureError(f"in-place operation {name!r} has no out-of-place form")

@@ -1,0 +1,111 @@
+"""Which modules of a network are layers, and what their neurons are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+Args = tuple[Any, ...]
+# Called with the number of the layer's call within one forward and the layer's output;
+# what it returns, if anything, replaces that output.
+Hook = Callable[[int, Tensor], "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with weights. Its neurons lie along ``axis`` of its output."""
+
+    name: str
+    neurons: int
+    axis: int
+    kind: str
+    output_shape: tuple[int, ...]  # of one input, without the batch dimension
+
+
+def owns_weights(module: nn.Module) -> bool:
+    """Whether the module itself holds a parameter of more than one dimension."""
+    return any(p is not None and p.dim() > 1 for p in module._parameters.values())
+
+
+def as_args(inputs: Any) -> Args:
+    """Positional arguments of ``forward``: a tuple as it is, anything else alone."""
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """What a layer's neurons are read from: its output, or the first of several outputs."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def hooked(network: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
+    """Forward hooks by layer name for the time of a ``with``; none is left behind."""
+    with ExitStack() as stack:
+        for name, hook in hooks.items():
+            calls = iter(range(1 << 62))
+
+            def forward_hook(
+                _: nn.Module, __: Any, output: Any, hook: Hook = hook, calls: Any = calls
+            ) -> Any:
+                replaced = hook(next(calls), first_tensor(output))
+                if replaced is None or isinstance(output, Tensor):
+                    return replaced
+                return (replaced, *output[1:])
+
+            handle = network.get_submodule(name).register_forward_hook(forward_hook)
+            stack.callback(handle.remove)
+        yield
+
+
+def find_layers(network: nn.Module, args: Args) -> dict[str, Layer]:
+    """Layers that a forward on ``args`` really calls, in the order of their first call.
+
+    Neurons are units of a linear layer, output channels of a convolution, and the last
+    axis of anything else.
+    """
+    found: dict[str, Layer] = {}
+
+    def recorder(name: str, module: nn.Module) -> Hook:
+        def record(_: int, output: Tensor) -> None:
+            axis = 1 if isinstance(module, _ConvNd) else output.dim() - 1
+            found.setdefault(
+                name,
+                Layer(
+                    name, output.shape[axis], axis, type(module).__name__, tuple(output.shape[1:])
+                ),
+            )
+
+        return record
+
+    hooks = {
+        name: recorder(name, module)
+        for name, module in network.named_modules()
+        if name and owns_weights(module)
+    }
+    with torch.no_grad(), hooked(network, hooks):
+        network(*args)
+    return found
+
+
+def record_activations(network: nn.Module, args: Args, names: list[str]) -> dict[str, list[Tensor]]:
+    """Outputs of the named layers, one a call, in an unpatched forward; copies.
+
+    The key ``output_logits`` holds the network's own output.
+    """
+    from raypatch.definitions import OUTPUT_LOGITS
+
+    taken: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def recorder(name: str) -> Hook:
+        # An in-place activation after the layer would change what is kept, hence the copy.
+        return lambda _, output: taken[name].append(output.clone())
+
+    with torch.no_grad(), hooked(network, {n: recorder(n) for n in names if n != OUTPUT_LOGITS}):
+        taken[OUTPUT_LOGITS] = [network(*args)]
+    return taken

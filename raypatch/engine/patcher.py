@@ -1,0 +1,401 @@
+"""The engine's face: a network captured once, called with any experiments and inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments, check_experiments
+from raypatch.engine.capture import CaptureError, capture
+from raypatch.engine.incremental import Incremental, Prepared, Savings
+from raypatch.engine.layers import Args, Layer, as_args, find_layers
+from raypatch.engine.plan import Plan, plan_experiments
+from raypatch.engine.reference import cast
+from raypatch.engine.sources import (
+    SOURCE_KINDS,
+    Fill,
+    MeanFill,
+    SourceKind,
+    resample_order,
+    zero_fill,
+)
+from raypatch.engine.stacked import Stacked, StackedPrepared
+from raypatch.errors import InputError, RunError
+
+# Dense values of one batch on a CPU: about what two or three levels of cache hold.
+CPU_BATCH_BYTES = 2 << 20
+MIN_BATCH_ROWS = 256
+GPU_BATCH_SHARE = 0.25
+DEFAULT_MEMORY_BYTES = 4 << 30
+# How far two float32 evaluations of a network may differ before it is not the same network.
+CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+Definition = Union[Experiments, Plan, Sequence[Experiment]]
+
+
+class Patcher:
+    """Patched outputs of one network, captured once and called many times.
+
+    The network is copied: later changes to it do not reach the patcher, and the patcher
+    leaves no hook, weight or training flag changed in it.
+
+    ``path`` tells how patches are evaluated and why: ``incremental`` where the network could
+    be captured as a graph, else ``stacked`` (hooks on stacked batches), else ``single``
+    (one experiment at a time, for networks that mix the inputs of a batch).
+
+    ``batch_rows`` (experiments x inputs in one batch) defaults to what suits the cache or the
+    GPU's free memory; ``memory_bytes`` bounds what the patcher keeps and computes at a time.
+    Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        batch_rows: int | None = None,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        savings: Savings | None = None,
+    ) -> None:
+        parameter = next(network.parameters(), None)
+        self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
+        self.device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
+        self.savings = savings or Savings()
+        self.batch_rows = batch_rows
+        self.memory_bytes = memory_bytes
+        self.path = "not used yet"
+        self.layers: dict[str, Layer] = {}
+        self._network: nn.Module | None = (
+            copy.deepcopy(network).to(self.device, self.dtype).eval().requires_grad_(False)
+        )
+        self._engine: Incremental | Stacked | None = None
+
+    def __call__(
+        self,
+        experiments: Definition,
+        source: Any = None,
+        target: Any = None,
+        *,
+        kind: SourceKind = "pair",
+        seed: int = 0,
+    ) -> Tensor:
+        """Patched outputs ``[experiments, inputs, outputs]``; see :func:`patch`."""
+        return self.prepare(source, target, kind=kind, seed=seed)(experiments)
+
+    def prepare(
+        self, source: Any = None, target: Any = None, *, kind: SourceKind = "pair", seed: int = 0
+    ) -> PatchRun:
+        """Run both sides once; what comes back patches any experiments on these inputs."""
+        if kind not in SOURCE_KINDS:
+            raise InputError(f"source kind {kind!r}: valid: {', '.join(SOURCE_KINDS)}")
+        if target is None or (kind == "pair" and source is None):
+            raise InputError("patching needs target inputs, and source inputs for kind 'pair'")
+        target_args = cast(as_args(target), self.dtype, self.device)
+        n_inputs = _count(target_args)
+        source_args = None
+        if kind == "pair":
+            source_args = cast(as_args(source), self.dtype, self.device)
+            if _shapes(source_args) != _shapes(target_args):
+                raise InputError(
+                    f"source {_shapes(source_args)} and target {_shapes(target_args)} differ in shape"
+                )
+        elif kind == "resample":
+            order = resample_order(n_inputs, seed).to(self.device)
+            source_args = tree_map(lambda x: x[order] if isinstance(x, Tensor) else x, target_args)
+        with exact_math():
+            engine = self._engine or self._choose(target_args)
+            fill: Fill | None = {"zero": zero_fill, "mean": None}.get(kind)
+            if kind == "mean":
+                fill = self._means(target_args, n_inputs)
+            return PatchRun(self, engine, source_args, target_args, fill)
+
+    @property
+    def neuron_counts(self) -> dict[str, int]:
+        """Layers and their neurons as experiments name them; known once inputs were seen."""
+        return {name: layer.neurons for name, layer in self.layers.items()}
+
+    # ------------------------------------------------------------------- choosing a path
+
+    def _choose(self, target: Args) -> Incremental | Stacked:
+        """The fastest path that agrees with plain hooks on a few random experiments."""
+        network = self._network
+        assert network is not None
+        probe = _some_inputs(target, 3)
+        with torch.no_grad():
+            output = network(*probe)
+        if not isinstance(output, Tensor) or output.dim() != 2:
+            shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise InputError(
+                f"the network gives {shape}; patching needs one tensor [inputs, outputs]"
+            )
+        self.layers = find_layers(network, probe)
+        single = Stacked(network, self.layers, limit=1)
+        reasons: list[str] = []
+        for name in ("incremental", "stacked"):
+            try:
+                engine = self._build(name, network)
+                self._check(engine, single, probe)
+            except CaptureError as reason:
+                reasons.append(str(reason))
+                continue
+            self.path = name + (f" (not captured: {reasons[0]})" if reasons else " (torch.fx)")
+            if name == "incremental":
+                self._network = None  # the graph holds the weights
+            self._engine = engine
+            return engine
+        self.path = f"single ({'; '.join(reasons)})"
+        self._engine = single
+        return single
+
+    def _build(self, name: str, network: nn.Module) -> Incremental | Stacked:
+        if name == "stacked":
+            return Stacked(network, self.layers, limit=None)
+        return Incremental(capture(network), self.layers, self.savings)
+
+    def _check(self, engine: Incremental | Stacked, single: Stacked, target: Args) -> None:
+        """Compare with one experiment on one input at a time; CaptureError if they differ."""
+        plan = plan_experiments(self._probe_experiments())
+        n_inputs = _count(target)
+        source = tree_map(
+            lambda x: x.roll(1, 0) if isinstance(x, Tensor) and x.dim() else x, target
+        )
+        try:
+            found = PatchRun(self, engine, source, target, None)(plan)
+        except CaptureError:
+            raise
+        except Exception as error:  # anything a strange network may do to a fast path
+            raise CaptureError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
+        for i in range(n_inputs):
+            one = tree_map(lambda x: x[i : i + 1] if isinstance(x, Tensor) else x, (source, target))
+            expected = PatchRun(self, single, one[0], one[1], None)(plan)
+            difference = (found[:, i : i + 1] - expected).abs().max()
+            bound = CHECK_TOLERANCE.get(self.dtype, 1e-1) * max(1.0, float(expected.abs().max()))
+            if not float(difference) <= bound:
+                raise CaptureError(f"differs from plain hooks by {float(difference):.1e} in a trial")
+
+    def _probe_experiments(self) -> Experiments:
+        names = list(self.layers)
+        chosen = names if len(names) <= 12 else [*names[:6], *names[-6:]]
+        trials: list[Experiment] = []
+        for name in chosen:
+            size = self.layers[name].neurons
+            trials += [{name: [size // 2]}, {name: sorted({0, size // 3, size - 1})}, {name: "all"}]
+        if len(chosen) > 1:
+            trials.append({chosen[0]: [0], chosen[-1]: [0]})
+        trials.append({OUTPUT_LOGITS: [0]})
+        return Experiments.from_list(trials)
+
+    def _means(self, target: Args, n_inputs: int) -> MeanFill:
+        assert self._engine is not None
+        sums: dict[str, list[Tensor]] = {}
+        for part in _parts(target, n_inputs, self._inputs_at_a_time(target, n_inputs)):
+            for name, calls in self._engine.layer_values(part).items():
+                totals = [call.sum(0, keepdim=True) for call in calls]
+                held = sums.get(name)
+                sums[name] = totals if held is None else [a + b for a, b in zip(held, totals)]
+        return MeanFill({name: [t / n_inputs for t in totals] for name, totals in sums.items()})
+
+    # ------------------------------------------------------------------------- memory
+
+    def _inputs_at_a_time(self, target: Args, n_inputs: int) -> int:
+        """How many inputs' unpatched runs fit in half of the memory allowed."""
+        assert self._engine is not None
+        one = PatchRun(self, self._engine, None, _some_inputs(target, 1), zero_fill).run_bytes()
+        # Both runs, every layer's chain (values, differences), each about a run's size.
+        return max(1, min(n_inputs, int(self.memory_bytes / 2 / (6 * max(1, one)))))
+
+    def rows_for(self, row_bytes: int) -> int:
+        """Rows of a batch whose dense values take ``row_bytes`` each."""
+        if self.batch_rows is not None:
+            return self.batch_rows
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            budget = int(min(free * GPU_BATCH_SHARE, self.memory_bytes / 4))
+            return max(1, budget // (3 * row_bytes))
+        rows = max(MIN_BATCH_ROWS, CPU_BATCH_BYTES // row_bytes)
+        return max(1, min(rows, self.memory_bytes // 4 // (3 * row_bytes)))
+
+
+class PatchRun:
+    """A patcher on one set of inputs.
+
+    ``baseline`` ``[inputs, outputs]`` holds the unpatched outputs on the targets.
+    """
+
+    def __init__(
+        self,
+        patcher: Patcher,
+        engine: Incremental | Stacked,
+        source: Args | None,
+        target: Args,
+        fill: Fill | None,
+    ) -> None:
+        self.patcher = patcher
+        self.rows_computed = 0
+        self.n_inputs = _count(target)
+        self._engine = engine
+        self._halvings = 0
+        size = self.n_inputs
+        if patcher._engine is not None and size > 1:
+            size = patcher._inputs_at_a_time(target, size)
+        sources: Iterable[Args | None] = [None] * self.n_inputs
+        if source is not None:
+            sources = _parts(source, self.n_inputs, size)
+        self._parts = list(zip(sources, _parts(target, self.n_inputs, size)))
+        self._fill = fill
+        self._kept: Prepared | StackedPrepared | None = None
+        if len(self._parts) == 1:
+            self._kept = self._prepare(0)
+            self.baseline = self._kept.baseline
+        else:
+            self.baseline = torch.cat([self._prepare(i).baseline for i in range(len(self._parts))])
+
+    def __call__(self, experiments: Definition) -> Tensor:
+        """Patched outputs ``[experiments, inputs, outputs]`` in the definition's order."""
+        plan = self.plan(experiments)
+        with exact_math(), torch.no_grad():
+            out = self.baseline.new_empty(plan.n_experiments, *self.baseline.shape)
+            first = 0
+            for i in range(len(self._parts)):
+                prepared = self._prepare(i)
+                part = out[:, first : first + prepared.n_inputs]
+                first += prepared.n_inputs
+                for group in plan.groups:
+                    self._evaluate(prepared, group, part)
+            for copies, originals in plan.copies:
+                out[copies] = out[originals]
+        return out
+
+    def plan(self, experiments: Definition) -> Plan:
+        """Check and group experiments; a plan can be used for several runs."""
+        if isinstance(experiments, Plan):
+            return experiments
+        if not isinstance(experiments, Experiments):
+            counts = {**self.patcher.neuron_counts, OUTPUT_LOGITS: self.baseline.shape[1]}
+            experiments = check_experiments(list(experiments), counts, "experiments")
+        return plan_experiments(experiments, deduplicate=self.patcher.savings.deduplicate)
+
+    def run_bytes(self) -> int:
+        """Bytes of one unpatched run of these inputs."""
+        if isinstance(self._kept, Prepared):
+            leaves, _ = tree_flatten(self._kept.base_values)
+            return sum(v.numel() * v.element_size() for v in leaves if isinstance(v, Tensor))
+        assert self._kept is not None
+        return self._kept.row_bytes * self.n_inputs
+
+    def _prepare(self, part: int) -> Prepared | StackedPrepared:
+        if self._kept is not None:
+            return self._kept
+        source, target = self._parts[part]
+        with torch.no_grad():
+            return self._engine.prepare(source, target, self._fill)
+
+    def _evaluate(self, prepared: Prepared | StackedPrepared, group: Any, out: Tensor) -> None:
+        """One group, with smaller batches after running out of memory; the size is kept."""
+        while True:
+            if isinstance(prepared, Prepared):
+                row_bytes = prepared.program(group).row_bytes
+            else:
+                row_bytes = prepared.row_bytes
+            rows = self.patcher.rows_for(row_bytes) >> self._halvings
+            try:
+                self.rows_computed += prepared.evaluate(group, out, max(1, rows))
+                return
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if rows <= self.n_inputs:
+                    raise RunError(
+                        f"out of memory with one experiment in a batch ({self.n_inputs} inputs); "
+                        "lower --memory_per_actor so that inputs are taken in parts"
+                    ) from error
+                self._halvings += 1
+
+
+def patch(
+    network: nn.Module,
+    experiments: Definition,
+    source: Any = None,
+    target: Any = None,
+    *,
+    kind: SourceKind = "pair",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Activation patching of any module: what if these neurons had their source values?
+
+    Each experiment maps layer names (paths of modules with weights, as in
+    ``network.named_modules()``) to neurons or ``"all"``; ``output_logits`` is the output
+    itself. For each experiment and input the network runs on the *target*, except that the
+    listed neurons of a layer's output (before the activation that follows) take the values
+    they have in the unpatched run on the *source*.
+
+    ``source`` and ``target`` are ``[inputs, ...]`` tensors, or tuples of them for a forward
+    with several arguments. ``kind`` "zero" and "mean" patch in zeros or the neuron's mean
+    over the targets; "resample" takes another target as the source (seeded). Those need no
+    ``source``.
+
+    Returns ``[experiments, inputs, outputs]``, equal to plain forward hooks up to floating
+    point reassociation. Raises InputError for experiments or inputs that do not fit.
+
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> clean, corrupted = torch.randn(5, 4), torch.randn(5, 4)
+    >>> patch(net, [{"0": [3]}, {"0": "all"}], source=clean, target=corrupted).shape
+    torch.Size([2, 5, 2])
+    """
+    patcher = Patcher(network, dtype=dtype, device=device)
+    return patcher(experiments, source, target, kind=kind, seed=seed)
+
+
+@contextmanager
+def exact_math() -> Iterator[None]:
+    """TF32 off, so that float32 means float32 on a GPU too; restored afterwards."""
+    held = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = held
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _leaves(args: Args) -> list[Tensor]:
+    leaves, _ = tree_flatten(args)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+
+
+def _shapes(args: Args) -> list[list[int]]:
+    return [list(leaf.shape) for leaf in _leaves(args)]
+
+
+def _count(args: Args) -> int:
+    """Number of inputs, the same in every tensor."""
+    sizes = {len(leaf) for leaf in _leaves(args)}
+    if len(sizes) != 1 or 0 in sizes:
+        raise InputError(f"inputs of shapes {_shapes(args)} do not share one number of inputs above 0")
+    return sizes.pop()
+
+
+def _slice(args: Args, first: int, last: int) -> Args:
+    sliced: Args = tree_map(
+        lambda x: x[first:last] if isinstance(x, Tensor) and x.dim() else x, args
+    )
+    return sliced
+
+
+def _some_inputs(args: Args, n: int) -> Args:
+    return _slice(args, 0, n)
+
+
+def _parts(args: Args, n_inputs: int, size: int) -> list[Args]:
+    return [_slice(args, i, i + size) for i in range(0, n_inputs, size)]

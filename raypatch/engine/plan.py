@@ -1,0 +1,117 @@
+"""Experiments grouped by signature, so that each group runs as stacked batches.
+
+A signature is the layers an experiment patches and how many neurons in each (-1: all).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raypatch.definitions import Experiments
+
+ALL = -1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experiments of one signature.
+
+    ``experiments`` int64 ``[E]`` are their places in the definition's order; ``index`` maps a
+    layer to the neurons ``[E, k]`` patched there, or None for all of them.
+    """
+
+    signature: tuple[tuple[str, int], ...]
+    experiments: Tensor
+    index: dict[str, Tensor | None]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(layer for layer, _ in self.signature)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Groups that cover a run of experiments; ``copies`` are (copy, original) places."""
+
+    n_experiments: int
+    groups: tuple[Group, ...]
+    copies: tuple[tuple[Tensor, Tensor], ...]
+
+
+def plan_experiments(experiments: Experiments, *, deduplicate: bool = True) -> Plan:
+    """Group experiments and find those that are the same; costs no loop for one layer each."""
+    n_entries = np.diff(experiments.entry_offsets)
+    groups: list[Group] = []
+    copies: list[tuple[Tensor, Tensor]] = []
+
+    def add(ids: np.ndarray, names: list[str], tables: list[np.ndarray | None]) -> None:
+        if deduplicate:
+            ids, tables, copied = _distinct(ids, tables)
+            if copied is not None:
+                copies.append(copied)
+        signature = tuple(
+            (name, ALL if table is None else table.shape[1]) for name, table in zip(names, tables)
+        )
+        index = {
+            name: None if table is None else torch.from_numpy(np.ascontiguousarray(table))
+            for name, table in zip(names, tables)
+        }
+        groups.append(Group(signature, torch.from_numpy(ids), index))
+
+    for entries_each in np.unique(n_entries):
+        ids = np.flatnonzero(n_entries == entries_each)
+        entries = experiments.entry_offsets[ids][:, None] + np.arange(entries_each)
+        layers = experiments.layers[entries].astype(np.int64)
+        # Entries in the order of layers, so that spelling order makes no new signature.
+        order = np.argsort(layers, axis=1, kind="stable")
+        layers = np.take_along_axis(layers, order, 1)
+        entries = np.take_along_axis(entries, order, 1)
+        starts = experiments.neuron_offsets[entries]
+        counts = experiments.neuron_offsets[entries + 1] - starts
+        for members in _same_rows(np.concatenate([layers, counts], axis=1)):
+            names = [experiments.layer_names[i] for i in layers[members[0]]]
+            tables = [
+                _neuron_table(experiments.neurons, starts[members, j], int(k))
+                for j, k in enumerate(counts[members[0]])
+            ]
+            add(ids[members], names, tables)
+    return Plan(len(experiments), tuple(groups), tuple(copies))
+
+
+def _same_rows(keys: np.ndarray) -> list[np.ndarray]:
+    """Row numbers of each distinct row, ascending."""
+    if len(keys) == 1 or (keys == keys[0]).all():
+        return [np.arange(len(keys))]
+    _, inverse = np.unique(keys, axis=0, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    order = np.argsort(inverse, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(inverse[order])) + 1)
+
+
+def _neuron_table(neurons: np.ndarray, starts: np.ndarray, k: int) -> np.ndarray | None:
+    if k == 0:
+        return None
+    table = neurons[starts[:, None] + np.arange(k)].astype(np.int64)
+    return np.sort(table, axis=1) if k > 1 else table
+
+
+def _distinct(
+    ids: np.ndarray, tables: list[np.ndarray | None]
+) -> tuple[np.ndarray, list[np.ndarray | None], tuple[Tensor, Tensor] | None]:
+    """Drop repeated rows; also the (copy, original) ids of what was dropped."""
+    given = [table for table in tables if table is not None]
+    rows = np.concatenate(given, axis=1) if given else np.zeros((len(ids), 1), np.int64)
+    if len(ids) == 1 or (rows.shape[1] == 1 and bool((np.diff(rows[:, 0]) > 0).all())):
+        return ids, tables, None
+    _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    if len(first) == len(ids):
+        return ids, tables, None
+    original = first[inverse.reshape(-1)]
+    repeated = original != np.arange(len(ids))
+    kept = ~repeated
+    pair = (torch.from_numpy(ids[repeated]), torch.from_numpy(ids[original[repeated]]))
+    return ids[kept], [None if t is None else t[kept] for t in tables], pair

@@ -1,0 +1,98 @@
+"""The brute-force reference: plain hooks, one experiment at a time, float64.
+
+Slow on purpose and as simple as can be: this is what every fast path is compared with.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from raypatch.definitions import OUTPUT_LOGITS, Experiment
+from raypatch.engine.layers import (
+    Args,
+    Layer,
+    as_args,
+    find_layers,
+    hooked,
+    record_activations,
+)
+from raypatch.engine.sources import resample_order
+
+
+def cast(args: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """Move every tensor to the device and every floating one to ``dtype``."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+    return tree_map(one, args)
+
+
+def reference_outputs(
+    network: nn.Module,
+    experiments: Iterable[Experiment],
+    source: Any,
+    target: Any,
+    *,
+    kind: str = "pair",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Patched outputs ``[experiments, inputs, outputs]``, one forward an experiment.
+
+    ``source`` is not used for the kinds ``zero``, ``mean`` and ``resample``.
+    """
+    network = copy.deepcopy(network).to("cpu", dtype).eval()
+    target = cast(as_args(target), dtype)
+    layers = find_layers(network, target)
+    names = [*layers, OUTPUT_LOGITS]
+    own = record_activations(network, target, names)
+    if kind == "pair":
+        values = record_activations(network, cast(as_args(source), dtype), names)
+    elif kind == "resample":
+        order = resample_order(len(own[OUTPUT_LOGITS][0]), seed)
+        values = {name: [call[order] for call in calls] for name, calls in own.items()}
+    elif kind == "mean":
+        values = {
+            name: [call.mean(0, keepdim=True).expand_as(call) for call in calls]
+            for name, calls in own.items()
+        }
+    else:
+        values = {name: [torch.zeros_like(call) for call in calls] for name, calls in own.items()}
+    return torch.stack(
+        [_one_experiment(network, layers, experiment, values, target) for experiment in experiments]
+    )
+
+
+def _one_experiment(
+    network: nn.Module,
+    layers: dict[str, Layer],
+    experiment: Experiment,
+    values: dict[str, list[Tensor]],
+    target: Args,
+) -> Tensor:
+    def patcher(name: str) -> Callable[[int, Tensor], Tensor]:
+        def patch(call: int, output: Tensor) -> Tensor:
+            neurons = experiment[name]
+            new = values[name][call]
+            if isinstance(neurons, str):
+                return new.clone()
+            axis = layers[name].axis if name in layers else output.dim() - 1
+            at = torch.tensor(neurons)
+            return output.clone().index_copy_(axis, at, new.index_select(axis, at))
+
+        return patch
+
+    with torch.no_grad(), hooked(
+        network, {name: patcher(name) for name in experiment if name != OUTPUT_LOGITS}
+    ):
+        output = network(*target)
+    return patcher(OUTPUT_LOGITS)(0, output) if OUTPUT_LOGITS in experiment else output.clone()

@@ -1,0 +1,178 @@
+"""Rules for operations that turn a sparse value into dense rows by a low-rank update.
+
+A linear operation of ``base + difference`` is its base output plus the operation of the
+difference, and the difference lives on the patched neurons' features only. A rule gives
+dense output for all rows of a batch, or None where running the operation whole is cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raypatch.engine.capture import Node
+from raypatch.engine.values import Batch, Sparse
+
+# Past this share of a layer's inputs patched, one full product beats many small ones.
+LOW_RANK_SHARE = 0.25
+
+
+class Context(Protocol):
+    """What a rule may ask of the engine."""
+
+    def base(self, node: int) -> Any:
+        """The node's value in the target's unpatched run."""
+
+    def buffer(self, node: Node, *shape: int) -> Tensor:
+        """Scratch memory for the node's output, kept between batches; uninitialised."""
+
+    def weight_columns(self, node: Node) -> Tensor:
+        """The node's weight with input features first, contiguous; computed once."""
+
+
+SpreadRule = Callable[[Context, Node, Sparse, Tensor, Batch], "Tensor | None"]
+SPREAD_RULES: dict[Any, SpreadRule] = {}
+
+
+def spreads(*keys: Any) -> Callable[[SpreadRule], SpreadRule]:
+    """Register a rule for module types."""
+
+    def register(rule: SpreadRule) -> SpreadRule:
+        SPREAD_RULES.update(dict.fromkeys(keys, rule))
+        return rule
+
+    return register
+
+
+@spreads(nn.Linear)
+def linear(
+    context: Context, node: Node, sparse: Sparse, index: Tensor, batch: Batch
+) -> Tensor | None:
+    """Base output plus patched differences times the patched columns of the weight."""
+    base = context.base(node.index)
+    n_outputs = base.shape[-1]
+    if sparse.owner.dim() > 1:
+        return _linear_on_last_axis(context, node, sparse, index, batch)
+    rank = index.shape[1] * sparse.positions.shape[1]
+    if rank > max(1, LOW_RANK_SHARE * sparse.owner.numel()):
+        return None
+    n_experiments, n_inputs = batch.n_experiments, batch.n_inputs
+    delta = batch.gather(sparse.delta, index)
+    features = sparse.positions.index_select(0, index.flatten()).clamp(min=0).flatten()
+    columns = context.weight_columns(node).index_select(0, features)
+    columns = columns.view(n_experiments, rank, n_outputs)
+    out = context.buffer(node, n_experiments, n_inputs, n_outputs)
+    if rank == 1:
+        return torch.addcmul(base, delta, columns, out=out)
+    return torch.baddbmm(base.expand_as(out), delta, columns, out=out)
+
+
+def _linear_on_last_axis(
+    context: Context, node: Node, sparse: Sparse, index: Tensor, batch: Batch
+) -> Tensor | None:
+    """A linear layer at every place of a sequence; places count as further inputs."""
+    if sparse.channel_axis != sparse.base.dim() - 1:
+        return None
+    k, size = index.shape[1], sparse.neurons
+    if k > max(1, LOW_RANK_SHARE * size):
+        return None
+    base = context.base(node.index)
+    delta = batch.gather(sparse.delta, index)  # [E, N, k * places]
+    delta = delta.view(batch.n_experiments, batch.n_inputs, k, -1).transpose(2, 3)
+    delta = delta.reshape(batch.n_experiments, -1, k)
+    columns = context.weight_columns(node)[index]
+    flat = base.reshape(1, -1, base.shape[-1]).expand(batch.n_experiments, -1, -1)
+    return torch.baddbmm(flat, delta, columns).view(batch.n_experiments, *base.shape)
+
+
+@spreads(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def convolution(
+    context: Context, node: Node, sparse: Sparse, index: Tensor, batch: Batch
+) -> Tensor | None:
+    """Base output plus the convolution of the patched channels' differences alone.
+
+    Each experiment is a group of one grouped convolution: its k channels, its own slice of
+    the weight.
+    """
+    layer = node.target
+    if sparse.channel_axis != 1 or layer.groups != 1 or layer.padding_mode != "zeros":
+        return None
+    n_experiments, k = index.shape
+    if k > max(1, LOW_RANK_SHARE * sparse.neurons):
+        return None
+    base = context.base(node.index)
+    n_inputs, n_outputs = base.shape[:2]
+    spatial = sparse.owner.shape[1:]
+    delta = sparse.delta.index_select(0, index.flatten())
+    delta = delta.view(n_experiments, k, n_inputs, *spatial)
+    out = context.buffer(node, n_experiments, *base.shape)
+    if isinstance(layer, nn.Conv2d) and not isinstance(layer.padding, str):
+        # Patches of the map against the weight slice: products of a good shape.
+        patches = F.unfold(
+            delta.transpose(1, 2).reshape(n_experiments * n_inputs, k, *spatial),
+            layer.kernel_size, layer.dilation, layer.padding, layer.stride,
+        )  # fmt: skip
+        rank, places = patches.shape[1:]
+        columns = context.weight_columns(node).flatten(2).index_select(0, index.flatten())
+        columns = columns.view(n_experiments, k, n_outputs, -1).transpose(1, 2)
+        weight = columns.reshape(n_experiments, 1, n_outputs, rank)
+        weight = weight.expand(-1, n_inputs, -1, -1).reshape(-1, n_outputs, rank)
+        flat = out.view(n_experiments * n_inputs, n_outputs, places)
+        torch.bmm(weight, patches, out=flat)
+        return out.add_(base)
+    weight = context.weight_columns(node)[index].transpose(1, 2).flatten(0, 1)
+    stacked = delta.transpose(0, 2).transpose(1, 2).flatten(1, 2)  # [N, E * k, *spatial]
+    convolved = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
+    convolved = F.conv3d if isinstance(layer, nn.Conv3d) else convolved
+    update = convolved(
+        stacked, weight, None, layer.stride, layer.padding, layer.dilation, n_experiments
+    )
+    update = update.view(n_inputs, n_experiments, n_outputs, *base.shape[2:]).transpose(0, 1)
+    return torch.add(update, base, out=out)
+
+
+@spreads(torch.mean, torch.sum, "mean", "sum")
+def reduction(
+    context: Context, node: Node, sparse: Sparse, index: Tensor, batch: Batch
+) -> Tensor | None:
+    """Base output plus each patched feature's share of the mean or sum it goes into."""
+    base = context.base(node.index)
+    shape = sparse.owner.shape
+    # Where each input feature goes: the reduction's own gradient tells, place by place.
+    target = reduction_places(node, shape, base.shape[1:])
+    if target is None or base.dim() < 2:
+        return None
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    share = base[0].numel() / sparse.owner.numel() if name == "mean" else 1.0
+    delta = batch.gather(sparse.delta, index) * share
+    places = target[sparse.positions.clamp(min=0)].index_select(0, index.flatten())
+    places = places.view(batch.n_experiments, 1, -1).expand_as(delta)
+    out = batch_like(context, node, batch, base)
+    out.view(batch.n_experiments, batch.n_inputs, -1).scatter_add_(2, places, delta)
+    return out
+
+
+def batch_like(context: Context, node: Node, batch: Batch, base: Tensor) -> Tensor:
+    """The node's base output once for every experiment, in scratch memory."""
+    return context.buffer(node, batch.n_experiments, *base.shape).copy_(
+        base.expand(batch.n_experiments, *base.shape)
+    )
+
+
+def reduction_places(
+    node: Node, shape: torch.Size, out_shape: torch.Size
+) -> Tensor | None:
+    """``[features]``: the flat output feature that each flat input feature is reduced into."""
+    probe = torch.zeros(1, *shape, dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        reduced = node.call(lambda _: probe)
+        if reduced.shape[0] != 1 or reduced.shape[1:] != out_shape:
+            return None
+        numbers = torch.arange(1, reduced.numel() + 1, dtype=torch.float64)
+        (gradient,) = torch.autograd.grad((reduced.flatten() * numbers).sum(), probe)
+    share = gradient.flatten() / gradient.flatten().min() if len(numbers) else gradient
+    return share.round().long() - 1

@@ -1,0 +1,112 @@
+"""The path for networks that cannot be captured: hooks on stacked batches, never wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from raypatch.definitions import OUTPUT_LOGITS
+from raypatch.engine.layers import Args, Hook, Layer, hooked, record_activations
+from raypatch.engine.plan import Group
+from raypatch.engine.sources import Fill
+
+
+class Stacked:
+    """Experiments stacked on the batch dimension, every forward run whole.
+
+    ``limit`` 1 runs one experiment at a time: right for networks that do not treat stacked
+    inputs one by one.
+    """
+
+    def __init__(self, network: nn.Module, layers: dict[str, Layer], limit: int | None) -> None:
+        self.network = network
+        self.layers = layers
+        self.limit = limit
+
+    def prepare(self, source: Args | None, target: Args, fill: Fill | None) -> StackedPrepared:
+        """Record both sides' activations; see :meth:`Incremental.prepare`."""
+        return StackedPrepared(self, source, target, fill)
+
+    def layer_values(self, args: Args) -> dict[str, list[Tensor]]:
+        """Outputs of every layer, one a call, in an unpatched run."""
+        return record_activations(self.network, args, [*self.layers, OUTPUT_LOGITS])
+
+
+class StackedPrepared:
+    """Source activations by layer and call, and the unpatched outputs ``[inputs, outputs]``."""
+
+    def __init__(
+        self, engine: Stacked, source: Args | None, target: Args, fill: Fill | None
+    ) -> None:
+        self.engine = engine
+        self.target = target
+        own = engine.layer_values(target)
+        self.baseline = own[OUTPUT_LOGITS][0]
+        self.n_inputs = len(self.baseline)
+        if source is not None:
+            self.values = engine.layer_values(source)
+        else:
+            assert fill is not None
+            self.values = {
+                name: [fill(name, number, call) for number, call in enumerate(calls)]
+                for name, calls in own.items()
+            }
+        self.row_bytes = 4 * sum(
+            call[0].numel() for calls in own.values() for call in calls if call.dim()
+        )
+
+    def evaluate(self, group: Group, out: Tensor, batch_rows: int) -> int:
+        """Fill ``out[group.experiments]`` and return the rows computed."""
+        step = max(1, batch_rows // self.n_inputs)
+        step = min(step, self.engine.limit or step)
+        for start in range(0, len(group.experiments), step):
+            ids = group.experiments[start : start + step]
+            index = {
+                layer: None if neurons is None else neurons[start : start + step]
+                for layer, neurons in group.index.items()
+            }
+            values = self._forward(index, len(ids))
+            out.index_copy_(0, ids.to(out.device), values.reshape(len(ids), *out.shape[1:]))
+        return len(group.experiments) * self.n_inputs
+
+    def _forward(self, index: dict[str, Tensor | None], n_experiments: int) -> Tensor:
+        def patcher(name: str) -> Hook:
+            return lambda call, output: _patched(
+                output, self.values[name][call], self._axis(name, output), index[name],
+                n_experiments,
+            )  # fmt: skip
+
+        def stacked(x: Any) -> Any:
+            if not isinstance(x, Tensor) or n_experiments == 1:
+                return x
+            return x.repeat(n_experiments, *[1] * (x.dim() - 1))
+
+        args = tree_map(stacked, self.target)
+        hooks = {name: patcher(name) for name in index if name != OUTPUT_LOGITS}
+        with torch.no_grad(), hooked(self.engine.network, hooks):
+            output: Tensor = self.engine.network(*args)
+        if OUTPUT_LOGITS in index:
+            patched = patcher(OUTPUT_LOGITS)(0, output)
+            assert patched is not None
+            return patched
+        return output
+
+    def _axis(self, name: str, output: Tensor) -> int:
+        return self.engine.layers[name].axis if name in self.engine.layers else output.dim() - 1
+
+
+def _patched(
+    output: Tensor, source: Tensor, axis: int, neurons: Tensor | None, n_experiments: int
+) -> Tensor:
+    """``output`` ``[E * N, ...]`` with source values at ``neurons`` ``[E, k]`` along ``axis``."""
+    stacked = output.reshape(n_experiments, *source.shape).clone()
+    if neurons is None:
+        stacked[:] = source
+    else:
+        last = stacked.movedim(axis + 1, 1)  # [E, J, N, ...]
+        chosen = source.movedim(axis, 0)[neurons]  # [E, k, N, ...]
+        last[torch.arange(n_experiments)[:, None], neurons] = chosen
+    return stacked.reshape(output.shape)

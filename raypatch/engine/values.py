@@ -1,0 +1,151 @@
+"""What a value in a patched batch can be.
+
+Shapes: E experiments of a batch, N inputs, J neurons of a patched layer, m features of one
+neuron, R rows (one row is one experiment on one input).
+
+* *base*: the same as in the unpatched target run; never recomputed, only looked up.
+* *source*: the same as in the unpatched source run; likewise.
+* *sparse* (:class:`Sparse`): base but for the features that the patched neurons own.
+* *dense*: a tensor of R rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sparse:
+    """A node that differs from base only where patched neurons own its features.
+
+    Every neuron of the patched layer is described at once: ``full`` is the node's value if
+    *all* of them were patched. Because each feature depends on its own neuron only, neuron
+    j's features in ``full`` are what they are when j alone is patched.
+    """
+
+    base: Tensor  # [N, *shape]
+    full: Tensor  # [N, *shape]
+    owner: Tensor  # [*shape] int64: neuron of the patched layer, -1 where none
+    neurons: int  # J
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Features of each neuron, ``[J, m]`` into the flattened shape; -1 fills up."""
+        owner = self.owner.flatten()
+        order = torch.argsort(owner, stable=True)
+        order = order[owner[order] >= 0]
+        counts = torch.bincount(owner[order], minlength=self.neurons)
+        width = int(counts.max()) if len(counts) else 0
+        positions = torch.full((self.neurons, width), -1, device=owner.device)
+        starts = torch.cumsum(counts, 0) - counts
+        slot = torch.arange(len(order), device=owner.device) - starts[owner[order]]
+        positions[owner[order], slot] = order
+        return positions
+
+    @cached_property
+    def is_padded(self) -> bool:
+        """Whether some neuron owns fewer features than others."""
+        return bool((self.positions < 0).any())
+
+    @cached_property
+    def values(self) -> Tensor:
+        """``[J, N, m]``: what each neuron's features become."""
+        return self._at_positions(self.full)
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """``[J, N, m]``: by how much they change; exactly zero where nothing does."""
+        return self._at_positions(self.full) - self._at_positions(self.base)
+
+    @cached_property
+    def active(self) -> Tensor:
+        """``[J, N]`` bool: whether patching the neuron changes this node at all."""
+        return (self.delta != 0).any(-1)
+
+    @cached_property
+    def channel_axis(self) -> int | None:
+        """The axis (batch is 0) along which index j is neuron j, if there is one."""
+        for axis, size in enumerate(self.owner.shape):
+            if size == self.neurons:
+                view = [1] * self.owner.dim()
+                view[axis] = size
+                channels = torch.arange(size, device=self.owner.device).view(view)
+                if torch.equal(self.owner, channels.expand_as(self.owner)):
+                    return axis + 1
+        return None
+
+    def _at_positions(self, tensor: Tensor) -> Tensor:
+        flat = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
+        positions = self.positions
+        taken = flat.t()[positions.clamp(min=0).flatten()]
+        taken = taken.view(*positions.shape, len(flat)).transpose(1, 2).contiguous()
+        return taken.masked_fill(positions[:, None, :] < 0, 0) if self.is_padded else taken
+
+
+@dataclass
+class Batch:
+    """Experiments of one signature: the same layers, the same number of neurons in each."""
+
+    n_experiments: int
+    n_inputs: int
+    index: dict[str, Tensor]  # layer to [E, k] neurons
+    rows: Tensor | None = None  # flat e * N + n of the rows that are computed; None = all
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_experiments * self.n_inputs if self.rows is None else len(self.rows)
+
+    @cached_property
+    def row_experiment(self) -> Tensor:
+        assert self.rows is not None
+        return self.rows // self.n_inputs
+
+    @cached_property
+    def row_input(self) -> Tensor:
+        assert self.rows is not None
+        return self.rows % self.n_inputs
+
+    def keep(self, structured: Tensor, out: Tensor | None = None) -> Tensor:
+        """``[E, N, ...]`` to rows ``[R, ...]``."""
+        flat = structured.flatten(0, 1)
+        return flat if self.rows is None else torch.index_select(flat, 0, self.rows, out=out)
+
+    def spread(self, per_input: Tensor) -> Tensor:
+        """``[N, ...]``, the same for every experiment, to rows ``[R, ...]``; a copy."""
+        if self.rows is None:
+            return per_input.repeat(self.n_experiments, *[1] * (per_input.dim() - 1))
+        return per_input.index_select(0, self.row_input)
+
+    def gather(self, table: Tensor, index: Tensor) -> Tensor:
+        """A neuron table ``[J, N, m]`` at neurons ``[E, k]`` to ``[E, N, k * m]``."""
+        n_experiments, k = index.shape
+        _, n_inputs, m = table.shape
+        taken = table.index_select(0, index.flatten()).view(n_experiments, k, n_inputs, m)
+        if k == 1:
+            return taken.view(n_experiments, n_inputs, m)
+        return taken.transpose(1, 2).reshape(n_experiments, n_inputs, k * m)
+
+    def write_patch(self, rows: Tensor, patch: Sparse, index: Tensor) -> Tensor:
+        """Put the patched neurons' values into dense rows ``[R, *shape]``; changes ``rows``."""
+        n_experiments, k = index.shape
+        values = self.gather(patch.values, index)
+        positions = patch.positions.index_select(0, index.flatten()).view(n_experiments, 1, -1)
+        positions = positions.expand(-1, self.n_inputs, -1)
+        if self.rows is not None:
+            values, positions = self.keep(values), self.keep(positions)
+        flat = rows.reshape(self.n_rows, -1)
+        values, positions = values.reshape(self.n_rows, -1), positions.reshape(self.n_rows, -1)
+        if patch.is_padded:
+            # Missing features are written to a column past the end and dropped with it.
+            flat = torch.cat([flat, flat.new_empty(self.n_rows, 1)], 1)
+            positions = torch.where(positions < 0, flat.shape[1] - 1, positions)
+            return flat.scatter_(1, positions, values)[:, :-1].reshape(rows.shape)
+        return flat.scatter_(1, positions, values).view(rows.shape)
+
+    def densify(self, sparse: Sparse, index: Tensor) -> Tensor:
+        """Dense rows ``[R, *shape]`` of a sparse node."""
+        return self.write_patch(self.spread(sparse.base), sparse, index)

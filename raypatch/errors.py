@@ -1,0 +1,46 @@
+"""The errors raypatch raises on purpose; each ends in one line for the user.
+
+Anything else that escapes is a bug and keeps its traceback. All of them survive
+pickling, because they cross process borders between actors and driver.
+"""
+
+from __future__ import annotations
+
+
+class RaypatchError(Exception):
+    """Base of all errors raised on purpose; ``exit_code`` is what the command ends with."""
+
+    exit_code = 1
+
+
+class InputError(RaypatchError):
+    """The user's input is wrong: the text names the value, the place and the fix."""
+
+    exit_code = 2
+
+
+class AgentError(InputError):
+    """The agent's files cannot be read or need something the user has not allowed."""
+
+
+class RunError(RaypatchError):
+    """The run itself failed: an actor that cannot start, a full disk, a failed verification."""
+
+
+class Interrupted(RaypatchError):
+    """A signal ended the run in order; what was committed is kept."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message, signal_number)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def one_line(error: BaseException) -> str:
+    """First line of an error's text, prefixed with its type where the text alone says little."""
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    return first if isinstance(error, RaypatchError) else f"{type(error).__name__}: {first}"
