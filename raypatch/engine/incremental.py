@@ -96,6 +96,15 @@ class Incremental:
         """
         return Prepared(self, source, target, fill)
 
+    def to(self, device: torch.device) -> None:
+        """Move weights and constants; scratch memory is made anew."""
+        for node in self.nodes:
+            if node.op == "module":
+                node.target.to(device)
+            elif node.op == "constant" and isinstance(node.target, Tensor):
+                node.target = node.target.to(device)
+        self._buffers, self._columns = {}, {}
+
     def layer_values(self, args: Args) -> dict[str, list[Tensor]]:
         """Outputs of every layer, one a call, in an unpatched run."""
         values = _run(self.nodes, args)
@@ -149,6 +158,9 @@ class Prepared:
         self.n_inputs = len(self.baseline)
         self._check_batch_axes()
         self.source_values = None if source is None else _run(engine.nodes, source)
+        self.source_baseline: Tensor | None = None
+        if self.source_values is not None:
+            self.source_baseline = self.source_values[-1]
         self._chains: dict[int, dict[int, Sparse | None]] = {}
         self._active: dict[int, Tensor] = {}
         self._programs: dict[Any, Program] = {}
@@ -326,7 +338,7 @@ class Prepared:
             out[group.experiments] = self.baseline
             return 0
         if program.kinds[self.engine.virtual] == _SOURCE:
-            out[group.experiments] = self.source_values[-1]  # type: ignore[index]
+            out[group.experiments] = self.source_baseline  # type: ignore[assignment]
             return 0
         index = self._indices(group, program)
         active = self._active_rows(program, index, len(group.experiments))

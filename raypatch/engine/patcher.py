@@ -115,6 +115,17 @@ class Patcher:
                 fill = self._means(target_args, n_inputs)
             return PatchRun(self, engine, source_args, target_args, fill)
 
+    def to(self, device: torch.device | str) -> Patcher:
+        """Move the weights to a device; runs prepared before stay where they were."""
+        self.device = torch.device(device)
+        if isinstance(self._engine, Incremental):
+            self._engine.to(self.device)
+        elif self._engine is not None:
+            self._engine.network.to(self.device)
+        if self._network is not None:
+            self._network.to(self.device)
+        return self
+
     @property
     def neuron_counts(self) -> dict[str, int]:
         """Layers and their neurons as experiments name them; known once inputs were seen."""
@@ -225,7 +236,8 @@ class Patcher:
 class PatchRun:
     """A patcher on one set of inputs.
 
-    ``baseline`` ``[inputs, outputs]`` holds the unpatched outputs on the targets.
+    ``baseline`` ``[inputs, outputs]`` holds the unpatched outputs on the targets, and
+    ``source_baseline`` those on the sources, None where patched values are no run's own.
     """
 
     def __init__(
@@ -252,9 +264,15 @@ class PatchRun:
         self._kept: Prepared | StackedPrepared | None = None
         if len(self._parts) == 1:
             self._kept = self._prepare(0)
-            self.baseline = self._kept.baseline
-        else:
-            self.baseline = torch.cat([self._prepare(i).baseline for i in range(len(self._parts))])
+        baselines, source_baselines = [], []
+        for i in range(len(self._parts)):
+            held = self._prepare(i)
+            baselines.append(held.baseline)
+            source_baselines.append(held.source_baseline)
+        self.baseline = torch.cat(baselines)
+        self.source_baseline = (
+            None if source is None else torch.cat([b for b in source_baselines if b is not None])
+        )
 
     def __call__(self, experiments: Definition) -> Tensor:
         """Patched outputs ``[experiments, inputs, outputs]`` in the definition's order."""

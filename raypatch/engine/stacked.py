@@ -46,8 +46,10 @@ class StackedPrepared:
         own = engine.layer_values(target)
         self.baseline = own[OUTPUT_LOGITS][0]
         self.n_inputs = len(self.baseline)
+        self.source_baseline: Tensor | None = None
         if source is not None:
             self.values = engine.layer_values(source)
+            self.source_baseline = self.values[OUTPUT_LOGITS][0]
         else:
             assert fill is not None
             self.values = {

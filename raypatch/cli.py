@@ -1,0 +1,287 @@
+"""The command line: arguments to one config, one call, one exit code.
+
+Help is instant: torch, ray and pyarrow are imported by what a command calls, never here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from raypatch import __version__
+from raypatch.definitions import DEFAULT_GROUP_SIZE, KINDS
+from raypatch.errors import InputError, Interrupted, RaypatchError
+
+if TYPE_CHECKING:
+    from raypatch.results.reader import Results
+
+# Dashes and underscores are the same in option names; values keep what they are.
+SETTINGS = {
+    "token_normalize_func": lambda token: token.replace("-", "_"),
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+}
+AGENT_OPTIONS = [
+    click.option("--agent_file", metavar="F", help="Which file of the directory is the agent."),
+    click.option("--agent_factory", metavar="M:F", help="Function that builds the module."),
+    click.option("--agent_output", metavar="NAME", help="Submodule that is the action network."),
+    click.option("--activation", metavar="A", help="Between the layers of a plain MLP: relu, ..."),
+    click.option(
+        "--trust_agent_code", is_flag=True, help="Allow running code from the agent's directory."
+    ),
+]
+
+
+def with_options(options: list[Any]) -> Callable[[Any], Any]:
+    """Attach a list of options to a command."""
+
+    def attach(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return attach
+
+
+@click.group(context_settings=SETTINGS)
+@click.version_option(__version__, prog_name="raypatch")
+def cli() -> None:
+    """Which neurons of a trained RL agent cause its actions: activation patching on Ray."""
+
+
+# ------------------------------------------------------------------------------ generate
+
+
+@cli.command()
+@click.option("--type", "kind", required=True, type=click.Choice(KINDS), help="Kind of definition.")
+@click.option("--agent_path", metavar="DIR", help="Agent whose layers are read.")
+@click.option(
+    "--layer_structure", metavar="JSON|FILE", help="Layers and sizes; goes before the agent."
+)
+@click.option("--group_size", default=DEFAULT_GROUP_SIZE, show_default=True, type=int)
+@click.option("--custom_spec", metavar="JSON|FILE", help="Experiments of --type custom.")
+@click.option("--output", metavar="FILE", help="Default: Definitions/<type>_experiment.json")
+@click.option(
+    "--include_output_logits/--exclude_output_logits",
+    default=True,
+    show_default=True,
+    help="Experiments that patch the outputs themselves.",
+)
+@click.option("--strict", is_flag=True, help="An agent that cannot be read is an error.")
+@with_options(AGENT_OPTIONS)
+def generate(**given: Any) -> None:
+    """Write a definition: which neurons are patched together, experiment by experiment."""
+    from raypatch.generating import generate_definition
+
+    path, count = generate_definition(**given)
+    click.echo(f"{count:,} {given['kind']} experiments written to {path}")
+
+
+# ----------------------------------------------------------------------------------- run
+
+
+RUN_OPTIONS = [
+    click.option("--agent_path", metavar="DIR", help="Directory of the trained agent."),
+    click.option("--definition_file", metavar="FILE", help="What to patch; see generate."),
+    click.option("--output_dir", metavar="DIR", help="Where results go; resumes a run there."),
+    click.option("--start_index", type=int, help="First experiment.  [default: 0]"),
+    click.option("--end_index", type=int, help="One past the last experiment.  [default: all]"),
+    click.option(
+        "--additional_args", metavar="ARGS", help='Further options, as in "--save=metrics,--seed=1".'
+    ),
+    click.option("--clean_inputs", metavar="FILE", help="Default: in the agent's directory."),
+    click.option("--corrupted_inputs", metavar="FILE", help="Default: in the agent's directory."),
+    click.option("--input_ids", metavar="A,B", help="Only these pairs."),
+    *AGENT_OPTIONS,
+    click.option("--direction", metavar="WHICH", help="both, denoising or noising.  [default: both]"),
+    click.option(
+        "--source", metavar="KIND", help="pair, zero, mean or resample.  [default: pair]"
+    ),
+    click.option("--seed", type=int, help="Of resampling and verification.  [default: 0]"),
+    click.option("--metrics", metavar="LIST", help="all, or names with commas; see docs."),
+    click.option("--save", metavar="MODE", help="full, metrics or summary.  [default: full]"),
+    click.option("--compression", metavar="KIND", help="none, lz4 or zstd.  [default: lz4]"),
+    click.option("--num_actors", type=int, help="Default: one a GPU, else one a core."),
+    click.option("--gpus_per_actor", type=float, help="May be a fraction.  [default: 1]"),
+    click.option("--device", metavar="D", help="auto, cpu or cuda.  [default: auto]"),
+    click.option("--dtype", metavar="T", help="float32 or float64.  [default: float32]"),
+    click.option("--batch_size", metavar="auto|N", help="Passes in a batch.  [default: auto]"),
+    click.option("--memory_per_actor", metavar="SIZE", help="As 512M or 4G.  [default: 4G]"),
+    click.option("--address", metavar="ADDRESS", help="A Ray cluster.  [default: a local Ray]"),
+    click.option("--backend", metavar="B", help="ray, or inline without Ray.  [default: ray]"),
+    click.option("--verify", type=int, help="Experiments re-checked.  [default: 8]"),
+    click.option("--overwrite", is_flag=True, default=None, help="Replace another sweep there."),
+    click.option("--quiet", is_flag=True, default=None, help="Only errors."),
+    click.option("--debug", is_flag=True, default=None, help="Ray's logs, and tracebacks."),
+]
+
+
+@cli.command()
+@with_options(RUN_OPTIONS)
+def run(**given: Any) -> None:
+    """Patch every experiment of a definition into every pair; resumes where it stopped."""
+    options = run_options(given)
+    from raypatch.driver import RunConfig, run_config
+
+    config = RunConfig(**options)
+    echo = None if config.quiet else lambda text: click.echo(text, err=True)
+    results = run_config(config, on_start=echo)
+    if not config.quiet:
+        from raypatch.ending import show_ending
+
+        show_ending(results)
+
+
+def run_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Options the user really gave, ``--additional_args`` taken apart, values converted."""
+    extra = given.pop("additional_args", None)
+    options = {name: value for name, value in given.items() if value is not None}
+    if extra:
+        parser = run.make_parser(click.Context(run, **SETTINGS))  # type: ignore[arg-type]
+        words = [word.strip() for word in extra.split(",") if word.strip()]
+        # A word without dashes belongs to the list before it: --metrics=a,b
+        joined: list[str] = []
+        for word in words:
+            if word.startswith("-") or not joined:
+                joined.append(word)
+            else:
+                joined[-1] += f",{word}"
+        context = click.Context(run, **SETTINGS)  # type: ignore[arg-type]
+        try:
+            parsed, rest, _ = parser.parse_args(args=joined)
+            if rest:
+                raise InputError(f"--additional_args: {rest[0]!r} is no option; write --name=value")
+            for parameter in run.params:
+                if parameter.name in parsed:
+                    value = parameter.type_cast_value(context, parsed[parameter.name])
+                    options[str(parameter.name)] = value
+        except click.ClickException as error:
+            raise InputError(f"--additional_args: {error.format_message()}") from None
+    for name in ("agent_path", "definition_file", "output_dir"):
+        if name not in options:
+            raise InputError(f"--{name} is missing; see raypatch run --help")
+    if options.get("batch_size") == "auto":
+        del options["batch_size"]
+    if "batch_size" in options:
+        options["batch_size"] = _whole(options["batch_size"], "--batch_size", "auto or a number")
+    if "memory_per_actor" in options:
+        options["memory_per_actor"] = _bytes(options["memory_per_actor"])
+    return options
+
+
+def _whole(text: str, option: str, valid: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{option}: {text!r} is not {valid}") from None
+
+
+def _bytes(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number = text.upper().removesuffix("B").removesuffix("I")
+    unit = units.get(number[-1:], 1)
+    try:
+        return int(float(number.rstrip("KMGT")) * unit)
+    except ValueError:
+        raise InputError(f"--memory_per_actor: {text!r} is not a size like 512M or 4G") from None
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+@cli.command()
+@click.argument("agent_dir")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@with_options(AGENT_OPTIONS)
+def inspect(agent_dir: str, as_json: bool, **given: Any) -> None:
+    """Layers of an agent, how it was loaded and how it will be patched."""
+    from raypatch.inspecting import inspect_agent, show_agent
+
+    facts = inspect_agent(agent_dir, **given)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        show_agent(facts)
+
+
+@cli.command()
+@click.argument("output_dir")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def status(output_dir: str, as_json: bool) -> None:
+    """How far a run is; works while it runs."""
+    from raypatch.ending import show_status, status_of
+
+    facts = status_of(_open(output_dir))
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        show_status(facts)
+
+
+@cli.command()
+@click.argument("output_dir")
+@click.option("--metric", default="kl_divergence", show_default=True)
+@click.option("--direction", default="both", show_default=True, help="both averages the two.")
+@click.option("--top", default=10, show_default=True, type=click.IntRange(1))
+@click.option("--layer", help="Only experiments that patch this layer.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def rank(
+    output_dir: str, metric: str, direction: str, top: int, layer: str | None, as_json: bool
+) -> None:
+    """The experiments that move the outputs most."""
+    rows = _open(output_dir).rank(metric, direction=direction, top=top, layer=layer)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        from raypatch.ending import show_ranking
+
+        show_ranking(rows, metric)
+
+
+def _open(output_dir: str) -> Results:
+    from raypatch.results.reader import open_results
+
+    return open_results(output_dir)
+
+
+# ---------------------------------------------------------------------------------- main
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors are one line on stderr."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(arguments, prog_name="raypatch", standalone_mode=False)
+        return 0
+    except click.exceptions.Exit as ending:
+        return ending.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
+    except click.ClickException as error:
+        return _fail(error.format_message().replace("\n", " "), 2)
+    except Interrupted as error:
+        return _fail(str(error), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("stopped at once; committed results are kept", 130)
+    except RaypatchError as error:
+        if "--debug" in arguments:
+            raise
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def _fail(message: str, code: int) -> int:
+    for line in message.splitlines():
+        click.echo(f"raypatch: {line}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

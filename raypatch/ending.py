@@ -1,0 +1,114 @@
+"""Short tables for people: how a run ended, how far it is, what ranks first."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from raypatch.analysis import DEFAULT_METRIC, rank
+from raypatch.progress import duration, short_number
+from raypatch.results.reader import Results
+
+
+def status_of(results: Results) -> dict[str, Any]:
+    """How far a run is, as plain data."""
+    n_experiments = results.sweep["identity"]["n_experiments"]
+    done = sum(r.last - r.first for r in results.receipts)
+    return {
+        "output_dir": str(results.path),
+        "state": "complete" if results.complete else "partial",
+        "experiments": n_experiments,
+        "experiments_committed": done,
+        "rows": sum(r.rows for r in results.receipts),
+        "bytes": sum((r.bytes or 0) + r.summary_bytes for r in results.receipts),
+        "items_committed": len(results.receipts),
+        "items_retried": sum(r.tries > 1 for r in results.receipts),
+        "agent": results.sweep["agent"]["loaded_as"],
+        "fingerprint": results.sweep["fingerprint"],
+        "runs": results.sweep.get("runs", []),
+    }
+
+
+def show_status(facts: dict[str, Any]) -> None:
+    """Print a run's state."""
+    share = facts["experiments_committed"] / facts["experiments"]
+    table = _facts_table()
+    table.add_row("state", facts["state"])
+    table.add_row(
+        "experiments",
+        f"{facts['experiments_committed']:,} of {facts['experiments']:,} committed ({share:.0%})",
+    )
+    table.add_row("rows", f"{facts['rows']:,} in {facts['items_committed']:,} items")
+    table.add_row("size", f"{facts['bytes'] / 1e6:.1f} MB")
+    table.add_row("retried items", f"{facts['items_retried']:,}")
+    table.add_row("agent", facts["agent"])
+    _console().print(table)
+
+
+def show_ending(results: Results) -> None:
+    """Print what ran, how fast, the verification, the strongest neurons and what is next."""
+    last = results.sweep["runs"][-1]
+    facts = status_of(results)
+    table = _facts_table()
+    table.add_row(
+        "ran", f"{last['passes']:,} passes in {duration(last['seconds'])}, "
+        f"{short_number(last['passes_per_second'])} passes/s",
+    )  # fmt: skip
+    table.add_row(
+        "committed",
+        f"{facts['experiments_committed']:,} of {facts['experiments']:,} experiments, "
+        f"{facts['rows']:,} rows, {facts['bytes'] / 1e6:.1f} MB in {results.path}",
+    )
+    table.add_row("verified", _verified(last["verification"]))
+    console = _console()
+    console.print(table)
+    if results.receipts:
+        metric = DEFAULT_METRIC if DEFAULT_METRIC in results.metrics else results.metrics[0]
+        console.print(f"\nStrongest neurons by mean {metric}, both directions", markup=False)
+        show_ranking(rank(results, metric, top=8, internal_only=True), metric)
+    command = f"raypatch rank {shlex.quote(str(results.path))} --metric {results.metrics[-1]}"
+    console.print(f"\nNext: {command}", markup=False, soft_wrap=True)
+
+
+def show_ranking(rows: list[dict[str, Any]], metric: str) -> None:
+    """Print a ranking."""
+    from rich.table import Table
+
+    table = Table(box=None)
+    table.add_column("rank", justify="right")
+    table.add_column("experiment", overflow="fold")
+    table.add_column(metric, justify="right")
+    table.add_column("action flips", justify="right")
+    for row in rows:
+        rate = row["action_changed_rate"]
+        table.add_row(
+            str(row["rank"]),
+            row["name"],
+            f"{row[f'{metric}_mean']:.4g}",
+            "-" if rate is None else f"{rate:.1%}",
+        )
+    _console().print(table)
+
+
+def _verified(record: dict[str, Any]) -> str:
+    if not record["checked"]:
+        return "nothing (--verify 0, or nothing was left to compute)"
+    return (
+        f"{record['checked']} experiments against the float64 reference, "
+        f"largest difference {record['largest_difference']:.1e}"
+    )
+
+
+def _facts_table() -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)

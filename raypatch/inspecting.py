@@ -1,0 +1,65 @@
+"""What ``raypatch inspect`` shows of an agent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def inspect_agent(path: str, **options: Any) -> dict[str, Any]:
+    """Facts of an agent as plain data; ``options`` are those of loading."""
+    import torch
+
+    from raypatch.agents import AgentOptions, load_agent
+    from raypatch.engine.patcher import Patcher
+
+    agent = load_agent(path, AgentOptions(**options))
+    patcher = Patcher(agent.network)
+    # Two different inputs, so that a trial of the fast path has something to tell apart.
+    trial = torch.linspace(0, 1, 2).view(2, *[1] * len(agent.observation_shape))
+    patcher.prepare(target=trial.expand(2, *agent.observation_shape).contiguous(), kind="zero")
+    return {
+        "loaded_as": agent.loaded_as,
+        "files": [str(file) for file in agent.files],
+        "observation_shape": list(agent.observation_shape),
+        "outputs": agent.output_size,
+        "output_kind": agent.output_kind,
+        "actions": "discrete" if agent.discrete else "continuous",
+        "parameters": sum(agent.parameters.values()),
+        "engine": patcher.path,
+        "layers": [
+            {
+                "name": layer.name,
+                "neurons": layer.neurons,
+                "kind": layer.kind,
+                "output_shape": list(layer.output_shape),
+                "parameters": sum(
+                    n for name, n in agent.parameters.items() if name.startswith(f"{layer.name}.")
+                ),
+            }
+            for layer in agent.layers.values()
+        ],
+    }
+
+
+def show_agent(facts: dict[str, Any]) -> None:
+    """Print the facts as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(facts["loaded_as"], markup=False)
+    console.print(
+        f"observation {facts['observation_shape']} -> {facts['outputs']} {facts['output_kind']} "
+        f"({facts['actions']} actions), {facts['parameters']:,} parameters",
+        markup=False,
+    )
+    console.print(f"patched by: {facts['engine']}", markup=False)
+    table = Table("layer", "kind", box=None)
+    for column in ("neurons", "parameters"):
+        table.add_column(column, justify="right")
+    for layer in facts["layers"]:
+        table.add_row(
+            layer["name"], layer["kind"], f"{layer['neurons']:,}", f"{layer['parameters']:,}"
+        )
+    table.add_row("output_logits", "the output itself", f"{facts['outputs']:,}", "")
+    console.print(table)

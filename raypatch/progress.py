@@ -1,0 +1,98 @@
+"""What a person sees while a run goes on, on a terminal or in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+LOG_EVERY_S = 5.0
+
+
+class Progress:
+    """One moving line on a terminal, plain lines every few seconds elsewhere.
+
+    Writes to stderr; ``quiet`` writes nothing. Use as a context manager.
+    """
+
+    def __init__(self, n_experiments: int, passes_each: int, *, quiet: bool) -> None:
+        self.n_experiments = n_experiments
+        self.passes_each = passes_each
+        self.done = 0
+        self.actors = 0
+        self.retries = 0
+        self._quiet = quiet
+        self._started = self._last_line = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if not self._quiet and sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.BarColumn(bar_width=24),
+                progress.TaskProgressColumn(),
+                progress.TextColumn("{task.description}"),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.text(), total=self.n_experiments)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        if self._bar is not None:
+            self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def passes_per_second(self) -> float:
+        return self.done * self.passes_each / max(self.seconds, 1e-9)
+
+    def text(self) -> str:
+        """The line without its bar."""
+        retries = f", {self.retries} retried" if self.retries else ""
+        actors = f"{self.actors} actor{'' if self.actors == 1 else 's'}"
+        return (
+            f"{self.done:,} of {self.n_experiments:,} experiments, "
+            f"{short_number(self.passes_per_second)} passes/s, {actors}{retries}"
+        )
+
+    def update(self, *, experiments: int = 0, actors: int | None = None, retries: int = 0) -> None:
+        """Count finished experiments and show where the run is."""
+        self.done += experiments
+        self.actors = self.actors if actors is None else actors
+        self.retries = max(self.retries, retries)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, description=self.text())
+        elif not self._quiet and time.monotonic() - self._last_line >= LOG_EVERY_S:
+            self._last_line = time.monotonic()
+            left = (self.n_experiments - self.done) * self.seconds / max(self.done, 1)
+            print(f"{self.text()}, {duration(left)} left", file=sys.stderr, flush=True)
+
+
+def short_number(value: float) -> str:
+    """1234567 as 1.2 M."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f} {unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 8.2 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"

@@ -1,0 +1,139 @@
+"""Reading an output directory back: only what is committed is believed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.ipc
+
+from raypatch.errors import InputError
+from raypatch.results import layout, schema
+from raypatch.results.store import Store
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
+
+
+@dataclass(frozen=True)
+class Results:
+    """The committed results of a run; tables are read when asked for."""
+
+    store: Store
+    sweep: dict[str, Any]
+    receipts: tuple[layout.Receipt, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.store.root
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run ended with every experiment of its definition done."""
+        return self.store.path(layout.SUCCESS).exists()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(self.sweep["identity"]["metrics"])
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return tuple(self.sweep["identity"]["directions"])
+
+    @cached_property
+    def experiments(self) -> pa.Table:
+        """Every experiment of the definition: index, name, layers, neurons."""
+        return self._table(layout.EXPERIMENTS)
+
+    @cached_property
+    def baselines(self) -> pa.Table:
+        """Unpatched outputs and actions by side and input."""
+        return self._table(layout.BASELINES)
+
+    def dataset(self) -> pyarrow.dataset.Dataset:
+        """All committed rows as one Arrow dataset, nothing read yet."""
+        if self.sweep["identity"]["save"] == "summary":
+            raise InputError(f"{self.path}: was run with --save summary and holds no rows")
+        return self._dataset(layout.SHARDS)
+
+    def summary(self) -> pa.Table:
+        """Statistics by experiment and direction."""
+        return self._dataset(layout.SUMMARY).to_table()
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """All rows as a pandas frame."""
+        return self.dataset().to_table().to_pandas()
+
+    def to_polars(self) -> polars.LazyFrame:
+        """All rows as a lazy polars frame."""
+        import polars
+
+        return polars.scan_pyarrow_dataset(self.dataset())
+
+    def rank(self, metric: str = "kl_divergence", **options: Any) -> list[dict[str, Any]]:
+        """The strongest experiments; see :func:`raypatch.analysis.rank`."""
+        from raypatch.analysis import rank
+
+        return rank(self, metric, **options)
+
+    def summary_parts(self, columns: list[str]) -> Iterator[pa.Table]:
+        """Summary tables part by part, in the order of experiments."""
+        for receipt in self.receipts:
+            path = self.store.path(f"{layout.SUMMARY}/{receipt.part}")
+            with _memory_map(path) as source:
+                yield pa.ipc.open_file(source).read_all().select(columns)
+
+    def describe(self, indices: list[int]) -> pa.Table:
+        """Rows of ``experiments.arrow`` at these indices, without reading the rest."""
+        path = self.store.path(layout.EXPERIMENTS)
+        with _memory_map(path) as source:
+            reader = pa.ipc.open_file(source)
+            rows = []
+            for index in indices:
+                batch = reader.get_batch(index // schema.BATCH_ROWS)
+                rows.append(batch.slice(index % schema.BATCH_ROWS, 1))
+            return pa.Table.from_batches(rows, schema=reader.schema)
+
+    def _table(self, name: str) -> pa.Table:
+        with _memory_map(self.store.path(name)) as source:
+            return pa.ipc.open_file(source).read_all()
+
+    def _dataset(self, folder: str) -> pyarrow.dataset.Dataset:
+        if not self.receipts:
+            raise InputError(f"{self.path}: nothing is committed yet")
+        files = [str(self.store.path(f"{folder}/{receipt.part}")) for receipt in self.receipts]
+        return pyarrow.dataset.dataset(files, format="ipc")
+
+
+def _memory_map(path: Path) -> pa.MemoryMappedFile:
+    try:
+        return pa.memory_map(str(path))
+    except OSError:
+        raise InputError(f"{path}: missing or unreadable; run the sweep again to restore it") from None
+
+
+def open_results(path: str | Path) -> Results:
+    """Open an output directory; raises InputError where it holds no sweep."""
+    store = Store(path)
+    content = store.read(layout.SWEEP) if store.root.is_dir() else None
+    if content is None:
+        raise InputError(f"{path}: no sweep here (no {layout.SWEEP}); give a run's --output_dir")
+    try:
+        sweep = json.loads(content)
+        sweep["identity"]["metrics"]
+        receipts = layout.read_manifest(store.read(layout.MANIFEST))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: its records cannot be read: {error}") from None
+    if sweep.get("format_version") != schema.FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format version {sweep.get('format_version')!r}; this raypatch reads "
+            f"{schema.FORMAT_VERSION}"
+        )
+    return Results(store, sweep, tuple(sorted(receipts, key=lambda r: r.first)))

@@ -1,0 +1,172 @@
+"""A sweep's plan: what it is (identity), how it is cut (items), what is still to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raypatch.definitions import Experiments
+from raypatch.errors import InputError
+from raypatch.results import layout
+from raypatch.results.store import Store
+
+# Items aim at this many seconds on a slow core, by a count of the network's operations, and
+# at no more rows than suit one Arrow file; a small sweep is still cut for several actors.
+ITEM_SECONDS = 1.0
+ITEM_ROWS = 1 << 18
+MIN_ITEM_ROWS = 1024
+MIN_ITEMS = 16
+OPERATIONS_PER_SECOND = {"cpu": 2e10, "cuda": 2e13}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Experiments ``first`` to ``last`` (exclusive)."""
+
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+
+def item_length(n_experiments: int, passes_each: int, operations: int, device: str) -> int:
+    """Experiments in an item; depends on agent, inputs, definition and device class only."""
+    seconds_each = max(operations * passes_each / OPERATIONS_PER_SECOND[device], 1e-12)
+    length = min(ITEM_SECONDS / seconds_each, ITEM_ROWS / passes_each)
+    length = min(length, max(n_experiments / MIN_ITEMS, MIN_ITEM_ROWS / passes_each))
+    return max(1, math.ceil(length))
+
+
+def remaining(wanted: Range, committed: list[Range]) -> list[Range]:
+    """What of ``wanted`` no committed range covers, in order."""
+    left, at = [], wanted.first
+    for done in sorted(committed, key=lambda r: r.first):
+        if done.last <= at or done.first >= wanted.last:
+            continue
+        if done.first > at:
+            left.append(Range(at, done.first))
+        at = max(at, done.last)
+    if at < wanted.last:
+        left.append(Range(at, wanted.last))
+    return left
+
+
+def cut(ranges: list[Range], length: int) -> Iterator[tuple[int, int, int]]:
+    """Items (number, first, last): ranges cut at multiples of ``length``."""
+    for part in ranges:
+        for number in range(part.first // length, -(-part.last // length)):
+            yield (
+                number,
+                max(part.first, number * length),
+                min(part.last, (number + 1) * length),
+            )
+
+
+def count_items(ranges: list[Range], length: int) -> int:
+    """How many items :func:`cut` gives."""
+    return sum(-(-r.last // length) - r.first // length for r in ranges)
+
+
+# ----------------------------------------------------------------------------- identity
+
+
+def sha256_of(*parts: bytes | memoryview | np.ndarray) -> str:
+    """Digest of arrays and bytes in a row, each with its length before it."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = memoryview(np.ascontiguousarray(part)).cast("B") if isinstance(
+            part, np.ndarray
+        ) else part
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def definition_digest(experiments: Experiments) -> str:
+    """The same for the same experiments, however the file spells them."""
+    return sha256_of(
+        json.dumps(experiments.layer_names).encode(),
+        experiments.entry_offsets,
+        experiments.layers,
+        experiments.neuron_offsets,
+        experiments.neurons,
+    )
+
+
+def files_digest(files: tuple[Path, ...]) -> str:
+    return sha256_of(*(file.read_bytes() for file in files))
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """Digest of everything that decides a sweep's numbers and files."""
+    return sha256_of(json.dumps(identity, sort_keys=True).encode())
+
+
+# ------------------------------------------------------------------- an output directory
+
+
+def open_directory(
+    store: Store, identity: dict[str, Any], *, overwrite: bool
+) -> list[layout.Receipt]:
+    """Committed receipts of the same sweep in the directory, none where it is new.
+
+    Raises InputError where the directory holds another sweep (naming the fields that
+    differ) or files that are no sweep's. Writes nothing.
+    """
+    if overwrite:
+        return []
+    content = store.read(layout.SWEEP)
+    if content is None:
+        if store.root.exists():
+            if not store.root.is_dir():
+                raise InputError(f"--output_dir {store.root}: this is a file, not a directory")
+            other = next((f for f in store.root.iterdir() if not f.name.startswith(".")), None)
+            if other is not None:
+                raise InputError(
+                    f"--output_dir {store.root}: holds {other.name!r} but no sweep; choose a new "
+                    "directory, or --overwrite to replace a run's files in it"
+                )
+        return []
+    try:
+        held = json.loads(content)["identity"]
+        receipts = layout.read_manifest(store.read(layout.MANIFEST))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--output_dir {store.root}: its {layout.SWEEP} or {layout.MANIFEST} cannot be read "
+            f"({error}); choose a new directory, or --overwrite"
+        ) from None
+    different = [key for key in identity if held.get(key) != identity[key]]
+    if different:
+        raise InputError(
+            f"--output_dir {store.root}: holds another sweep; different: {', '.join(different)}; "
+            "choose a new directory, or --overwrite to replace it"
+        )
+    return receipts
+
+
+def clear(store: Store) -> None:
+    """Remove a run's files, and only those, for ``--overwrite``."""
+    for folder in (layout.SHARDS, layout.SUMMARY):
+        for pattern in ("part-*.arrow", ".part-*.partial"):
+            for file in store.path(folder).glob(pattern):
+                file.unlink()
+    for name in (
+        layout.SUCCESS, layout.MANIFEST, layout.FAILURES, layout.SWEEP, layout.EXPERIMENTS,
+        layout.BASELINES,
+    ):  # fmt: skip
+        store.path(name).unlink(missing_ok=True)
+
+
+def drop_torn_line(store: Store) -> None:
+    """Cut an unfinished last line of the manifest, so that the next one starts clean."""
+    content = store.read(layout.MANIFEST)
+    if content and not content.endswith(b"\n"):
+        store.write(layout.MANIFEST, content[: content.rfind(b"\n") + 1])
