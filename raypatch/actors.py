@@ -49,7 +49,7 @@ class WorkerActor:
 
     def compute(self, item: Item, experiments: Experiments, tries: int) -> Outcome:
         """Compute one item; see :meth:`raypatch.worker.Worker.compute`."""
-        return self._worker.compute(item, experiments, tries)  # type: ignore[no-any-return]
+        return self._worker.compute(item, experiments, tries)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,10 @@ class RayBackend:
 
     def __init__(self, options: PoolOptions) -> None:
         self.options = options
-        self._thread = threading.Thread(target=self._start, name="raypatch-ray", daemon=True)
+        # Ray's daemons are tied to the life of the thread that starts them, not just the
+        # process, so that thread stays until the end.
+        self._thread = threading.Thread(target=self._serve, name="raypatch-ray", daemon=True)
+        self._started, self._closing = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
         self._ray: Any = None
         self._actor_class: Any = None
@@ -95,9 +98,16 @@ class RayBackend:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.join()
+        self._started.wait()
         if self._ray is not None and self._ray.is_initialized():
             self._ray.shutdown()
+        self._closing.set()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        self._start()
+        self._started.set()
+        self._closing.wait()
 
     def _start(self) -> None:
         try:
@@ -122,7 +132,9 @@ class RayBackend:
             "namespace": "raypatch",
         }
         if address == "local":
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            cores = (
+                len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            )
             settings |= {
                 "include_dashboard": False,
                 "_node_ip_address": "127.0.0.1",
@@ -145,11 +157,13 @@ class RayBackend:
 
     def wait_started(self) -> None:
         """Until Ray stands; raises RunError where it does not."""
-        self._thread.join()
+        self._started.wait()
         if isinstance(self._failure, RaypatchError):
             raise self._failure
         if self._failure is not None:
-            raise RunError(f"Ray could not be started: {one_line(self._failure)}") from self._failure
+            raise RunError(
+                f"Ray could not be started: {one_line(self._failure)}"
+            ) from self._failure
 
     def outcomes(
         self,
@@ -254,9 +268,7 @@ class _Fleet:
                 self._forget(actor)
                 found.append(_Event(actor, starting=starting, error=one_line(error)))
                 continue
-            found.append(
-                _Event(actor, ready=True) if starting else _Event(actor, outcome=value)
-            )
+            found.append(_Event(actor, ready=True) if starting else _Event(actor, outcome=value))
         return found
 
     def _forget(self, actor: int) -> None:

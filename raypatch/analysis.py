@@ -38,7 +38,9 @@ def rank(
     chosen = _directions(results, direction)
     layers = results.sweep["identity"]["layers"]
     if layer is not None and layer not in layers and layer != OUTPUT_LOGITS:
-        raise InputError(f"--layer: unknown layer {layer!r}; valid: {', '.join(layers)}, output_logits")
+        raise InputError(
+            f"--layer: unknown layer {layer!r}; valid: {', '.join(layers)}, output_logits"
+        )
     wanted = _layer_filter(results, layer, internal_only)
     best = np.empty((0, 3))
     for part in results.summary_parts(
@@ -74,7 +76,7 @@ def _directions(results: Results, direction: str) -> tuple[str, ...]:
         return results.directions
     if direction not in results.directions:
         raise InputError(
-            f"--direction: {direction!r} was not run; this run holds {', '.join(results.directions)}"
+            f"--direction: {direction!r} was not run; valid: {', '.join(results.directions)}"
         )
     return (direction,)
 
@@ -96,7 +98,9 @@ def _layer_filter(results: Results, layer: str | None, internal_only: bool) -> n
         return None
     names = results.experiments["layers"].combine_chunks()
     word = layer or OUTPUT_LOGITS
-    hits = pc.unique(pc.filter(pc.list_parent_indices(names), pc.equal(pc.list_flatten(names), word)))
+    hits = pc.unique(
+        pc.filter(pc.list_parent_indices(names), pc.equal(pc.list_flatten(names), word))
+    )
     all_ids = np.arange(len(names))
     if layer is None:
         return np.setdiff1d(all_ids, hits.to_numpy())

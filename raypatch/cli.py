@@ -91,16 +91,18 @@ RUN_OPTIONS = [
     click.option("--start_index", type=int, help="First experiment.  [default: 0]"),
     click.option("--end_index", type=int, help="One past the last experiment.  [default: all]"),
     click.option(
-        "--additional_args", metavar="ARGS", help='Further options, as in "--save=metrics,--seed=1".'
+        "--additional_args",
+        metavar="ARGS",
+        help='Further options, as in "--save=metrics,--seed=1".',
     ),
     click.option("--clean_inputs", metavar="FILE", help="Default: in the agent's directory."),
     click.option("--corrupted_inputs", metavar="FILE", help="Default: in the agent's directory."),
     click.option("--input_ids", metavar="A,B", help="Only these pairs."),
     *AGENT_OPTIONS,
-    click.option("--direction", metavar="WHICH", help="both, denoising or noising.  [default: both]"),
     click.option(
-        "--source", metavar="KIND", help="pair, zero, mean or resample.  [default: pair]"
+        "--direction", metavar="WHICH", help="both, denoising or noising.  [default: both]"
     ),
+    click.option("--source", metavar="KIND", help="pair, zero, mean or resample.  [default: pair]"),
     click.option("--seed", type=int, help="Of resampling and verification.  [default: 0]"),
     click.option("--metrics", metavar="LIST", help="all, or names with commas; see docs."),
     click.option("--save", metavar="MODE", help="full, metrics or summary.  [default: full]"),

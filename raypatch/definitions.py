@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +191,7 @@ def check_layer_structure(structure: Any, origin: str) -> dict[str, int]:
 # ------------------------------------------------------------------------------ reading
 
 
-class _Pairs(list):  # type: ignore[type-arg]
+class _Pairs(list):
     """A JSON object kept as pairs, so that a layer given twice is seen and not dropped."""
 
 
@@ -203,7 +202,7 @@ def json_argument(text: str, option: str, *, keep_pairs: bool = False) -> tuple[
     """
     if text.lstrip()[:1] in ("{", "["):
         return _parse_json(text, option, keep_pairs), option
-    if not os.path.exists(text):
+    if not Path(text).exists():
         raise InputError(f"{option}: {_brief(text)} is neither JSON nor an existing file")
     return _parse_json(_read_text(Path(text)), text, keep_pairs), text
 
@@ -225,7 +224,9 @@ def _parse_json(text: str, origin: str, keep_pairs: bool) -> Any:
             f"{origin}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
         ) from None
     except (RecursionError, ValueError) as error:
-        raise InputError(f"{origin}: not usable JSON: {str(error) or 'nested too deeply'}") from None
+        raise InputError(
+            f"{origin}: not usable JSON: {str(error) or 'nested too deeply'}"
+        ) from None
 
 
 def read_definition(path: str | Path, layers: Mapping[str, int]) -> Experiments:
@@ -425,7 +426,7 @@ def write_definition(experiments: Iterable[Experiment], path: str | Path) -> int
     partial = path.with_name(f".{path.name}.partial")
     try:
         count = _WRITERS.get(path.suffix, _write_json)(experiments, partial)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return count
@@ -438,11 +439,8 @@ def _write_json(experiments: Iterable[Experiment], path: Path) -> int:
 
 
 def _write_jsonl(experiments: Iterable[Experiment], path: Path) -> int:
-    count = 0
     with path.open("w", encoding="utf-8") as file:
-        for count, experiment in enumerate(experiments, 1):
-            file.write(json.dumps(experiment) + "\n")
-    return count
+        return sum(file.write(json.dumps(experiment) + "\n") > 0 for experiment in experiments)
 
 
 def _write_table(experiments: Iterable[Experiment], path: Path) -> int:
@@ -455,9 +453,10 @@ def _write_table(experiments: Iterable[Experiment], path: Path) -> int:
         pyarrow.parquet.write_table(table, path)
     else:
         options = pa.ipc.IpcWriteOptions(compression="lz4")
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(
-            sink, table.schema, options=options
-        ) as writer:
+        with (
+            pa.OSFile(str(path), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema, options=options) as writer,
+        ):
             writer.write_table(table, max_chunksize=65536)
     return len(packed)
 

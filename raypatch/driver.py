@@ -182,8 +182,8 @@ def _signals() -> Iterator[Interruption]:
     try:
         yield interruption
     finally:
-        for number, handler in held.items():
-            signal.signal(number, handler)
+        for held_number, handler in held.items():
+            signal.signal(held_number, handler)
 
 
 class _Job:
@@ -227,7 +227,9 @@ class _Job:
         n, first = len(self.experiments), self.config.start_index
         last = n if self.config.end_index is None else self.config.end_index
         if first >= n:
-            raise InputError(f"--start_index {first}: the definition has {n} experiments, 0 to {n - 1}")
+            raise InputError(
+                f"--start_index {first}: the definition has {n} experiments, 0 to {n - 1}"
+            )
         if not first < last <= n:
             raise InputError(f"--end_index {last}: valid are {first + 1} to {n}")
         return Range(first, last)
@@ -294,7 +296,9 @@ class _Job:
         import torch
 
         return {
-            side: self.patcher.prepare(target=torch.from_numpy(values), kind="zero").baseline.numpy()
+            side: self.patcher.prepare(
+                target=torch.from_numpy(values), kind="zero"
+            ).baseline.numpy()
             for side, values in self.inputs.sides.items()
         }
 
@@ -370,11 +374,10 @@ class _Job:
             else:
                 progress.update(actors=event.actors, retries=event.retries)
         if self.interruption and progress.done < progress.n_experiments:
-            number = self.interruption.signal_number or signal.SIGINT
             raise Interrupted(
                 f"interrupted; {progress.done + self.n_committed:,} experiments are committed in "
                 f"{self.store.root}; run the same command again to resume",
-                int(number),
+                int(self.interruption.signal_number or signal.SIGINT),
             )
 
     def _slice(self, item: Any) -> Experiments:
@@ -515,11 +518,11 @@ def write_experiments(store: Any, experiments: Experiments) -> None:
     target = store.path(layout.EXPERIMENTS)
     partial = target.with_name(f".{target.name}.partial")
     options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(
-        sink, schema.EXPERIMENTS, options=options
-    ) as writer:
+    with (
+        pa.OSFile(str(partial), "wb") as sink,
+        pa.ipc.new_file(sink, schema.EXPERIMENTS, options=options) as writer,
+    ):
         for first in range(0, len(experiments), schema.BATCH_ROWS):
             last = min(first + schema.BATCH_ROWS, len(experiments))
             writer.write_table(tables.experiments_table(first, experiments.slice(first, last)))
     shutil.move(partial, target)
-

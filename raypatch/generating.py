@@ -47,14 +47,14 @@ def generate_definition(
     if custom_spec is not None:
         raise InputError(f"--custom_spec: only for --type custom, not {kind}")
     layers, output_size = _layers(agent_path, layer_structure, options, strict)
-    experiments = generate(
+    generated = generate(
         kind,
         layers,
         output_size=output_size,
         group_size=group_size,
         include_output_logits=include_output_logits,
     )
-    return path, write_definition(experiments, path)
+    return path, write_definition(generated, path)
 
 
 def _custom(

@@ -90,11 +90,11 @@ def _observation(value: Any, shape: tuple[int, ...], key: str, path: Path) -> np
     try:
         array = np.asarray(value, np.float64)
     except (TypeError, ValueError):
-        raise InputError(f"{where}: holds something that is not a number, or ragged lists") from None
-    if array.shape != shape and not (array.ndim == 1 and array.size == np.prod(shape)):
         raise InputError(
-            f"{where}: shape {list(array.shape)}, but the agent takes {list(shape)}"
-        )
+            f"{where}: holds something that is not a number, or ragged lists"
+        ) from None
+    if array.shape != shape and not (array.ndim == 1 and array.size == np.prod(shape)):
+        raise InputError(f"{where}: shape {list(array.shape)}, but the agent takes {list(shape)}")
     with np.errstate(over="ignore"):
         array = array.reshape(shape).astype(np.float32)
     if not np.isfinite(array).all():

@@ -267,7 +267,9 @@ def choose_metrics(text: str | None, *, discrete: bool) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
         if name not in METRICS:
-            raise InputError(f"--metrics: unknown metric {name!r}; valid: all, {', '.join(METRICS)}")
+            raise InputError(
+                f"--metrics: unknown metric {name!r}; valid: all, {', '.join(METRICS)}"
+            )
         if not usable(name):
             raise InputError(
                 f"--metrics: {name!r} needs discrete actions and this agent's are continuous; "

@@ -87,7 +87,9 @@ class Dispatch(Generic[T]):
         here on."""
         instructions: list[Send[T]] = []
         while not self._stopping:
-            free = [a for a, r in self._actors.items() if len(r.in_flight) < self._in_flight_per_actor]
+            free = [
+                a for a, r in self._actors.items() if len(r.in_flight) < self._in_flight_per_actor
+            ]
             if not free:
                 break
             actor = min(free, key=lambda a: len(self._actors[a].in_flight))

@@ -82,11 +82,10 @@ def sha256_of(*parts: bytes | memoryview | np.ndarray) -> str:
     """Digest of arrays and bytes in a row, each with its length before it."""
     digest = hashlib.sha256()
     for part in parts:
-        content = memoryview(np.ascontiguousarray(part)).cast("B") if isinstance(
-            part, np.ndarray
-        ) else part
-        digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
+        content = part if not isinstance(part, np.ndarray) else np.ascontiguousarray(part).data
+        view = memoryview(content).cast("B")
+        digest.update(view.nbytes.to_bytes(8, "little"))
+        digest.update(view)
     return digest.hexdigest()
 
 

@@ -100,12 +100,12 @@ def _manifest(path: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
     except (ValueError, OSError) as error:
         raise AgentError(f"{path}: not a readable JSON manifest: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("file"), str):
-        raise AgentError(f'{path}: a manifest is an object with "file", like {{"file": "policy.pt"}}')
+        raise AgentError(
+            f'{path}: a manifest is an object with "file", like {{"file": "policy.pt"}}'
+        )
     unknown = sorted(set(content) - set(MANIFEST_KEYS))
     if unknown:
-        raise AgentError(
-            f"{path}: unknown key {unknown[0]!r}; valid: {', '.join(MANIFEST_KEYS)}"
-        )
+        raise AgentError(f"{path}: unknown key {unknown[0]!r}; valid: {', '.join(MANIFEST_KEYS)}")
     if any(not isinstance(value, str) for value in content.values()):
         raise AgentError(f"{path}: every value of a manifest is a text")
     file = path.parent / content["file"]
@@ -125,5 +125,3 @@ def _manifest(path: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
         activation=options.activation or content.get("activation"),
         trust_agent_code=options.trust_agent_code,
     )
-
-

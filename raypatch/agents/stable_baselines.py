@@ -25,7 +25,7 @@ from torch import nn
 from raypatch.agents.activations import activation_by_text
 from raypatch.agents.agent import Agent, AgentOptions, make_agent
 from raypatch.agents.pickles import pickled_class
-from raypatch.agents.state_dict import linear_from, weight_layers
+from raypatch.agents.state_dict import linear_from, load_tensors, weight_layers
 from raypatch.errors import AgentError
 
 # One archive member may unpack to this much: the largest real policies are far smaller,
@@ -55,7 +55,7 @@ def load_zip(file: Path, options: AgentOptions) -> Agent:
             f"{file}: policy class {policy_class!r} is not supported; "
             f"supported: {', '.join(sorted(known))}"
         )
-    state = _read_policy(file)
+    state = load_tensors(io.BytesIO(_read_member(file, "policy.pth")), f"{file}: policy.pth")
     shape = _observation_shape(data, file)
     activation = _activation(kwargs, policy_class, file)
     discrete = _is_discrete(data)
@@ -168,7 +168,12 @@ def _read_member(file: Path, name: str) -> bytes:
     except KeyError:
         raise AgentError(f"{file}: no {name} inside; not a Stable-Baselines3 archive") from None
     except (
-        zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        NotImplementedError,
+        RuntimeError,
     ) as error:
         raise AgentError(f"{file}: {name}: damaged archive ({error})") from None
 
@@ -181,17 +186,6 @@ def _read_data(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise AgentError(f"{file}: data is not a JSON object")
     return data
-
-
-def _read_policy(file: Path) -> dict[str, torch.Tensor]:
-    raw = io.BytesIO(_read_member(file, "policy.pth"))
-    try:
-        state = torch.load(raw, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise AgentError(f"{file}: policy.pth holds no plain tensors ({type(error).__name__})") from None
-    if not isinstance(state, dict):
-        raise AgentError(f"{file}: policy.pth is no state dict")
-    return {str(name): v for name, v in state.items() if isinstance(v, torch.Tensor)}
 
 
 def _class_name(data: dict[str, Any], file: Path) -> str:

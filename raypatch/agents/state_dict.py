@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
 from torch import nn
@@ -36,22 +35,27 @@ def load_state_dict_agent(file: Path, options: AgentOptions) -> Agent:
 
 
 def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
-    """Load tensors only; a pickled object is refused, never executed."""
+    """A file's tensors by name; a pickled object is refused, never executed."""
+    return load_tensors(file, str(file))
+
+
+def load_tensors(source: Path | BinaryIO, origin: str) -> dict[str, torch.Tensor]:
+    """Load a state dict, tensors only; one inside ``{"state_dict": ...}`` is found too."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
         if "Weights only load failed" in str(error):
             raise AgentError(
-                f"{file}: holds pickled objects, not just tensors, and loading them would run "
+                f"{origin}: holds pickled objects, not just tensors, and loading them would run "
                 "code; save the state dict instead: torch.save(module.state_dict(), ...)"
             ) from None
-        raise AgentError(f"{file}: not a readable torch file ({type(error).__name__})") from None
+        raise AgentError(f"{origin}: not a readable torch file ({type(error).__name__})") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not any(
         isinstance(value, torch.Tensor) for value in content.values()
     ):
-        raise AgentError(f"{file}: holds no state dict (names to tensors)")
+        raise AgentError(f"{origin}: holds no state dict (names to tensors)")
     return {str(name): v for name, v in content.items() if isinstance(v, torch.Tensor)}
 
 
@@ -67,9 +71,7 @@ def weight_layers(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class ChainedMLP(nn.Module):
     """Linear layers in a row at the paths the state dict names, an activation between them."""
 
-    def __init__(
-        self, layers: Mapping[str, nn.Linear], activation: type[nn.Module]
-    ) -> None:
+    def __init__(self, layers: Mapping[str, nn.Linear], activation: type[nn.Module]) -> None:
         super().__init__()
         self.paths = list(layers)
         for path, layer in layers.items():
@@ -132,12 +134,3 @@ def chained_mlp(
         layers[path] = linear_from(weight, state.get(f"{path}.bias"))
         width, previous = weight.shape[0], path
     return ChainedMLP(layers, activation)
-
-
-def load_into(module: nn.Module, state: Mapping[str, Any], origin: str) -> None:
-    """Load a state dict strictly; raises AgentError naming the first tensor that differs."""
-    try:
-        module.load_state_dict(dict(state), strict=True)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise AgentError(f"{origin}: weights do not fit: {lines[0] if lines else error}") from None

@@ -125,8 +125,8 @@ def _nodes(traced: fx.Graph, network: nn.Module) -> list[Node]:
     for item in traced.nodes:
         if item.op == "output":
             break
-        args = fx.map_arg(item.args, lambda n: current[n])
-        kwargs = dict(fx.map_arg(item.kwargs, lambda n: current[n]))
+        args = fx.map_arg(item.args, lambda n: current[n])  # type: ignore[arg-type, return-value]
+        kwargs = dict(fx.map_arg(item.kwargs, lambda n: current[n]))  # type: ignore[arg-type, return-value]
         index = len(nodes)
         if item.op == "placeholder":
             if item.args:

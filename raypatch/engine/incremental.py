@@ -131,7 +131,9 @@ class Incremental:
         """Weight of a linear or convolution node, input features first, contiguous."""
         held = self._columns.get(node.index)
         if held is None:
-            held = self._columns[node.index] = node.target.weight.detach().transpose(0, 1).contiguous()
+            held = self._columns[node.index] = (
+                node.target.weight.detach().transpose(0, 1).contiguous()
+            )
         return held
 
 
@@ -268,9 +270,7 @@ class Prepared:
 
     def _plan(self, group: Group) -> Program:
         engine, savings = self.engine, self.engine.savings
-        patched = {
-            entry: layer for layer in group.layers for entry in engine.calls[layer]
-        }
+        patched = {entry: layer for layer in group.layers for entry in engine.calls[layer]}
         kinds: dict[int, Kind] = {}
         incoming: dict[int, Kind] = {}
         for index in range(len(engine.nodes) + 1):
@@ -289,12 +289,11 @@ class Prepared:
         if not savings.sparse_output and kinds[engine.virtual].name == SPARSE:
             kinds[engine.virtual] = _DENSE
         steps = self._needed_steps(kinds, incoming)
-        row_bytes = sum(
-            _numel(self.base_values[s.index]) * self.baseline.element_size() for s in steps
-        ) + self.baseline[0].numel() * self.baseline.element_size()
-        return Program(
-            kinds, steps, patched, row_bytes, sum(map(self._work, steps[1:]))
+        row_bytes = (
+            sum(_numel(self.base_values[s.index]) * self.baseline.element_size() for s in steps)
+            + self.baseline[0].numel() * self.baseline.element_size()
         )
+        return Program(kinds, steps, patched, row_bytes, sum(map(self._work, steps[1:])))
 
     def _kind(self, node: Node, kinds: dict[int, Kind]) -> Kind:
         used = [kinds[i] for i in node.inputs if self.engine.depends[i]]
@@ -309,9 +308,7 @@ class Prepared:
                 return Kind(SPARSE, entry)
         return _DENSE
 
-    def _needed_steps(
-        self, kinds: dict[int, Kind], incoming: dict[int, Kind]
-    ) -> tuple[Node, ...]:
+    def _needed_steps(self, kinds: dict[int, Kind], incoming: dict[int, Kind]) -> tuple[Node, ...]:
         engine = self.engine
         wanted = {engine.output} if incoming[engine.virtual] == _DENSE else set()
         if kinds[engine.virtual] != _DENSE:
@@ -409,9 +406,7 @@ class Prepared:
             value = batch.write_patch(value, patch, batch.index[OUTPUT_LOGITS])
         return value
 
-    def _step(
-        self, node: Node, program: Program, batch: Batch, dense: dict[int, Any]
-    ) -> Any:
+    def _step(self, node: Node, program: Program, batch: Batch, dense: dict[int, Any]) -> Any:
         sparse_inputs = [i for i in node.inputs if program.kinds[i].name == SPARSE]
         if len(sparse_inputs) == 1 and self.engine.savings.low_rank:
             others = (program.kinds[i] for i in node.inputs if i != sparse_inputs[0])
@@ -439,9 +434,7 @@ class Prepared:
                 return in_place(x, node.target)
         return node.call(values.__getitem__)
 
-    def _rows(
-        self, index: int, program: Program, batch: Batch, dense: dict[int, Any]
-    ) -> Any:
+    def _rows(self, index: int, program: Program, batch: Batch, dense: dict[int, Any]) -> Any:
         """A node's value as rows of the batch, whatever its kind."""
         if index in dense:
             return dense[index]

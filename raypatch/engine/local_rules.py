@@ -57,14 +57,24 @@ POINTWISE_MODULES = (
     nn.RReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
     nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
-POINTWISE_NAMES = (
-    "relu relu6 leaky_relu elu celu selu gelu silu mish tanh sigmoid hardtanh hardsigmoid "
-    "hardswish hardshrink softplus softshrink softsign tanhshrink threshold logsigmoid rrelu "
-    "abs neg exp expm1 log log1p sqrt rsqrt square sin cos erf sign reciprocal clamp clamp_min "
-    "clamp_max clip pow add sub mul div rsub true_divide maximum minimum where lerp sigmoid "
-    "addcmul addcdiv float double to type contiguous clone detach nan_to_num dropout "
-    "alpha_dropout feature_dropout round floor ceil expand_as atan sinh cosh square"
-).split()
+POINTWISE_NAMES = """
+    relu relu6 leaky_relu elu celu selu gelu silu mish tanh sigmoid hardtanh hardsigmoid hardswish
+    hardshrink softplus softshrink softsign tanhshrink threshold logsigmoid rrelu dropout
+    alpha_dropout feature_dropout abs neg exp expm1 log log1p sqrt rsqrt square sin cos sinh cosh
+    atan erf sign reciprocal round floor ceil clamp clamp_min clamp_max clip pow add sub mul div
+    rsub true_divide maximum minimum where lerp addcmul addcdiv float double to type contiguous
+    clone detach nan_to_num
+""".split()
+MOVEMENT_NAMES = """
+    flatten unflatten reshape view permute transpose t squeeze unsqueeze movedim moveaxis swapaxes
+    swapdims chunk split tensor_split unbind select narrow index_select expand expand_as repeat
+    flip roll ravel view_as reshape_as broadcast_to pixel_shuffle pixel_unshuffle channel_shuffle
+    unfold
+""".split()
+CHANNELWISE_NAMES = """
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_avg_pool3d batch_norm interpolate prelu
+""".split()
 POINTWISE_OPERATORS = (
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,
     operator.pos, operator.abs,
@@ -82,7 +92,9 @@ def _named(names: list[str]) -> list[Any]:
 @local(*POINTWISE_MODULES, *POINTWISE_OPERATORS, *_named(POINTWISE_NAMES))
 def pointwise(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     result = torch.full((1, *shape), -1)
-    for one in filter(lambda o: o is not None, map(owners.of, node.inputs)):
+    for one in map(owners.of, node.inputs):
+        if one is None:
+            continue
         if one.dim() > len(shape) + 1:
             return None
         one = one.expand_as(result)
@@ -95,12 +107,7 @@ def pointwise(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
 @local(
     nn.Flatten, nn.Unflatten, operator.getitem, torch.cat, torch.concat, torch.stack,
     torch.hstack, torch.vstack,
-    *_named(
-        "flatten unflatten reshape view permute transpose t squeeze unsqueeze movedim moveaxis "
-        "swapaxes swapdims chunk split tensor_split unbind select narrow index_select expand "
-        "expand_as repeat flip roll ravel view_as reshape_as broadcast_to pixel_shuffle "
-        "pixel_unshuffle channel_shuffle unfold".split()
-    ),
+    *_named(MOVEMENT_NAMES),
     nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
 )  # fmt: skip
 def movement(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
@@ -116,10 +123,7 @@ def movement(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.LPPool1d, nn.LPPool2d,
     nn.Upsample, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ReflectionPad2d,
     nn.ReplicationPad2d,
-    *_named(
-        "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
-        "adaptive_avg_pool2d adaptive_avg_pool3d batch_norm interpolate prelu".split()
-    ),
+    *_named(CHANNELWISE_NAMES),
 )  # fmt: skip
 def channelwise(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     """Each output channel depends on the input channel of the same index."""

@@ -103,7 +103,8 @@ class Patcher:
             source_args = cast(as_args(source), self.dtype, self.device)
             if _shapes(source_args) != _shapes(target_args):
                 raise InputError(
-                    f"source {_shapes(source_args)} and target {_shapes(target_args)} differ in shape"
+                    f"source shapes {_shapes(source_args)} differ from the target's "
+                    f"{_shapes(target_args)}"
                 )
         elif kind == "resample":
             order = resample_order(n_inputs, seed).to(self.device)
@@ -183,12 +184,14 @@ class Patcher:
         except Exception as error:  # anything a strange network may do to a fast path
             raise CaptureError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
         for i in range(n_inputs):
-            one = tree_map(lambda x: x[i : i + 1] if isinstance(x, Tensor) else x, (source, target))
-            expected = PatchRun(self, single, one[0], one[1], None)(plan)
+            one_source, one_target = _slice(source, i, i + 1), _slice(target, i, i + 1)
+            expected = PatchRun(self, single, one_source, one_target, None)(plan)
             difference = (found[:, i : i + 1] - expected).abs().max()
             bound = CHECK_TOLERANCE.get(self.dtype, 1e-1) * max(1.0, float(expected.abs().max()))
             if not float(difference) <= bound:
-                raise CaptureError(f"differs from plain hooks by {float(difference):.1e} in a trial")
+                raise CaptureError(
+                    f"differs from plain hooks by {float(difference):.1e} in a trial"
+                )
 
     def _probe_experiments(self) -> Experiments:
         names = list(self.layers)
@@ -400,7 +403,9 @@ def _count(args: Args) -> int:
     """Number of inputs, the same in every tensor."""
     sizes = {len(leaf) for leaf in _leaves(args)}
     if len(sizes) != 1 or 0 in sizes:
-        raise InputError(f"inputs of shapes {_shapes(args)} do not share one number of inputs above 0")
+        raise InputError(
+            f"inputs of shapes {_shapes(args)} do not share one number of inputs above 0"
+        )
     return sizes.pop()
 
 

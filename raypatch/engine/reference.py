@@ -91,8 +91,9 @@ def _one_experiment(
 
         return patch
 
-    with torch.no_grad(), hooked(
-        network, {name: patcher(name) for name in experiment if name != OUTPUT_LOGITS}
+    with (
+        torch.no_grad(),
+        hooked(network, {name: patcher(name) for name in experiment if name != OUTPUT_LOGITS}),
     ):
         output = network(*target)
     return patcher(OUTPUT_LOGITS)(0, output) if OUTPUT_LOGITS in experiment else output.clone()

@@ -163,9 +163,7 @@ def batch_like(context: Context, node: Node, batch: Batch, base: Tensor) -> Tens
     )
 
 
-def reduction_places(
-    node: Node, shape: torch.Size, out_shape: torch.Size
-) -> Tensor | None:
+def reduction_places(node: Node, shape: torch.Size, out_shape: torch.Size) -> Tensor | None:
     """``[features]``: the flat output feature that each flat input feature is reduced into."""
     probe = torch.zeros(1, *shape, dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():

@@ -131,7 +131,7 @@ class Batch:
 
     def write_patch(self, rows: Tensor, patch: Sparse, index: Tensor) -> Tensor:
         """Put the patched neurons' values into dense rows ``[R, *shape]``; changes ``rows``."""
-        n_experiments, k = index.shape
+        n_experiments = len(index)
         values = self.gather(patch.values, index)
         positions = patch.positions.index_select(0, index.flatten()).view(n_experiments, 1, -1)
         positions = positions.expand(-1, self.n_inputs, -1)

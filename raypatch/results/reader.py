@@ -116,7 +116,9 @@ def _memory_map(path: Path) -> pa.MemoryMappedFile:
     try:
         return pa.memory_map(str(path))
     except OSError:
-        raise InputError(f"{path}: missing or unreadable; run the sweep again to restore it") from None
+        raise InputError(
+            f"{path}: missing or unreadable; run the sweep again to restore it"
+        ) from None
 
 
 def open_results(path: str | Path) -> Results:

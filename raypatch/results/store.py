@@ -37,7 +37,7 @@ class Store:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(partial, target)
+                partial.replace(target)
                 sync_directory(target.parent)
             finally:
                 partial.unlink(missing_ok=True)

@@ -116,7 +116,9 @@ def file_bytes(table: pa.Table, compression: str) -> pa.Buffer:
 
 
 def _directions(item: ItemArrays, repeats: int) -> pa.Array:
-    codes = np.tile(np.repeat(np.arange(len(item.directions), dtype=np.int32), repeats), item.shape[0])
+    codes = np.tile(
+        np.repeat(np.arange(len(item.directions), dtype=np.int32), repeats), item.shape[0]
+    )
     words = pa.array(list(item.directions), pa.string())
     return words.take(pa.array(codes))
 

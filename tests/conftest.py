@@ -1,0 +1,89 @@
+"""Shared ground: the example agents with their independently computed truth, and a command."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raypatch import cli
+
+ROOT = Path(__file__).parent.parent
+LAVA = ROOT / "examples" / "lavacrossing_dqn"
+CARTPOLE = ROOT / "examples" / "cartpole_ppo"
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the command line in this process: ``command("rank", path)``."""
+
+    def call(*arguments) -> Ended:
+        code = cli.main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return Ended(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def run_inline(command, tmp_path):
+    """A sweep without Ray; further options as arguments, the output directory comes back."""
+
+    def call(agent, definition, *options, out=None) -> Path:
+        out = out or tmp_path / "out"
+        ended = command(
+            "run", "--agent_path", agent, "--definition_file", definition, "--output_dir", out,
+            "--backend", "inline", "--quiet", *options,
+        )  # fmt: skip
+        assert (ended.code, ended.err) == (0, "")
+        return out
+
+    return call
+
+
+@pytest.fixture
+def single_neurons(command, tmp_path):
+    """A definition of every neuron of an agent, without output_logits."""
+
+    def call(agent) -> Path:
+        path = tmp_path / f"{Path(agent).name}.json"
+        ended = command(
+            "generate", "--type", "single_neuron", "--agent_path", agent, "--output", path,
+            "--exclude_output_logits", "--strict",
+        )  # fmt: skip
+        assert ended.code == 0
+        return path
+
+    return call
+
+
+@pytest.fixture
+def lava_copy(tmp_path):
+    """A copy of the LavaCrossing agent that a test may change."""
+    return Path(shutil.copytree(LAVA, tmp_path / "agent"))
+
+
+def expected_outputs(agent: Path) -> np.ndarray:
+    """Truth of every single neuron: ``[experiments, directions, inputs, outputs]``."""
+    truth = np.load(agent / "expected.npz")
+    return np.stack([truth["denoising"], truth["noising"]], axis=1)
+
+
+def outputs_of(results) -> np.ndarray:
+    """Patched outputs of a finished run: ``[experiments, directions, inputs, outputs]``."""
+    table = results.dataset().to_table()
+    flat = table["patched_output"].combine_chunks().flatten().to_numpy()
+    shape = (results.sweep["identity"]["n_experiments"], len(results.directions))
+    return flat.reshape(*shape, len(results.sweep["input_ids"]), -1)

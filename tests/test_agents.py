@@ -1,0 +1,220 @@
+"""Agents: what loads, under which names, and what is refused without running code."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import CARTPOLE, LAVA
+from torch import nn
+
+from raypatch.agents import AgentOptions, load_agent, read_layer_structure
+from raypatch.errors import AgentError
+
+
+def truth(agent, *names):
+    return [np.load(agent / "expected.npz")[name] for name in names]
+
+
+def clean_outputs(agent, path):
+    inputs = json.loads((path / "activation_inputs" / "clean_inputs.json").read_text())
+    obs = torch.tensor([value["input"] for value in inputs.values()], dtype=torch.float64)
+    return agent.network.double()(obs).numpy()
+
+
+def edited_zip(source, target, **members):
+    """A copy of an archive with some members replaced."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, members.get(info.filename, old.read(info)))
+    return target
+
+
+def saved(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+class Payload:
+    """Leaves a file behind if anyone unpickles it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("path", [LAVA, CARTPOLE], ids=["manifest", "zip"])
+def test_an_agent_loads_with_the_names_and_outputs_of_its_library(path):
+    agent = load_agent(path)
+    names, sizes, outputs = truth(path, "layer_names", "layer_sizes", "clean_output")
+    assert list(agent.layers) == names.tolist()
+    assert [layer.neurons for layer in agent.layers.values()] == sizes.tolist()
+    assert agent.discrete and agent.output_size == outputs.shape[1]
+    np.testing.assert_allclose(clean_outputs(agent, path), outputs, atol=1e-12)
+
+
+def test_a_zip_with_a_custom_extractor_needs_trust_and_says_so():
+    with pytest.raises(AgentError, match=r"features.CustomCombinedExtractor.*--trust_agent_code"):
+        load_agent(LAVA, agent_file="agent.zip")
+
+
+def test_a_zip_with_a_custom_extractor_loads_with_trust(monkeypatch):
+    monkeypatch.delitem(__import__("sys").modules, "features", raising=False)
+    agent = load_agent(LAVA, agent_file="agent.zip", trust_agent_code=True)
+    names, outputs = truth(LAVA, "layer_names", "clean_output")
+    assert list(agent.layers) == names.tolist()
+    assert agent.output_kind == "Q-values"
+    np.testing.assert_allclose(clean_outputs(agent, LAVA), outputs, atol=1e-12)
+
+
+def test_trust_leaves_the_import_path_as_it_was():
+    import sys
+
+    before = list(sys.path)
+    load_agent(LAVA, agent_file="agent.zip", trust_agent_code=True)
+    assert sys.path == before
+
+
+@pytest.mark.parametrize("algorithm", ["DQN", "PPO", "A2C"])
+@pytest.mark.parametrize("arch", [[], [7], [9, 5, 3]])
+def test_a_zip_saved_by_the_library_gives_the_librarys_outputs(tmp_path, algorithm, arch):
+    import gymnasium
+    import stable_baselines3 as sb3
+
+    env = gymnasium.make("CartPole-v1")
+    kind = getattr(sb3, algorithm)
+    model = kind("MlpPolicy", env, policy_kwargs={"net_arch": arch}, device="cpu", seed=1)
+    model.save(tmp_path / "dqn-CartPole-v1.zip")
+    agent = load_agent(tmp_path)
+    obs = torch.randn(6, 4)
+    with torch.no_grad():
+        if algorithm == "DQN":
+            expected = model.policy.q_net(obs)
+        else:
+            expected = model.policy.get_distribution(obs).distribution.logits
+            found = agent.network(obs)
+            found = found - found.logsumexp(1, keepdim=True)
+            torch.testing.assert_close(found, expected)
+            return
+    torch.testing.assert_close(agent.network(obs), expected)
+
+
+def test_an_activation_of_the_policy_kwargs_is_used(tmp_path):
+    import gymnasium
+    import stable_baselines3 as sb3
+
+    env = gymnasium.make("CartPole-v1")
+    kwargs = {"activation_fn": nn.ELU, "net_arch": [8]}
+    model = sb3.DQN("MlpPolicy", env, policy_kwargs=kwargs, device="cpu", seed=1)
+    model.save(tmp_path / "agent.zip")
+    obs = torch.randn(6, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(load_agent(tmp_path).network(obs), model.policy.q_net(obs))
+
+
+def test_a_continuous_action_space_is_noticed(tmp_path):
+    import gymnasium
+    import stable_baselines3 as sb3
+
+    model = sb3.PPO("MlpPolicy", gymnasium.make("Pendulum-v1"), device="cpu", seed=1)
+    model.save(tmp_path / "agent.zip")
+    agent = load_agent(tmp_path)
+    assert not agent.discrete and agent.output_kind == "mean"
+
+
+def test_pickles_in_an_archive_are_never_run(tmp_path):
+    proof = tmp_path / "executed"
+    bomb = pickle.dumps(Payload(proof))
+    for member in ("policy.pth", "pytorch_variables.pth", "policy.optimizer.pth"):
+        path = edited_zip(CARTPOLE / "agent.zip", tmp_path / "agent.zip", **{member: bomb})
+        try:
+            load_agent(tmp_path, agent_file=path.name)
+        except AgentError as error:
+            assert "policy.pth" in str(error) and member == "policy.pth"
+    assert not proof.exists()
+
+
+def test_a_pickled_module_is_refused_without_running_it(tmp_path):
+    proof = tmp_path / "executed"
+    torch.save(Payload(proof), tmp_path / "policy.pt")
+    with pytest.raises(AgentError, match="loading them would run code"):
+        load_agent(tmp_path, activation="relu")
+    assert not proof.exists()
+
+
+def test_layers_come_from_the_weights_where_the_network_cannot_be_built(tmp_path):
+    shutil.copy(LAVA / "policy.pt", tmp_path)
+    layers, n_outputs = read_layer_structure(tmp_path, AgentOptions())
+    assert layers == {"features_extractor.mlp.0": 64, "q_net.0": 64, "q_net.2": 64, "q_net.4": 3}
+    assert n_outputs == 3
+
+
+def test_a_nested_state_dict_is_found(tmp_path):
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    torch.save({"state_dict": network.state_dict(), "epoch": 3}, tmp_path / "a.pth")
+    obs = torch.randn(5, 3)
+    torch.testing.assert_close(
+        load_agent(tmp_path, activation="tanh").network(obs), network.requires_grad_(False)(obs)
+    )
+
+
+def write_state(tmp_path, **tensors):
+    torch.save({k.replace("__", "."): v for k, v in tensors.items()}, tmp_path / "a.pt")
+
+
+BAD_DIRECTORIES = [
+    (lambda p: None, {}, "no agent here"),
+    (lambda p: (p / "agent.json").write_text("{"), {}, "not a readable JSON manifest"),
+    (lambda p: (p / "agent.json").write_text("[]"), {}, 'an object with "file"'),
+    (lambda p: (p / "agent.json").write_text('{"file": "x.pt"}'), {}, "'x.pt' does not exist"),
+    (lambda p: (p / "agent.json").write_text('{"file": "../x.pt"}'), {}, "outside the agent's"),
+    (lambda p: (p / "agent.json").write_text('{"file": "x", "typo": "y"}'), {}, "unknown key 'typo'"),
+    (lambda p: [(p / n).write_bytes(b"") for n in ("a.zip", "b.zip")], {}, "several agents: a.zip, b.zip"),
+    (lambda p: (p / "a.zip").write_bytes(b"not a zip"), {}, "damaged archive"),
+    (lambda p: zipfile.ZipFile(p / "a.zip", "w").close(), {}, "not a Stable-Baselines3 archive"),
+    (lambda p: (p / "a.pt").write_bytes(b"junk"), {"activation": "relu"}, "a.pt"),
+    (lambda p: write_state(p, a__weight=torch.ones(2, 3)), {}, "--activation relu"),
+    (lambda p: write_state(p, a__weight=torch.ones(2, 3)), {"activation": "rulu"}, "unknown activation 'rulu'"),
+    (
+        lambda p: write_state(p, a__weight=torch.ones(2, 3), b__weight=torch.ones(2, 3)),
+        {"activation": "relu"}, "do not chain",
+    ),
+    (lambda p: write_state(p, a__weight=torch.ones(2, 3, 3, 3)), {"activation": "relu"}, "only linear layers"),
+    (
+        lambda p: write_state(p, a__weight=torch.ones(2, 3), norm__weight=torch.ones(2)),
+        {"activation": "relu"}, "'norm.weight'",
+    ),
+    (
+        lambda p: write_state(p, a__weight=torch.full((2, 3), torch.nan)),
+        {"activation": "relu"}, "holds NaN or infinity",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "options", "message"), BAD_DIRECTORIES)
+def test_a_directory_that_cannot_be_loaded_is_refused_in_one_line(tmp_path, make, options, message):
+    make(tmp_path)
+    with pytest.raises(AgentError, match=message) as caught:
+        load_agent(tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_instead_of_a_directory_is_refused():
+    with pytest.raises(AgentError, match="give its directory"):
+        load_agent(LAVA / "policy.pt")
+
+
+def test_a_factory_in_a_manifest_needs_trust(tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"")
+    (tmp_path / "agent.json").write_text('{"file": "x.pt", "factory": "m:f"}')
+    with pytest.raises(AgentError, match="'m:f' runs code.*--trust_agent_code"):
+        load_agent(tmp_path)

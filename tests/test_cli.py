@@ -1,0 +1,360 @@
+"""The command line as people type it: the original's examples, and every careless mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import CARTPOLE, LAVA, ROOT, expected_outputs, outputs_of
+
+import raypatch
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---------------------------------------------------------------- the original's examples
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "first"),
+    [
+        ("single_neuron", 198, {"features_extractor.mlp.0": [0]}),
+        ("layer", 5, {"features_extractor.mlp.0": "all"}),
+        ("neuron_groups", 41, {"features_extractor.mlp.0": [0, 1, 2, 3, 4]}),
+    ],
+)
+def test_generate_reads_the_layers_from_the_agent(command, in_empty_folder, kind, count, first):
+    assert command("generate", "--type", kind, "--agent_path", LAVA).code == 0
+    found = json.loads((in_empty_folder / "Definitions" / f"{kind}_experiment.json").read_text())
+    assert (len(found), found[0]) == (count, first)
+    assert set(found[-1]) == {"output_logits"}
+
+
+@pytest.mark.parametrize("kind", ["single_neuron", "layer", "neuron_groups"])
+def test_the_definitions_in_the_repository_are_what_generate_writes(command, tmp_path, kind):
+    out = tmp_path / "d.json"
+    command("generate", "--type", kind, "--agent_path", LAVA, "--output", out)
+    assert out.read_text() == (ROOT / "Definitions" / f"{kind}_experiment.json").read_text()
+
+
+def test_custom_json_on_the_command_line(command, in_empty_folder):
+    spec = '\n[\n  {"layer_name": [0, 1, 2]},\n  {"another_layer": [5, 10, 15]}\n]'
+    assert command("generate", "--type", "custom", "--custom_spec", spec).code == 0
+    found = json.loads((in_empty_folder / "Definitions" / "custom_experiment.json").read_text())
+    assert found == [{"layer_name": [0, 1, 2]}, {"another_layer": [5, 10, 15]}]
+
+
+def test_custom_json_from_a_file(command, in_empty_folder):
+    (in_empty_folder / "custom_definition.json").write_text('[{"q_net.0": [3], "q_net.2": "all"}]')
+    ended = command("generate", "--type", "custom", "--custom_spec", "custom_definition.json")
+    assert ended.code == 0
+    found = json.loads((in_empty_folder / "Definitions" / "custom_experiment.json").read_text())
+    assert found == [{"q_net.0": [3], "q_net.2": "all"}]
+
+
+def test_the_custom_definition_in_the_repository_fits_the_example(command, tmp_path):
+    path = ROOT / "Definitions" / "custom_experiment.json"
+    ended = command(
+        "generate", "--type", "custom", "--custom_spec", path, "--agent_path", LAVA,
+        "--output", tmp_path / "d.json",
+    )  # fmt: skip
+    assert ended.code == 0
+    assert (tmp_path / "d.json").read_text() == path.read_text()
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_layer_structure_goes_before_the_agent(command, in_empty_folder, as_file):
+    structure = '{"a": 2, "b": 3}'
+    if as_file:
+        (in_empty_folder / "structure.json").write_text(structure)
+        structure = "structure.json"
+    command("generate", "--type", "layer", "--layer_structure", structure, "--agent_path", LAVA)
+    found = json.loads((in_empty_folder / "Definitions" / "layer_experiment.json").read_text())
+    assert found == [{"a": "all"}, {"b": "all"}, {"output_logits": "all"}]
+
+
+def test_options_of_generate_with_dashes_and_underscores(command, tmp_path):
+    for number, names in enumerate((("--group_size", "--exclude_output_logits"),
+                                    ("--group-size", "--exclude-output-logits"))):  # fmt: skip
+        ended = command(
+            "generate", "--type", "neuron_groups", names[0], "10", "--agent_path", CARTPOLE,
+            names[1], "--output", tmp_path / f"{number}.json",
+        )  # fmt: skip
+        assert ended.code == 0
+    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
+    assert json.loads((tmp_path / "0.json").read_text())[-1] == {"action_net": [0, 1]}
+
+
+def test_an_unreadable_agent_falls_back_with_a_warning(command, in_empty_folder):
+    (in_empty_folder / "agent").mkdir()
+    ended = command("generate", "--type", "single_neuron", "--agent_path", "agent")
+    assert ended.code == 0
+    assert "WARNING: USING THE DEFAULT LAYER STRUCTURE" in ended.err
+    found = json.loads(
+        (in_empty_folder / "Definitions" / "single_neuron_experiment.json").read_text()
+    )
+    assert len(found) == 64 * 3 + 5 + 5
+
+
+def test_strict_makes_the_fallback_an_error(command, in_empty_folder):
+    (in_empty_folder / "agent").mkdir()
+    ended = command("generate", "--type", "layer", "--agent_path", "agent", "--strict")
+    assert ended.code == 2 and "no agent here" in ended.err
+    assert not (in_empty_folder / "Definitions").exists()
+
+
+# -------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("agent", [LAVA, CARTPOLE], ids=["lavacrossing", "cartpole"])
+def test_a_sweep_equals_the_independent_truth(run_inline, single_neurons, agent):
+    results = raypatch.open_results(run_inline(agent, single_neurons(agent)))
+    assert results.complete
+    np.testing.assert_allclose(outputs_of(results), expected_outputs(agent), atol=1e-5)
+
+
+def test_a_trusted_zip_gives_the_same_sweep_as_the_manifest(run_inline, single_neurons, tmp_path):
+    definition = single_neurons(LAVA)
+    one = run_inline(LAVA, definition, "--trust_agent_code", "--agent_file", "agent.zip")
+    np.testing.assert_allclose(
+        outputs_of(raypatch.open_results(one)), expected_outputs(LAVA), atol=1e-5
+    )
+
+
+def test_float64_is_as_close_as_the_contract_says(run_inline, single_neurons):
+    out = run_inline(LAVA, single_neurons(LAVA), "--dtype", "float64")
+    results = raypatch.open_results(out)
+    assert results.sweep["runs"][-1]["verification"]["largest_difference"] < 1e-12
+
+
+def test_two_halves_in_one_directory_equal_the_whole(run_inline, single_neurons, tmp_path):
+    definition = single_neurons(LAVA)
+    whole = raypatch.open_results(run_inline(LAVA, definition))
+    halves = tmp_path / "halves"
+    run_inline(LAVA, definition, "--start_index", "0", "--end_index", "97", out=halves)
+    assert not raypatch.open_results(halves).complete
+    run_inline(LAVA, definition, "--start_index", "97", "--end_index", "195", out=halves)
+    results = raypatch.open_results(halves)
+    assert results.complete
+    one, two = whole.dataset().to_table(), results.dataset().to_table()
+    assert one["experiment_index"].equals(two["experiment_index"])
+    np.testing.assert_allclose(outputs_of(results), outputs_of(whole), atol=1e-6)
+
+
+def test_additional_args_are_further_options(run_inline, single_neurons):
+    out = run_inline(
+        LAVA, single_neurons(LAVA), "--additional_args",
+        "--metrics=kl_divergence,cosine_similarity,--direction=noising,--end_index=5",
+    )  # fmt: skip
+    results = raypatch.open_results(out)
+    assert results.metrics == ("kl_divergence", "cosine_similarity")
+    assert results.directions == ("noising",)
+    assert results.dataset().count_rows() == 5 * 48
+
+
+def test_a_finished_sweep_is_resumed_without_computing_again(run_inline, single_neurons):
+    definition = single_neurons(CARTPOLE)
+    out = run_inline(CARTPOLE, definition)
+    before = {p: p.stat().st_mtime_ns for p in (out / "shards").iterdir()}
+    run_inline(CARTPOLE, definition)
+    assert {p: p.stat().st_mtime_ns for p in (out / "shards").iterdir()} == before
+    assert raypatch.open_results(out).sweep["runs"][-1]["passes"] == 0
+
+
+def test_several_layers_whole_layers_and_logits_pass_verification(run_inline, tmp_path):
+    definition = tmp_path / "d.json"
+    definition.write_text(json.dumps([
+        {"q_net.0": [3, 7], "q_net.2": "all"},
+        {"features_extractor.mlp.0": "all"},
+        {"output_logits": [1]},
+        {"output_logits": "all", "q_net.4": [0]},
+        {"q_net.0": list(range(60)), "features_extractor.mlp.0": [1]},
+        {"q_net.0": [3, 7], "q_net.2": "all"},
+    ]))  # fmt: skip
+    results = raypatch.open_results(run_inline(LAVA, definition))
+    assert results.sweep["runs"][-1]["verification"]["checked"] == 6
+    outputs = outputs_of(results)
+    np.testing.assert_array_equal(outputs[0], outputs[5])
+    source = results.baselines.filter(
+        __import__("pyarrow.compute").compute.equal(results.baselines["side"], "clean")
+    )["output"].combine_chunks().flatten().to_numpy().reshape(48, 3)  # fmt: skip
+    np.testing.assert_array_equal(outputs[1, 0], source)
+
+
+@pytest.mark.parametrize("source", ["zero", "mean", "resample"])
+def test_other_sources_need_one_file_only(run_inline, single_neurons, lava_copy, source):
+    (lava_copy / "activation_inputs" / "corrupted_inputs.json").unlink()
+    results = raypatch.open_results(
+        run_inline(lava_copy, single_neurons(lava_copy), "--source", source)
+    )
+    assert results.directions == ("noising",)
+    assert results.sweep["runs"][-1]["verification"]["checked"] == 8
+
+
+@pytest.mark.parametrize("save", ["full", "metrics", "summary"])
+def test_save_decides_what_is_kept(run_inline, single_neurons, save):
+    out = run_inline(CARTPOLE, single_neurons(CARTPOLE), "--save", save)
+    assert (out / "shards").exists() == (save != "summary")
+    results = raypatch.open_results(out)
+    assert results.summary().num_rows == 260
+    if save != "summary":
+        assert ("patched_output" in results.dataset().schema.names) == (save == "full")
+
+
+def test_what_changes_no_number_changes_no_byte(run_inline, single_neurons, tmp_path):
+    definition = single_neurons(CARTPOLE)
+    one = run_inline(CARTPOLE, definition, out=tmp_path / "1")
+    two = run_inline(CARTPOLE, definition, "--verify", "0", out=tmp_path / "2")
+    for path in sorted((one / "shards").iterdir()):
+        assert path.read_bytes() == (two / "shards" / path.name).read_bytes()
+
+
+# ------------------------------------------------------------------------- reading back
+
+
+def test_status_and_rank_speak_to_people_and_programs(command, run_inline, single_neurons):
+    out = run_inline(LAVA, single_neurons(LAVA))
+    assert "195 of 195 committed (100%)" in command("status", out).out
+    assert json.loads(command("status", out, "--json").out)["state"] == "complete"
+    rows = json.loads(command("rank", out, "--top", "3", "--json").out)
+    assert [row["rank"] for row in rows] == [1, 2, 3]
+    assert rows[0]["kl_divergence_mean"] >= rows[1]["kl_divergence_mean"]
+    assert rows[0]["name"] in command("rank", out, "--top", "3").out
+
+
+def test_rank_is_the_mean_over_inputs_and_directions(run_inline, single_neurons):
+    results = raypatch.open_results(run_inline(LAVA, single_neurons(LAVA)))
+    rows = results.dataset().to_table().to_pandas()
+    expected = rows.groupby("experiment_index")["kl_divergence"].mean().sort_values(ascending=False)
+    found = results.rank("kl_divergence", top=5)
+    assert [r["experiment_index"] for r in found] == expected.index[:5].tolist()
+    assert found[0]["kl_divergence_mean"] == pytest.approx(expected.iloc[0], rel=1e-5)
+    layer = results.rank("kl_divergence", top=400, layer="q_net.2", direction="noising")
+    assert len(layer) == 64 and all(row["name"].startswith("q_net.2_") for row in layer)
+
+
+def test_inspect_tells_how_an_agent_was_loaded(command):
+    facts = json.loads(command("inspect", CARTPOLE, "--json").out)
+    assert facts["engine"].startswith("incremental")
+    assert [layer["neurons"] for layer in facts["layers"]] == [64, 64, 2]
+    assert "mlp_extractor.policy_net.0" in command("inspect", CARTPOLE).out
+
+
+# --------------------------------------------------------------------------- mistakes
+
+
+def good(tmp_path):
+    definition = tmp_path / "d.json"
+    definition.write_text('[{"q_net.0": [1]}, {"q_net.0": [2]}]')
+    return {
+        "--agent_path": LAVA, "--definition_file": definition, "--output_dir": tmp_path / "out",
+        "--backend": "inline",
+    }  # fmt: skip
+
+
+MISTAKES = [
+    ({"--agent_path": "nowhere"}, "--agent_path nowhere: no such file or directory"),
+    ({"--agent_path": None}, "--agent_path is missing"),
+    ({"--definition_file": "no.json"}, "--definition_file no.json: no such file or directory"),
+    ({"--output_dir": None}, "--output_dir is missing"),
+    ({"--start_index": "2"}, r"--start_index 2: the definition has 2 experiments, 0 to 1"),
+    ({"--start_index": "-1"}, r"--start_index: -1 is below 0"),
+    ({"--start_index": "x"}, r"'x' is not a valid integer"),
+    ({"--end_index": "3"}, r"--end_index 3: valid are 1 to 2"),
+    ({"--start_index": "1", "--end_index": "1"}, r"--end_index 1: valid are 2 to 2"),
+    ({"--direction": "up"}, r"--direction: 'up' is not one of both, denoising, noising"),
+    ({"--source": "x"}, r"--source: 'x' is not one of pair, zero, mean, resample"),
+    ({"--metrics": "x"}, r"--metrics: unknown metric 'x'; valid: all, "),
+    ({"--save": "x"}, r"--save: 'x' is not one of full, metrics, summary"),
+    ({"--dtype": "float16"}, r"--dtype: 'float16' is not one of float32, float64"),
+    ({"--device": "tpu"}, r"--device: 'tpu' is not one of auto, cpu, cuda"),
+    ({"--backend": "x"}, r"--backend: 'x' is not one of ray, inline"),
+    ({"--num_actors": "0"}, r"--num_actors: 0 is below 1"),
+    ({"--gpus_per_actor": "0"}, r"--gpus_per_actor: 0.0 is not above 0"),
+    ({"--batch_size": "many"}, r"--batch_size: 'many' is not auto or a number"),
+    ({"--memory_per_actor": "lots"}, r"--memory_per_actor: 'lots' is not a size"),
+    ({"--clean_inputs": "no.json"}, r"no.json: no such input file"),
+    ({"--input_ids": "zz"}, r"--input_ids: 'zz' is not in "),
+    ({"--activation": "rulu"}, r"--activation: unknown activation 'rulu'"),
+    ({"--additional_args": "--tpyo=1"}, r"--additional_args: No such option.*tpyo"),
+    ({"--additional_args": "word"}, r"--additional_args: 'word' is no option"),
+    ({"--tpyo": "1"}, r"No such option.*tpyo"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES)
+def test_a_mistake_is_one_line_exit_2_and_nothing_written(command, tmp_path, change, message):
+    options = {**good(tmp_path), **change}
+    words = [word for name, value in options.items() if value is not None for word in (name, value)]
+    ended = command("run", *words)
+    assert ended.code == 2
+    assert re.search(message, ended.err)
+    assert len(ended.err.strip().splitlines()) == 1
+    assert ended.out == "" and not (tmp_path / "out").exists()
+
+
+def test_another_sweeps_directory_is_refused_naming_what_differs(command, tmp_path, run_inline):
+    options = good(tmp_path)
+    out = run_inline(LAVA, options["--definition_file"])
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    (tmp_path / "d.json").write_text('[{"q_net.0": [1]}]')
+    ended = command("run", *[w for pair in options.items() for w in pair], "--seed", "4")
+    assert ended.code == 2
+    assert "another sweep; different: definition, n_experiments, seed" in ended.err
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_overwrite_replaces_another_sweep_and_only_its_files(command, tmp_path, run_inline):
+    out = run_inline(LAVA, good(tmp_path)["--definition_file"])
+    (out / "notes.txt").write_text("mine")
+    (tmp_path / "d.json").write_text('[{"q_net.2": "all"}]')
+    run_inline(LAVA, tmp_path / "d.json", "--overwrite")
+    assert [p.name for p in (out / "shards").iterdir()] == ["part-000000000000-000000000001.arrow"]
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_directory_with_foreign_files_is_refused(command, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    ended = command("run", *[w for pair in good(tmp_path).items() for w in pair])
+    assert ended.code == 2 and "holds 'thesis.tex' but no sweep" in ended.err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("words", [["status"], ["rank"]])
+def test_a_directory_without_a_sweep_is_refused(command, tmp_path, words):
+    ended = command(*words, tmp_path)
+    assert ended.code == 2 and "no sweep here" in ended.err
+
+
+def test_an_unknown_metric_or_layer_to_rank_by_is_refused(command, tmp_path, run_inline):
+    out = run_inline(LAVA, good(tmp_path)["--definition_file"])
+    assert "--metric: 'x' was not computed" in command("rank", out, "--metric", "x").err
+    assert "--layer: unknown layer 'x'" in command("rank", out, "--layer", "x").err
+    assert "--direction: 'x' was not run" in command("rank", out, "--direction", "x").err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--type", "custom"], "--custom_spec is missing"),
+        (["--type", "layer", "--custom_spec", "[]"], "only for --type custom"),
+        (["--type", "custom", "--custom_spec", "nofile"], "neither JSON nor an existing file"),
+        (["--type", "custom", "--custom_spec", "[{]"], "not JSON at line 1"),
+        (["--type", "layer", "--layer_structure", "[1]"], "a layer structure is a non-empty object"),
+        (["--type", "layer", "--layer_structure", '{"a": 0}'], "size 0 is not a whole number"),
+        (["--type", "neuron_groups", "--group_size", "0"], "--group_size: 0 is below 1"),
+        (["--type", "pairs"], "'pairs' is not one of"),
+        ([], "Missing option '--type'"),
+    ],
+)  # fmt: skip
+def test_mistakes_with_generate_write_nothing(command, in_empty_folder, words, message):
+    ended = command("generate", *words)
+    assert ended.code == 2 and message in ended.err
+    assert list(in_empty_folder.iterdir()) == []

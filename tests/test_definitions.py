@@ -1,0 +1,184 @@
+"""Definitions: generated, read, named, and refused with one clear line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raypatch.definitions import (
+    Experiments,
+    check_experiments,
+    experiment_name,
+    generate,
+    read_definition,
+    write_definition,
+)
+from raypatch.errors import InputError
+
+LAYERS = {"features_extractor.mlp.0": 64, "q_net.0": 64, "q_net.2": 6, "output_logits": 5}
+
+
+def layers_and_neurons():
+    def selection(layer):
+        some = st.lists(st.integers(0, LAYERS[layer] - 1), min_size=1, max_size=8, unique=True)
+        return st.tuples(st.just(layer), st.one_of(st.just("all"), some))
+
+    entries = st.lists(
+        st.sampled_from(sorted(LAYERS)).flatmap(selection),
+        min_size=1, max_size=3, unique_by=lambda entry: entry[0],
+    )  # fmt: skip
+    return st.lists(entries.map(dict), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".arrow", ".parquet"])
+@settings(max_examples=25, deadline=None)
+@given(experiments=layers_and_neurons())
+def test_every_format_gives_back_what_was_written(tmp_path_factory, suffix, experiments):
+    path = tmp_path_factory.mktemp("definition") / f"d{suffix}"
+    assert write_definition(experiments, path) == len(experiments)
+    assert list(read_definition(path, LAYERS)) == experiments
+
+
+@settings(max_examples=50, deadline=None)
+@given(experiments=layers_and_neurons(), cut=st.integers(0, 12))
+def test_slices_hold_the_same_experiments(experiments, cut):
+    packed = Experiments.from_list(experiments)
+    cut = min(cut, len(experiments))
+    assert list(packed.slice(0, cut)) + list(packed.slice(cut, len(packed))) == experiments
+
+
+def test_json_is_exactly_the_original_format(tmp_path):
+    write_definition([{"q_net.0": [3]}, {"q_net.2": "all"}], tmp_path / "d.json")
+    assert json.loads((tmp_path / "d.json").read_text()) == [{"q_net.0": [3]}, {"q_net.2": "all"}]
+    assert (tmp_path / "d.json").read_text().startswith('[\n  {\n    "q_net.0": [\n      3\n')
+
+
+def test_single_neurons_come_in_layer_then_neuron_order_then_logits():
+    found = list(generate("single_neuron", {"b": 2, "a": 1}, output_size=2))
+    assert found == [
+        {"b": [0]},
+        {"b": [1]},
+        {"a": [0]},
+        {"output_logits": [0]},
+        {"output_logits": [1]},
+    ]
+
+
+def test_groups_are_cut_at_the_end_of_a_layer():
+    found = list(generate("neuron_groups", {"a": 5}, group_size=3, include_output_logits=False))
+    assert found == [{"a": [0, 1, 2]}, {"a": [3, 4]}]
+
+
+def test_whole_layers_and_logits():
+    assert list(generate("layer", {"a": 5, "b": 3})) == [
+        {"a": "all"},
+        {"b": "all"},
+        {"output_logits": "all"},
+    ]
+
+
+def test_a_layer_called_output_logits_is_not_repeated():
+    assert list(generate("layer", {"a": 5, "output_logits": 3})) == [
+        {"a": "all"},
+        {"output_logits": "all"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "name"),
+    [
+        ({"q_net.0": [5]}, "q_net.0_neuron_5"),
+        ({"q_net.2": [7, 3, 12]}, "q_net.2_neurons_3_7_12"),
+        ({"q_net.0": "all"}, "q_net.0_all"),
+        ({"q_net.0": list(range(25))}, "q_net.0_group_25"),
+        ({"q_net.0": [5], "q_net.2": "all"}, "q_net.0_5_q_net.2_all"),
+        ({"q_net.0": [2, 1, 3], "q_net.2": [1, 2, 3, 4]}, "q_net.0_1_2_3_q_net.2_4n"),
+        ({"a" * 60: [1], "b" * 60: [1]}, f"exp_9_{'a' * 60}_{'b' * 60}"),
+    ],
+)
+def test_names_are_the_original_ones(experiment, name):
+    assert experiment_name(9, experiment) == name
+
+
+def test_names_with_the_policys_prefix_resolve():
+    found = check_experiments(
+        [{"q_net.q_net.0": [1]}, {"policy.q_net.features_extractor.mlp.0": [2]}],
+        {"features_extractor.mlp.0": 4, "q_net.0": 4},
+        "d.json",
+    )
+    assert list(found) == [{"q_net.0": [1]}, {"features_extractor.mlp.0": [2]}]
+
+
+def test_an_ambiguous_prefix_is_refused():
+    with pytest.raises(InputError, match="could be any of 0, q_net.0"):
+        check_experiments([{"policy.q_net.0": [1]}], {"0": 4, "q_net.0": 4}, "d.json")
+
+
+BAD = [
+    ('{"q_net.0": [1]}', r"a definition is a list of experiments.*got \{'q_net.0': \[1\]\}"),
+    ("[]", "the definition is empty"),
+    ("[1]", "experiment 0: 1 is not an object of layers and neurons"),
+    ("[{}]", "experiment 0: patches nothing"),
+    ('[{"q_net.O": [1]}]', r"experiment 0: unknown layer 'q_net.O'; did you mean .*q_net.0"),
+    ('[{"zzz": [1]}]', "unknown layer 'zzz'; valid: features_extractor.mlp.0, q_net.0"),
+    ('[{"q_net.0": [64]}]', "layer 'q_net.0': neuron 64 is out of range; valid: 0 to 63"),
+    ('[{"q_net.0": [-1]}]', "layer 'q_net.0': neuron -1 is negative; valid: 0 to 63"),
+    ('[{"q_net.0": [1.5]}]', "neuron 1.5 is not a whole number"),
+    ('[{"q_net.0": [true]}]', "neuron True is not a whole number"),
+    ('[{"q_net.0": ["3"]}]', "neuron '3' is not a whole number"),
+    ('[{"q_net.0": [2, 2]}]', "neuron 2 is given twice"),
+    ('[{"q_net.0": []}]', "the list of neurons is empty"),
+    ('[{"q_net.0": "some"}]', "'some' is not a list of neurons"),
+    ('[{"q_net.0": 3}]', "3 is not a list of neurons"),
+    ('[{"q_net.0": {"a": 1}}]', "is not a list of neurons"),
+    ('[{"q_net.0": [1], "q_net.0": [2]}]', "layer 'q_net.0' is given twice"),
+    ('[{"q_net.0": [1], "q_net.q_net.0": [2]}]', "layer 'q_net.0' is given twice"),
+    ('[{"q_net.0": [1]}', "not JSON at line 1, column 18"),
+    ("[" * 100_000, "not usable JSON"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD)
+def test_a_bad_definition_is_refused_with_the_place_and_the_fix(tmp_path, text, message):
+    path = tmp_path / "d.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        read_definition(path, LAYERS)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_ten_problems_are_shown_and_all_counted(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([{"q_net.0": [99]}] * 25))
+    with pytest.raises(InputError) as caught:
+        read_definition(path, LAYERS)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 12
+    assert lines[9].startswith(f"{path}: experiment 9:")
+    assert lines[10].endswith("and 15 more problems")
+    assert lines[11].endswith("25 problems in all; nothing was run")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "d.json").write_bytes(b"\xff\xfe[]")
+    with pytest.raises(InputError, match="byte 0 is not UTF-8"):
+        read_definition(tmp_path / "d.json", LAYERS)
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
+def test_a_damaged_table_is_refused(tmp_path, suffix):
+    (tmp_path / f"d{suffix}").write_bytes(b"PAR1 nothing")
+    with pytest.raises(InputError, match="not a readable"):
+        read_definition(tmp_path / f"d{suffix}", LAYERS)
+
+
+def test_columns_are_compact():
+    packed = Experiments.from_list({"q_net.0": [i % 64]} for i in range(10_000))
+    columns = (packed.entry_offsets, packed.layers, packed.neuron_offsets, packed.neurons)
+    assert sum(c.nbytes for c in columns) <= 24 * 10_000 + 16
+    assert packed.neurons.dtype == np.int32

@@ -1,0 +1,211 @@
+"""Metrics against plain definitions in high precision, one row at a time."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raypatch.errors import InputError
+from raypatch.metrics import (
+    DEFAULT_METRICS,
+    METRICS,
+    Baselines,
+    MetricTable,
+    choose_metrics,
+    summarise,
+)
+
+mpmath.mp.dps = 60
+
+
+def exact(b, p, source) -> dict[str, float]:
+    """Every metric of one row by its definition (design 9), in 60 digits."""
+    b, p, source = ([mpmath.mpf(float(v)) for v in row] for row in (b, p, source))
+    n = len(b)
+
+    def softmax(x):
+        e = [mpmath.e ** (v - max(x)) for v in x]
+        return [v / sum(e) for v in e]
+
+    def ratio(x, y):
+        return x / y if y else mpmath.nan
+
+    def kl(x, y):
+        return sum(u * (mpmath.log(u) - mpmath.log(v)) for u, v in zip(x, y) if u > 0)
+
+    def norm(x):
+        return mpmath.sqrt(sum(v * v for v in x))
+
+    def centred(x):
+        return [v - sum(x) / n for v in x]
+
+    def cosine(x, y):
+        return ratio(sum(u * v for u, v in zip(x, y)), norm(x) * norm(y))
+
+    pb, pp = softmax(b), softmax(p)
+    a = max(range(n), key=lambda i: (b[i], -i))
+    s = max((i for i in range(n) if i != a), key=lambda i: (b[i], -i), default=a)
+    d = [u - v for u, v in zip(p, b)]
+    chebyshev = max((abs(d[i]) for i in range(n) if i != a), default=mpmath.mpf(0))
+    margin = (pp[a] - pp[s]) - (pb[a] - pb[s])
+    directed = d[a] / (chebyshev + abs(d[a]) + mpmath.mpf("1e-10"))
+    a_source = max(range(n), key=lambda i: (source[i], -i))
+    span = (source[a_source] - source[a]) - (b[a_source] - b[a])
+    r = cosine(centred(b), centred(p))
+    return {
+        "output_logit_delta": d[a],
+        "top_logit_delta_magnitude": abs(d[a]),
+        "logit_difference_norm": norm(d),
+        "action_probability_delta": pp[a] - pb[a],
+        "top_action_probability_gap": max(pp) - max(pb),
+        "kl_divergence": kl(pb, pp),
+        "reverse_kl_divergence": kl(pp, pb),
+        "hellinger_distance": norm([mpmath.sqrt(u) - mpmath.sqrt(v) for u, v in zip(pb, pp)])
+        / mpmath.sqrt(2),
+        "confidence_margin_change": margin,
+        "confidence_margin_magnitude": abs(margin),
+        "logit_proportion_change": ratio(abs(p[a]), sum(map(abs, p)))
+        - ratio(abs(b[a]), sum(map(abs, b))),
+        "chebyshev_distance_excluding_top": chebyshev,
+        "directed_saturating_chebyshev": directed,
+        "undirected_saturating_chebyshev": abs(directed),
+        "reversed_undirected_saturating_chebyshev": chebyshev
+        / (chebyshev + abs(d[a]) + mpmath.mpf("1e-10")),
+        "cosine_similarity": cosine(b, p),
+        "pearson_correlation": r,
+        "reversed_pearson_correlation": 1 - r,
+        "logit_diff_recovered": mpmath.nan
+        if a_source == a
+        else ratio((p[a_source] - p[a]) - (b[a_source] - b[a]), span),
+    }
+
+
+def computed(b, p, source) -> dict[str, float]:
+    def tensor(row):
+        return torch.tensor(np.asarray(row, np.float32))[None]
+
+    table = MetricTable(list(METRICS), Baselines(tensor(b), tensor(source)))
+    out = torch.empty(len(METRICS), 1, 1, dtype=torch.float64)
+    table.compute(tensor(p)[None], out)
+    return dict(zip(METRICS, out.flatten().tolist()))
+
+
+def check(b, p, source, rel=1e-9, absolute=1e-13):
+    b, p, source = (np.asarray(x, np.float32) for x in (b, p, source))
+    expected, found = exact(b, p, source), computed(b, p, source)
+    for name in METRICS:
+        if mpmath.isnan(expected[name]):
+            assert math.isnan(found[name]), name
+        else:
+            assert found[name] == pytest.approx(float(expected[name]), rel=rel, abs=absolute), name
+
+
+def test_the_table_is_the_contracts_and_the_default_set_is_part_of_it():
+    assert len(METRICS) == 19
+    assert set(DEFAULT_METRICS) <= set(METRICS)
+    assert set(exact([1, 2], [2, 1], [0, 1])) == set(METRICS)
+
+
+logits = st.integers(2, 6).flatmap(
+    lambda n: st.tuples(
+        *[st.lists(st.floats(-30, 30, width=32), min_size=n, max_size=n) for _ in range(3)]
+    )
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(logits)
+def test_every_metric_equals_its_definition(rows):
+    check(*rows, rel=1e-7, absolute=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("b", "p", "source"),
+    [
+        ([1, 1, 1], [1, 1, 1], [1, 1, 1]),
+        ([2, 2, 0], [2, 2, 1], [0, 1, 5]),
+        ([0, 0], [0, 0], [0, 0]),
+        ([3], [5], [1]),
+        ([0, -800], [0, 0], [0, 1]),
+        ([1000, 0, -1000], [-1000, 0, 1000], [0, 1, 0]),
+        ([1e30, -1e30], [-1e30, 1e30], [0, 1]),
+        (np.linspace(-3, 3, 3000), np.linspace(3, -3, 3000), np.cos(np.arange(3000))),
+    ],
+)
+def test_hard_rows_ties_equal_outputs_one_action_and_huge_logits(b, p, source):
+    check(b, p, source, rel=1e-7, absolute=1e-11)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-5])
+def test_tiny_effects_keep_six_digits(scale):
+    b = np.array([0.5, -0.25, 1.0, 0.125], np.float32)
+    p = b + np.float32(scale) * np.array([1, -2, 0.5, 3], np.float32)
+    expected, found = exact(b, p, b), computed(b, p, b)
+    for name in ("kl_divergence", "reverse_kl_divergence", "hellinger_distance"):
+        assert found[name] == pytest.approx(float(expected[name]), rel=1e-6), name
+
+
+def test_a_kl_of_1e_12_keeps_six_digits():
+    b = np.array([0.5, -0.25, 1.0, 0.125], np.float32)
+    p = b.copy()
+    p[0] += np.float32(3e-6)
+    expected = float(exact(b, p, b)["kl_divergence"])
+    assert 1e-13 < expected < 1e-11
+    assert computed(b, p, b)["kl_divergence"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("n_experiments", [1, 7, 500])
+def test_the_answer_does_not_depend_on_how_rows_are_cut_into_blocks(n_experiments):
+    generator = torch.Generator().manual_seed(0)
+    target, source = (torch.randn(13, 4, generator=generator) for _ in range(2))
+    patched = torch.randn(n_experiments, 13, 4, generator=generator)
+    whole = torch.empty(len(METRICS), n_experiments, 13, dtype=torch.float64)
+    MetricTable(list(METRICS), Baselines(target, source)).compute(patched, whole)
+    alone = torch.empty(len(METRICS), 1, 13, dtype=torch.float64)
+    for i in {0, n_experiments // 2, n_experiments - 1}:
+        MetricTable(list(METRICS), Baselines(target, source)).compute(patched[i : i + 1], alone)
+        assert torch.equal(alone[:, 0].nan_to_num(9), whole[:, i].nan_to_num(9))
+
+
+def test_without_a_source_run_nothing_is_recovered():
+    target = torch.randn(3, 4)
+    table = MetricTable(["logit_diff_recovered"], Baselines(target, None))
+    out = torch.zeros(1, 2, 3, dtype=torch.float64)
+    table.compute(torch.randn(2, 3, 4), out)
+    assert bool(out.isnan().all())
+
+
+def test_statistics_leave_out_what_is_undefined():
+    values = torch.tensor([[1.0, 3.0, torch.nan], [torch.nan] * 3], dtype=torch.float64)
+    found = summarise(values)
+    assert found["mean"][0] == 2 and found["std"][0] == 1
+    assert found["min"][0] == 1 and found["max"][0] == 3
+    assert all(bool(v[1].isnan()) for v in found.values())
+
+
+def test_a_continuous_agent_is_refused_metrics_of_actions_by_name():
+    assert choose_metrics(None, discrete=False) == (
+        "logit_difference_norm",
+        "reversed_pearson_correlation",
+    )
+    with pytest.raises(InputError, match="'kl_divergence' needs discrete actions"):
+        choose_metrics("kl_divergence", discrete=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nope", "unknown metric 'nope'"),
+        ("kl_divergence,kl_divergence", "given twice"),
+        (",", "empty"),
+    ],
+)
+def test_bad_metric_lists_are_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        choose_metrics(text, discrete=True)
