@@ -1,0 +1,178 @@
+"""Runs on real Ray actors: the same numbers, the same bytes, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from conftest import CARTPOLE, LAVA, expected_outputs, outputs_of
+
+import raypatch
+
+pytestmark = pytest.mark.slow
+
+
+def ray_processes() -> set[int]:
+    """Daemons and workers of any Ray on this machine."""
+    names = ("raylet", "gcs_server", "ray::")
+    found = set()
+    for process in psutil.process_iter(["name", "cmdline"]):
+        words = " ".join([process.info["name"] or "", *(process.info["cmdline"] or [])[:1]])
+        if any(name in words for name in names):
+            found.add(process.pid)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    before = ray_processes()
+    yield
+    deadline = time.monotonic() + 20
+    while ray_processes() - before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not ray_processes() - before
+
+
+def arguments(agent, definition, out, *more) -> list[str]:
+    return [str(a) for a in (
+        "run", "--agent_path", agent, "--definition_file", definition, "--output_dir", out, *more,
+    )]  # fmt: skip
+
+
+def start(*words, **more) -> subprocess.Popen:
+    """The command as a process of its own, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "raypatch.cli", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **more,
+    )  # fmt: skip
+
+
+def files(out) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(out)): p.read_bytes()
+        for folder in ("shards", "summary")
+        for p in sorted((out / folder).iterdir())
+    }
+
+
+def test_both_agents_on_ray_equal_the_independent_truth(command, single_neurons, tmp_path):
+    for agent in (LAVA, CARTPOLE):
+        out = tmp_path / agent.name
+        ended = command(*arguments(agent, single_neurons(agent), out, "--num_actors", 2))
+        assert ended.code == 0, ended.err
+        assert "Strongest neurons" in ended.out and "Next: raypatch rank" in ended.out
+        results = raypatch.open_results(out)
+        np.testing.assert_allclose(outputs_of(results), expected_outputs(agent), atol=1e-5)
+
+
+def test_one_two_and_three_actors_and_inline_give_the_same_bytes(
+    command, single_neurons, run_inline, tmp_path
+):
+    definition = single_neurons(LAVA)
+    expected = files(run_inline(LAVA, definition, out=tmp_path / "inline"))
+    for n_actors in (1, 2, 3):
+        out = tmp_path / str(n_actors)
+        words = arguments(LAVA, definition, out, "--num_actors", n_actors, "--quiet")
+        assert command(*words).code == 0
+        assert files(out) == expected
+
+
+def test_actors_need_neither_the_agents_files_nor_its_code(command, single_neurons, tmp_path):
+    # The trusted zip's extractor class lives in features.py beside it, on no actor's path.
+    out = tmp_path / "out"
+    words = arguments(
+        LAVA, single_neurons(LAVA), out, "--num_actors", 1, "--quiet", "--trust_agent_code",
+        "--agent_file", "agent.zip",
+    )  # fmt: skip
+    assert command(*words).code == 0
+    results = raypatch.open_results(out)
+    np.testing.assert_allclose(outputs_of(results), expected_outputs(LAVA), atol=1e-5)
+
+
+def long_definition(tmp_path):
+    """Enough work for several seconds, without a large file."""
+    import json
+
+    pairs = [{"q_net.0": [i], "q_net.2": [j]} for i in range(64) for j in range(64)]
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps(pairs * 8))
+    return path
+
+
+def wait_for(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def committed(out) -> int:
+    manifest = out / "manifest.jsonl"
+    return len(manifest.read_text().splitlines()) if manifest.exists() else 0
+
+
+def worker_pids(driver) -> list[int]:
+    return [
+        p.pid for p in psutil.Process(driver).children(recursive=True)
+        if "ray::WorkerActor" in " ".join(p.cmdline()[:1])
+    ]  # fmt: skip
+
+
+def test_a_killed_actor_does_not_lose_the_run(run_inline, tmp_path):
+    definition = long_definition(tmp_path)
+    out = tmp_path / "out"
+    process = start(*arguments(LAVA, definition, out, "--num_actors", 2, "--save", "metrics"))
+    wait_for(lambda: committed(out) > 0)
+    victim = worker_pids(process.pid)[0]
+    os.kill(victim, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    results = raypatch.open_results(out)
+    assert results.complete and results.sweep["runs"][-1]["retries"] == 1
+    undisturbed = run_inline(LAVA, definition, "--save", "metrics", out=tmp_path / "inline")
+    assert files(out) == files(undisturbed)
+
+
+def test_ctrl_c_keeps_what_is_done_says_how_to_resume_and_resuming_completes(
+    command, tmp_path, run_inline
+):
+    definition = long_definition(tmp_path)
+    out = tmp_path / "out"
+    words = arguments(LAVA, definition, out, "--num_actors", 2, "--save", "metrics")
+    process = start(*words)
+    wait_for(lambda: committed(out) > 0)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to resume" in err
+    done = committed(out)
+    assert done and not raypatch.open_results(out).complete
+    assert command(*words, "--quiet").code == 0
+    assert raypatch.open_results(out).complete
+    undisturbed = run_inline(LAVA, definition, "--save", "metrics", out=tmp_path / "inline")
+    assert files(out) == files(undisturbed)
+
+
+def test_bad_input_ends_with_one_line_and_no_ray(command, tmp_path):
+    (tmp_path / "d.json").write_text('[{"q_net.9": [1]}]')
+    ended = command(*arguments(LAVA, tmp_path / "d.json", tmp_path / "out"))
+    assert ended.code == 2
+    assert len(ended.err.strip().splitlines()) == 1 and "q_net.9" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_log_file_shows_plain_lines(tmp_path):
+    out = tmp_path / "out"
+    process = start(*arguments(LAVA, long_definition(tmp_path), out, "--save", "metrics"),
+                    env={**os.environ, "COLUMNS": "120"})  # fmt: skip
+    stdout, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "\x1b" not in stdout + err
+    assert "experiments x 48 pairs x 2 directions" in err
+    assert "verified" in stdout
