@@ -28,6 +28,7 @@ OUTPUT_LOGITS = "output_logits"
 KINDS = ("single_neuron", "layer", "neuron_groups", "custom")
 DEFAULT_GROUP_SIZE = 5
 NAME_LIMIT = 100
+TABLE_BATCH_ROWS = 65536
 PROBLEMS_SHOWN = 10
 
 # What the original tool assumes of an agent it cannot read.
@@ -240,8 +241,8 @@ def read_definition(path: str | Path, layers: Mapping[str, int]) -> Experiments:
     if not path.is_file():
         raise InputError(f"{path}: no such definition file; make one with `raypatch generate`")
     if path.suffix in (".arrow", ".parquet"):
-        raw = _table_experiments(path)
-    elif path.suffix == ".jsonl":
+        return _check_table(path, layers)
+    if path.suffix == ".jsonl":
         lines = _read_text(path).splitlines()
         raw = [
             _parse_json(line, f"{path}: line {number}", keep_pairs=True)
@@ -253,35 +254,118 @@ def read_definition(path: str | Path, layers: Mapping[str, int]) -> Experiments:
     return check_experiments(raw, layers, str(path))
 
 
-def _table_experiments(path: Path) -> list[_Pairs]:
-    """Rows of an Arrow or Parquet definition: ``layers``, ``neurons`` (empty list = all)."""
+def _table_batches(path: Path) -> Iterator[Any]:
+    """Record batches of a table with the columns ``layers`` and ``neurons``, types as agreed."""
     import pyarrow as pa
     import pyarrow.parquet
 
+    wanted = {"layers": pa.list_(pa.string()), "neurons": pa.list_(pa.list_(pa.int32()))}
     try:
         if path.suffix == ".parquet":
-            table = pyarrow.parquet.read_table(path)
+            file = pyarrow.parquet.ParquetFile(path)
+            found, batches = file.schema_arrow, file.iter_batches(TABLE_BATCH_ROWS)
         else:
-            with pa.memory_map(str(path)) as source:
-                table = pa.ipc.open_file(source).read_all()
+            reader = pa.ipc.open_file(pa.OSFile(str(path)))
+            found = reader.schema
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        if not set(wanted) <= set(found.names):
+            raise InputError(
+                f"{path}: a definition has the columns layers: list<string> and "
+                f"neurons: list<list<int32>>; this one has {_few(map(str, found))}"
+            )
+        for batch in batches:
+            yield pa.record_batch({name: batch[name].cast(kind) for name, kind in wanted.items()})
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable {path.suffix[1:]} file: {error}") from None
-    missing = {"layers", "neurons"} - set(table.column_names)
-    if missing:
+
+
+def _check_table(path: Path, layers: Mapping[str, int]) -> Experiments:
+    """Check a table batch by batch; rows are looked at one by one only where one is bad."""
+    checker = _Checker(layers)
+    parts: list[Experiments] = []
+    first = 0
+    for batch in _table_batches(path):
+        parts.append(_packed_batch(batch, checker, first, str(path)))
+        first += len(batch)
+    if checker.count:
+        raise InputError(checker.report(str(path)))
+    if not first:
+        return check_experiments([], layers, str(path))
+    return _joined_experiments(parts)
+
+
+def _packed_batch(batch: Any, checker: _Checker, first: int, origin: str) -> Experiments:
+    """One batch as packed experiments; its problems go to the checker."""
+    names, cells = batch["layers"], batch["neurons"]
+    offsets = names.offsets.to_numpy().astype(np.int64)
+    whole = not any(a.null_count for a in (names, cells, names.flatten(), cells.flatten()))
+    if not whole or not np.array_equal(np.diff(offsets), np.diff(cells.offsets.to_numpy())):
         raise InputError(
-            f"{path}: no column {', '.join(sorted(missing))}; a definition has the columns "
-            "layers: list<string> and neurons: list<list<int32>>"
+            f"{origin}: columns layers and neurons must be lists of equal length in every row, "
+            "without nulls"
         )
-    rows = zip(table["layers"].to_pylist(), table["neurons"].to_pylist())
-    try:
-        return [
-            _Pairs((name, chosen or "all") for name, chosen in zip(names, cells, strict=True))
-            for names, cells in rows
-        ]
-    except (TypeError, ValueError):
-        raise InputError(
-            f"{path}: columns layers and neurons must be lists of equal length in every row"
-        ) from None
+    words, lists = names.flatten().dictionary_encode(), cells.flatten()
+    index = {name: i for i, name in enumerate(checker.layers)}
+    known = [checker.resolve("", word, quiet=True) for word in words.dictionary.to_pylist()]
+    numbers = np.array([-1 if name is None else index[name] for name in known], np.int32)
+    starts = lists.offsets.to_numpy().astype(np.int64)
+    packed = Experiments(
+        tuple(checker.layers),
+        offsets - offsets[0],
+        numbers[words.indices.to_numpy()],
+        starts - starts[0],
+        lists.flatten().to_numpy().astype(np.int32),
+    )
+    # The words for what is wrong come from the one place that has them.
+    for row in _bad_experiments(packed, checker.layers).tolist():
+        chosen = zip(names[row].as_py(), cells[row].as_py())
+        checker.checked(first + row, _Pairs((name, neurons or "all") for name, neurons in chosen))
+    return packed
+
+
+def _joined_experiments(parts: list[Experiments]) -> Experiments:
+    """Parts one after another."""
+
+    def offsets(name: str) -> np.ndarray:
+        columns = [getattr(part, name) for part in parts]
+        ends = np.cumsum([0, *(column[-1] for column in columns[:-1])])
+        return np.concatenate([[0], *(c[1:] + end for c, end in zip(columns, ends))]).astype(
+            np.int64
+        )
+
+    return Experiments(
+        parts[0].layer_names,
+        offsets("entry_offsets"),
+        np.concatenate([part.layers for part in parts]),
+        offsets("neuron_offsets"),
+        np.concatenate([part.neurons for part in parts]),
+    )
+
+
+def _bad_experiments(packed: Experiments, layers: Mapping[str, int]) -> np.ndarray:
+    """Indices of experiments with an empty list, an unknown layer or a bad neuron."""
+    n_entries = np.diff(packed.entry_offsets)
+    experiment = np.repeat(np.arange(len(packed)), n_entries)
+    entry = np.repeat(np.arange(len(packed.layers)), np.diff(packed.neuron_offsets))
+    sizes = np.array([*layers.values(), 0])[packed.layers]
+    outside = (packed.neurons < 0) | (packed.neurons >= sizes[entry])
+    found = [
+        np.flatnonzero(n_entries == 0),
+        experiment[packed.layers < 0],
+        experiment[_repeated(experiment, packed.layers)],
+        experiment[entry[outside]],
+        experiment[entry[_repeated(entry, packed.neurons)]],
+    ]
+    return np.unique(np.concatenate(found))
+
+
+def _repeated(group: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Places whose value occurs twice in their group; groups are ascending."""
+    if len(group) < 2 or (group[1:] != group[:-1]).all():
+        return np.empty(0, np.int64)
+    order = np.lexsort((value, group))
+    twice = (group[order][1:] == group[order][:-1]) & (value[order][1:] == value[order][:-1])
+    return order[1:][twice]
 
 
 def check_experiments(raw: Any, layers: Mapping[str, int], origin: str) -> Experiments:
@@ -299,12 +383,7 @@ def check_experiments(raw: Any, layers: Mapping[str, int], origin: str) -> Exper
         tuple(layers),
     )
     if checker.count:
-        lines = [f"{origin}: {problem}" for problem in checker.problems]
-        if checker.count > len(lines):
-            lines.append(f"{origin}: and {checker.count - len(lines)} more problems")
-        if checker.count > 1:
-            lines.append(f"{origin}: {checker.count} problems in all; nothing was run")
-        raise InputError("\n".join(lines))
+        raise InputError(checker.report(origin))
     return packed
 
 
@@ -321,6 +400,15 @@ class _Checker:
         self.count += 1
         if len(self.problems) < PROBLEMS_SHOWN:
             self.problems.append(problem)
+
+    def report(self, origin: str) -> str:
+        """The first problems, one a line, and how many there are."""
+        lines = [f"{origin}: {problem}" for problem in self.problems]
+        if self.count > len(lines):
+            lines.append(f"{origin}: and {self.count - len(lines)} more problems")
+        if self.count > 1:
+            lines.append(f"{origin}: {self.count} problems in all; nothing was run")
+        return "\n".join(lines)
 
     def checked(self, index: int, experiment: Any) -> Experiment:
         """The experiment with resolved layer names; problems are added, not raised."""
@@ -346,7 +434,8 @@ class _Checker:
                 good[layer] = neurons
         return good
 
-    def resolve(self, where: str, name: Any) -> str | None:
+    def resolve(self, where: str, name: Any, *, quiet: bool = False) -> str | None:
+        """The agent's own name of a layer; what it is not is a problem, unless ``quiet``."""
         if name in self.layers:
             return str(name)
         if name not in self.resolved:
@@ -357,7 +446,8 @@ class _Checker:
                 and POLICY_PREFIXES.issuperset(str(name)[: -len(layer) - 1].split("."))
             ]
             if len(found) != 1:
-                self.add(f"{where}: {self.unknown(str(name), found)}")
+                if not quiet:
+                    self.add(f"{where}: {self.unknown(str(name), found)}")
                 return None
             self.resolved[name] = found[0]
         return self.resolved[name]

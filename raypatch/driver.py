@@ -263,10 +263,10 @@ class _Job:
         """Capture the network, settle device and items, and look at the output directory."""
         import torch
 
+        import raypatch.results.tables  # noqa: F401  (loads while Ray still starts)
         from raypatch import sweep
         from raypatch.engine.patcher import Patcher
 
-        self.backend.wait_started()
         config = self.config
         self.patcher = Patcher(
             self.agent.network,
@@ -276,6 +276,7 @@ class _Job:
             memory_bytes=config.memory_per_actor,
         )
         self.outputs_by_side = self._baselines()
+        self.backend.wait_started()
         self.identity = self._identity()
         self.fingerprint = sweep.fingerprint(self.identity)
         receipts = sweep.open_directory(self.store, self.identity, overwrite=config.overwrite)

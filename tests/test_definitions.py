@@ -182,3 +182,41 @@ def test_columns_are_compact():
     columns = (packed.entry_offsets, packed.layers, packed.neuron_offsets, packed.neurons)
     assert sum(c.nbytes for c in columns) <= 24 * 10_000 + 16
     assert packed.neurons.dtype == np.int32
+
+
+TABLES = [
+    ([["q_net.0"]], [[[64]]], "experiment 0: layer 'q_net.0': neuron 64 is out of range"),
+    ([["q_net.0"], []], [[[1]], []], "experiment 1: patches nothing"),
+    ([["q_net.0"], ["x"]], [[[1]], [[1]]], "experiment 1: unknown layer 'x'"),
+    ([["q_net.0", "q_net.0"]], [[[1], [2]]], "experiment 0: layer 'q_net.0' is given twice"),
+    ([["q_net.0"]], [[[3, 1, 3]]], "experiment 0: layer 'q_net.0': neuron 3 is given twice"),
+    ([["q_net.0"]], [[[-1]]], "neuron -1 is negative"),
+    ([["q_net.0"]], [[[1], [2]]], "lists of equal length"),
+    ([[None]], [[[1]]], "without nulls"),
+    ([], [], "the definition is empty"),
+]
+
+
+@pytest.mark.parametrize(("layers", "neurons", "message"), TABLES)
+def test_a_bad_table_is_refused_like_a_bad_list(tmp_path, layers, neurons, message):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    table = pa.table(
+        {
+            "layers": pa.array(layers, pa.list_(pa.string())),
+            "neurons": pa.array(neurons, pa.list_(pa.list_(pa.int32()))),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(InputError, match=message):
+        read_definition(tmp_path / "d.parquet", LAYERS)
+
+
+def test_a_table_with_other_columns_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"layer": ["a"]}), tmp_path / "d.parquet")
+    with pytest.raises(InputError, match="this one has .*layer: string"):
+        read_definition(tmp_path / "d.parquet", LAYERS)
