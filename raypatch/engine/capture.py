@@ -43,11 +43,10 @@ class Node:
     path: str | None = None
     users: int = 0
 
-    @property
-    def inputs(self) -> list[int]:
-        """Indices of the nodes whose values are needed, in the order of the arguments."""
-        leaves, _ = tree_flatten((self.args, self.kwargs), is_leaf=_is_ref)
-        return [leaf.node for leaf in leaves if isinstance(leaf, Ref)]
+    # Indices of the nodes whose values are needed, in the order of the arguments; and
+    # whether arguments are values and references only, with nothing nested.
+    inputs: tuple[int, ...] = ()
+    flat: bool = True
 
     @property
     def key(self) -> Any:
@@ -60,11 +59,17 @@ class Node:
             return argument
         if self.op == "constant":
             return self.target
-        args, kwargs = tree_map(
-            lambda leaf: value_of(leaf.node) if isinstance(leaf, Ref) else leaf,
-            (self.args, self.kwargs),
-            is_leaf=_is_ref,
-        )
+        if self.flat:
+            args: Any = [value_of(a.node) if type(a) is Ref else a for a in self.args]
+            kwargs: Any = {
+                name: value_of(a.node) if type(a) is Ref else a for name, a in self.kwargs.items()
+            }
+        else:
+            args, kwargs = tree_map(
+                lambda leaf: value_of(leaf.node) if isinstance(leaf, Ref) else leaf,
+                (self.args, self.kwargs),
+                is_leaf=_is_ref,
+            )
         if self.op == "method":
             return getattr(args[0], self.target)(*args[1:], **kwargs)
         return self.target(*args, **kwargs)
@@ -80,6 +85,14 @@ class Graph:
 
     nodes: list[Node]
     how: str  # "torch.fx" or "torch.export"
+
+    def run(self, args: tuple[Any, ...]) -> list[Any]:
+        """Values of all nodes in one plain forward."""
+        values: list[Any] = []
+        for node in self.nodes:
+            argument = args[node.target] if node.op == "input" else None
+            values.append(node.call(values.__getitem__, argument))
+        return values
 
 
 def capture(network: nn.Module) -> Graph:
@@ -157,7 +170,7 @@ def _needed(nodes: list[Node]) -> list[Node]:
     wanted = {len(nodes) - 1}
     for node in reversed(nodes):
         if node.index in wanted:
-            wanted.update(node.inputs)
+            wanted.update(_references(node))
     kept = [node for node in nodes if node.index in wanted]
     number = {node.index: new for new, node in enumerate(kept)}
     for node in kept:
@@ -167,10 +180,18 @@ def _needed(nodes: list[Node]) -> list[Node]:
             is_leaf=_is_ref,
         )
         node.index = number[node.index]
+        node.inputs = tuple(_references(node))
+        leaves = [*node.args, *node.kwargs.values()]
+        node.flat = not any(isinstance(leaf, (tuple, list, dict, slice)) for leaf in leaves)
     for node in kept:
         for used in node.inputs:
             kept[used].users += 1
     return kept
+
+
+def _references(node: Node) -> list[int]:
+    leaves, _ = tree_flatten((node.args, node.kwargs), is_leaf=_is_ref)
+    return [leaf.node for leaf in leaves if isinstance(leaf, Ref)]
 
 
 def _attribute(network: nn.Module, path: str) -> Any:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments, check_experiments
 from raypatch.engine.capture import CaptureError, capture
-from raypatch.engine.incremental import Incremental, Prepared, Savings
+from raypatch.engine.incremental import Incremental, Prepared
 from raypatch.engine.layers import Args, Layer, as_args, find_layers
 from raypatch.engine.plan import Plan, plan_experiments
 from raypatch.engine.reference import cast
@@ -26,10 +26,11 @@ from raypatch.engine.sources import (
     zero_fill,
 )
 from raypatch.engine.stacked import Stacked, StackedPrepared
+from raypatch.engine.structure import Savings
 from raypatch.errors import InputError, RunError
 
-# Dense values of one batch on a CPU: about what two or three levels of cache hold.
-CPU_BATCH_BYTES = 2 << 20
+# Dense values of one batch on a CPU: a part of what the last level of cache holds.
+CPU_BATCH_BYTES = 8 << 20
 MIN_BATCH_ROWS = 256
 GPU_BATCH_SHARE = 0.25
 DEFAULT_MEMORY_BYTES = 4 << 30
@@ -75,6 +76,7 @@ class Patcher:
             copy.deepcopy(network).to(self.device, self.dtype).eval().requires_grad_(False)
         )
         self._engine: Incremental | Stacked | None = None
+        self._one_input: Args = ()
 
     def __call__(
         self,
@@ -120,7 +122,9 @@ class Patcher:
         """Move the weights to a device; runs prepared before stay where they were."""
         self.device = torch.device(device)
         if isinstance(self._engine, Incremental):
-            self._engine.to(self.device)
+            self._one_input = cast(self._one_input, self.dtype, self.device)
+            with torch.no_grad():
+                self._engine.to(self.device, self._one_input)
         elif self._engine is not None:
             self._engine.network.to(self.device)
         if self._network is not None:
@@ -138,7 +142,7 @@ class Patcher:
         """The fastest path that agrees with plain hooks on a few random experiments."""
         network = self._network
         assert network is not None
-        probe = _some_inputs(target, 3)
+        probe = _probe_inputs(target)
         with torch.no_grad():
             output = network(*probe)
         if not isinstance(output, Tensor) or output.dim() != 2:
@@ -151,7 +155,7 @@ class Patcher:
         reasons: list[str] = []
         for name in ("incremental", "stacked"):
             try:
-                engine = self._build(name, network)
+                engine = self._build(name, network, probe)
                 self._check(engine, single, probe)
             except CaptureError as reason:
                 reasons.append(str(reason))
@@ -159,16 +163,18 @@ class Patcher:
             self.path = name + (f" (not captured: {reasons[0]})" if reasons else " (torch.fx)")
             if name == "incremental":
                 self._network = None  # the graph holds the weights
+            self._one_input = _some_inputs(probe, 1)
             self._engine = engine
             return engine
         self.path = f"single ({'; '.join(reasons)})"
         self._engine = single
         return single
 
-    def _build(self, name: str, network: nn.Module) -> Incremental | Stacked:
+    def _build(self, name: str, network: nn.Module, probe: Args) -> Incremental | Stacked:
         if name == "stacked":
             return Stacked(network, self.layers, limit=None)
-        return Incremental(capture(network), self.layers, self.savings)
+        with torch.no_grad():
+            return Incremental(capture(network), self.layers, self.savings, _some_inputs(probe, 1))
 
     def _check(self, engine: Incremental | Stacked, single: Stacked, target: Args) -> None:
         """Compare with one experiment on one input at a time; CaptureError if they differ."""
@@ -220,9 +226,9 @@ class Patcher:
     def _inputs_at_a_time(self, target: Args, n_inputs: int) -> int:
         """How many inputs' unpatched runs fit in half of the memory allowed."""
         assert self._engine is not None
-        one = PatchRun(self, self._engine, None, _some_inputs(target, 1), zero_fill).run_bytes()
         # Both runs, every layer's chain (values, differences), each about a run's size.
-        return max(1, min(n_inputs, int(self.memory_bytes / 2 / (6 * max(1, one)))))
+        one = 6 * max(1, self._engine.run_bytes(_some_inputs(target, 1)))
+        return max(1, min(n_inputs, self.memory_bytes // 2 // one))
 
     def rows_for(self, row_bytes: int) -> int:
         """Rows of a batch whose dense values take ``row_bytes`` each."""
@@ -302,14 +308,6 @@ class PatchRun:
             experiments = check_experiments(list(experiments), counts, "experiments")
         return plan_experiments(experiments, deduplicate=self.patcher.savings.deduplicate)
 
-    def run_bytes(self) -> int:
-        """Bytes of one unpatched run of these inputs."""
-        if isinstance(self._kept, Prepared):
-            leaves, _ = tree_flatten(self._kept.base_values)
-            return sum(v.numel() * v.element_size() for v in leaves if isinstance(v, Tensor))
-        assert self._kept is not None
-        return self._kept.row_bytes * self.n_inputs
-
     def _prepare(self, part: int) -> Prepared | StackedPrepared:
         if self._kept is not None:
             return self._kept
@@ -320,11 +318,7 @@ class PatchRun:
     def _evaluate(self, prepared: Prepared | StackedPrepared, group: Any, out: Tensor) -> None:
         """One group, with smaller batches after running out of memory; the size is kept."""
         while True:
-            if isinstance(prepared, Prepared):
-                row_bytes = prepared.program(group).row_bytes
-            else:
-                row_bytes = prepared.row_bytes
-            rows = self.patcher.rows_for(row_bytes) >> self._halvings
+            rows = self.patcher.rows_for(prepared.row_bytes(group)) >> self._halvings
             try:
                 self.rows_computed += prepared.evaluate(group, out, max(1, rows))
                 return
@@ -418,6 +412,16 @@ def _slice(args: Args, first: int, last: int) -> Args:
 
 def _some_inputs(args: Args, n: int) -> Args:
     return _slice(args, 0, n)
+
+
+def _probe_inputs(args: Args) -> Args:
+    """Two or three inputs for a trial; a single one is joined by its half."""
+    if _count(args) > 1:
+        return _some_inputs(args, 3)
+    return tree_map(
+        lambda x: torch.cat([x, (x / 2).to(x.dtype)]) if isinstance(x, Tensor) and x.dim() else x,
+        args,
+    )
 
 
 def _parts(args: Args, n_inputs: int, size: int) -> list[Args]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from raypatch.definitions import Experiments
 
 ALL = -1
+Signature = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,9 @@ class Group:
     layer to the neurons ``[E, k]`` patched there, or None for all of them.
     """
 
-    signature: tuple[tuple[str, int], ...]
+    signature: Signature
     experiments: Tensor
     index: dict[str, Tensor | None]
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return tuple(layer for layer, _ in self.signature)
 
 
 @dataclass(frozen=True)

@@ -55,14 +55,14 @@ def linear(
     """Base output plus patched differences times the patched columns of the weight."""
     base = context.base(node.index)
     n_outputs = base.shape[-1]
-    if sparse.owner.dim() > 1:
+    if sparse.of.owner.dim() > 1:
         return _linear_on_last_axis(context, node, sparse, index, batch)
-    rank = index.shape[1] * sparse.positions.shape[1]
-    if rank > max(1, LOW_RANK_SHARE * sparse.owner.numel()):
+    rank = index.shape[1] * sparse.of.positions.shape[1]
+    if rank > max(1, LOW_RANK_SHARE * sparse.of.owner.numel()):
         return None
     n_experiments, n_inputs = batch.n_experiments, batch.n_inputs
     delta = batch.gather(sparse.delta, index)
-    features = sparse.positions.index_select(0, index.flatten()).clamp(min=0).flatten()
+    features = sparse.of.positions.index_select(0, index.flatten()).clamp(min=0).flatten()
     columns = context.weight_columns(node).index_select(0, features)
     columns = columns.view(n_experiments, rank, n_outputs)
     out = context.buffer(node, n_experiments, n_inputs, n_outputs)
@@ -75,9 +75,9 @@ def _linear_on_last_axis(
     context: Context, node: Node, sparse: Sparse, index: Tensor, batch: Batch
 ) -> Tensor | None:
     """A linear layer at every place of a sequence; places count as further inputs."""
-    if sparse.channel_axis != sparse.base.dim() - 1:
+    if sparse.of.channel_axis != sparse.base.dim() - 1:
         return None
-    k, size = index.shape[1], sparse.neurons
+    k, size = index.shape[1], sparse.of.neurons
     if k > max(1, LOW_RANK_SHARE * size):
         return None
     base = context.base(node.index)
@@ -99,23 +99,21 @@ def convolution(
     the weight.
     """
     layer = node.target
-    if sparse.channel_axis != 1 or layer.groups != 1 or layer.padding_mode != "zeros":
+    if sparse.of.channel_axis != 1 or layer.groups != 1 or layer.padding_mode != "zeros":
         return None
     n_experiments, k = index.shape
-    if k > max(1, LOW_RANK_SHARE * sparse.neurons):
+    if k > max(1, LOW_RANK_SHARE * sparse.of.neurons):
         return None
     base = context.base(node.index)
     n_inputs, n_outputs = base.shape[:2]
-    spatial = sparse.owner.shape[1:]
+    spatial = sparse.of.owner.shape[1:]
     delta = sparse.delta.index_select(0, index.flatten())
     delta = delta.view(n_experiments, k, n_inputs, *spatial)
     out = context.buffer(node, n_experiments, *base.shape)
     if isinstance(layer, nn.Conv2d) and not isinstance(layer.padding, str):
         # Patches of the map against the weight slice: products of a good shape.
-        patches = F.unfold(
-            delta.transpose(1, 2).reshape(n_experiments * n_inputs, k, *spatial),
-            layer.kernel_size, layer.dilation, layer.padding, layer.stride,
-        )  # fmt: skip
+        maps = delta.transpose(1, 2).reshape(n_experiments * n_inputs, k, *spatial)
+        patches = _patches(maps, layer, base.shape[2:])
         rank, places = patches.shape[1:]
         columns = context.weight_columns(node).flatten(2).index_select(0, index.flatten())
         columns = columns.view(n_experiments, k, n_outputs, -1).transpose(1, 2)
@@ -135,21 +133,34 @@ def convolution(
     return torch.add(update, base, out=out)
 
 
+def _patches(maps: Tensor, layer: Any, places: tuple[int, ...]) -> Tensor:
+    """``[B, k, H, W]`` to what the kernel sees at each place, ``[B, k * kernel, places]``."""
+    (pad_h, pad_w), (step_h, step_w) = layer.padding, layer.stride
+    (gap_h, gap_w), kernel = layer.dilation, layer.kernel_size
+    padded = F.pad(maps, (pad_w, pad_w, pad_h, pad_h)) if pad_h or pad_w else maps
+    width = padded.shape[3]
+    seen = padded.as_strided(
+        (*padded.shape[:2], *kernel, *places),
+        (*padded.stride()[:2], gap_h * width, gap_w, step_h * width, step_w),
+    )
+    return seen.reshape(len(maps), -1, places[0] * places[1])
+
+
 @spreads(torch.mean, torch.sum, "mean", "sum")
 def reduction(
     context: Context, node: Node, sparse: Sparse, index: Tensor, batch: Batch
 ) -> Tensor | None:
     """Base output plus each patched feature's share of the mean or sum it goes into."""
     base = context.base(node.index)
-    shape = sparse.owner.shape
+    shape = sparse.of.owner.shape
     # Where each input feature goes: the reduction's own gradient tells, place by place.
     target = reduction_places(node, shape, base.shape[1:])
     if target is None or base.dim() < 2:
         return None
     name = node.target if isinstance(node.target, str) else node.target.__name__
-    share = base[0].numel() / sparse.owner.numel() if name == "mean" else 1.0
+    share = base[0].numel() / sparse.of.owner.numel() if name == "mean" else 1.0
     delta = batch.gather(sparse.delta, index) * share
-    places = target[sparse.positions.clamp(min=0)].index_select(0, index.flatten())
+    places = target[sparse.of.positions.clamp(min=0)].index_select(0, index.flatten())
     places = places.view(batch.n_experiments, 1, -1).expand_as(delta)
     out = batch_like(context, node, batch, base)
     out.view(batch.n_experiments, batch.n_inputs, -1).scatter_add_(2, places, delta)

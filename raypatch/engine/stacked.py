@@ -34,6 +34,11 @@ class Stacked:
         """Outputs of every layer, one a call, in an unpatched run."""
         return record_activations(self.network, args, [*self.layers, OUTPUT_LOGITS])
 
+    def run_bytes(self, one_input: Args) -> int:
+        """Bytes of all layers' outputs in a run on one input."""
+        values = self.layer_values(one_input)
+        return sum(v.numel() * v.element_size() for calls in values.values() for v in calls)
+
 
 class StackedPrepared:
     """Source activations by layer and call, and the unpatched outputs ``[inputs, outputs]``."""
@@ -56,9 +61,13 @@ class StackedPrepared:
                 name: [fill(name, number, call) for number, call in enumerate(calls)]
                 for name, calls in own.items()
             }
-        self.row_bytes = 4 * sum(
+        self._row_bytes = self.baseline.element_size() * sum(
             call[0].numel() for calls in own.values() for call in calls if call.dim()
         )
+
+    def row_bytes(self, _: Group) -> int:
+        """Bytes of the layers' outputs of one row."""
+        return self._row_bytes
 
     def evaluate(self, group: Group, out: Tensor, batch_rows: int) -> int:
         """Fill ``out[group.experiments]`` and return the rows computed."""

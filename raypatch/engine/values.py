@@ -19,16 +19,12 @@ from torch import Tensor
 
 
 @dataclass
-class Sparse:
-    """A node that differs from base only where patched neurons own its features.
+class Ownership:
+    """Which neuron of a patched layer each feature of a node belongs to.
 
-    Every neuron of the patched layer is described at once: ``full`` is the node's value if
-    *all* of them were patched. Because each feature depends on its own neuron only, neuron
-    j's features in ``full`` are what they are when j alone is patched.
+    Depends on shapes only, so it is found once and serves all inputs.
     """
 
-    base: Tensor  # [N, *shape]
-    full: Tensor  # [N, *shape]
     owner: Tensor  # [*shape] int64: neuron of the patched layer, -1 where none
     neurons: int  # J
 
@@ -52,19 +48,11 @@ class Sparse:
         return bool((self.positions < 0).any())
 
     @cached_property
-    def values(self) -> Tensor:
-        """``[J, N, m]``: what each neuron's features become."""
-        return self._at_positions(self.full)
-
-    @cached_property
-    def delta(self) -> Tensor:
-        """``[J, N, m]``: by how much they change; exactly zero where nothing does."""
-        return self._at_positions(self.full) - self._at_positions(self.base)
-
-    @cached_property
-    def active(self) -> Tensor:
-        """``[J, N]`` bool: whether patching the neuron changes this node at all."""
-        return (self.delta != 0).any(-1)
+    def is_plain(self) -> bool:
+        """Whether neuron j's features are the j-th run of the flattened shape."""
+        whole = self.positions.numel() == self.owner.numel()
+        ascending = torch.arange(self.owner.numel(), device=self.owner.device)
+        return whole and torch.equal(self.positions.flatten(), ascending)
 
     @cached_property
     def channel_axis(self) -> int | None:
@@ -78,12 +66,45 @@ class Sparse:
                     return axis + 1
         return None
 
-    def _at_positions(self, tensor: Tensor) -> Tensor:
-        flat = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
+    def table(self, tensor: Tensor) -> Tensor:
+        """``[N, *shape]`` to ``[J, N, m]``, each neuron's features together."""
         positions = self.positions
-        taken = flat.t()[positions.clamp(min=0).flatten()]
-        taken = taken.view(*positions.shape, len(flat)).transpose(1, 2).contiguous()
+        flat = tensor.reshape(len(tensor), -1)
+        if self.is_plain:
+            return flat.view(len(flat), *positions.shape).transpose(0, 1).contiguous()
+        taken = flat.index_select(1, positions.clamp(min=0).flatten())
+        taken = taken.view(len(flat), *positions.shape).transpose(0, 1).contiguous()
         return taken.masked_fill(positions[:, None, :] < 0, 0) if self.is_padded else taken
+
+
+@dataclass
+class Sparse:
+    """A node that differs from base only where patched neurons own its features.
+
+    Every neuron of the patched layer is described at once: ``full`` is the node's value if
+    *all* of them were patched. Because each feature depends on its own neuron only, neuron
+    j's features in ``full`` are what they are when j alone is patched.
+    """
+
+    base: Tensor  # [N, *shape]
+    full: Tensor  # [N, *shape]
+    of: Ownership
+
+    @cached_property
+    def values(self) -> Tensor:
+        """``[J, N, m]``: what each neuron's features become."""
+        return self.of.table(self.full)
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """``[J, N, m]``: by how much they change; exactly zero where nothing does."""
+        return self.of.table(self.full - self.base)
+
+    @cached_property
+    def active(self) -> Tensor:
+        """``[J, N]`` bool: whether patching the neuron changes this node at all."""
+        delta = self.delta
+        return delta[:, :, 0] != 0 if delta.shape[2] == 1 else (delta != 0).any(-1)
 
 
 @dataclass
@@ -133,13 +154,13 @@ class Batch:
         """Put the patched neurons' values into dense rows ``[R, *shape]``; changes ``rows``."""
         n_experiments = len(index)
         values = self.gather(patch.values, index)
-        positions = patch.positions.index_select(0, index.flatten()).view(n_experiments, 1, -1)
+        positions = patch.of.positions.index_select(0, index.flatten()).view(n_experiments, 1, -1)
         positions = positions.expand(-1, self.n_inputs, -1)
         if self.rows is not None:
             values, positions = self.keep(values), self.keep(positions)
         flat = rows.reshape(self.n_rows, -1)
         values, positions = values.reshape(self.n_rows, -1), positions.reshape(self.n_rows, -1)
-        if patch.is_padded:
+        if patch.of.is_padded:
             # Missing features are written to a column past the end and dropped with it.
             flat = torch.cat([flat, flat.new_empty(self.n_rows, 1)], 1)
             positions = torch.where(positions < 0, flat.shape[1] - 1, positions)

@@ -1,0 +1,342 @@
+"""What can be said of patches on a graph before any input is seen twice: kinds and programs.
+
+For each signature (see :mod:`raypatch.engine.plan`) a *program* says what every node's value
+is and which nodes are computed, in what way. It depends on shapes only, so it is made once
+and serves every batch and every set of inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from raypatch.definitions import OUTPUT_LOGITS
+from raypatch.engine import dense_ops
+from raypatch.engine.capture import CaptureError, Graph, Node
+from raypatch.engine.layers import Layer
+from raypatch.engine.local_rules import LOCAL_RULES
+from raypatch.engine.plan import ALL, Signature
+from raypatch.engine.spread_rules import SPREAD_RULES, SpreadRule
+from raypatch.engine.values import Ownership
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Each saving of the engine, to be switched off in tests and benchmarks."""
+
+    low_rank: bool = True  # the first linear or convolution after a patch from its columns
+    skip_unchanged: bool = True  # rows whose sparse difference is exactly zero
+    sparse_output: bool = True  # patches that stay sparse up to the output cost their columns
+    source_values: bool = True  # a whole layer on a cut takes the source run's own values
+    deduplicate: bool = True  # one computation for experiments that are the same
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a node's value is: base, source, sparse (of the patch at ``entry``) or dense."""
+
+    name: str
+    entry: int = -1
+
+
+BASE, SOURCE, DENSE = Kind("base"), Kind("source"), Kind("dense")
+SPARSE = "sparse"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a step turns one sparse input into dense rows."""
+
+    rule: SpreadRule
+    node: int
+    entry: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node computed as dense rows, and the fastest exact way to do it."""
+
+    node: Node
+    spread: Spread | None
+    in_place: Callable[[Tensor, Any], Tensor] | None
+    is_linear: bool
+    patched_layer: str | None
+
+
+@dataclass(frozen=True)
+class Program:
+    """What to compute for a signature, and every node's kind."""
+
+    kinds: dict[int, Kind]
+    output: Kind
+    steps: tuple[Step, ...]
+    patched: dict[int, str]  # patched node to its layer
+    row_elements: int  # of all dense values of one row
+    work_after: int  # multiplications a row after the first dense step
+
+
+class Structure:
+    """A graph's nodes with what follows from their shapes.
+
+    ``sample`` holds every node's value in a run on one input.
+    """
+
+    def __init__(
+        self, graph: Graph, layers: dict[str, Layer], savings: Savings, sample: list[Any]
+    ) -> None:
+        self.nodes = graph.nodes
+        self.layers = layers
+        self.savings = savings
+        self.sample = sample
+        self.output = len(graph.nodes) - 1
+        # The pseudo-layer output_logits is patched after the last node.
+        self.virtual = len(graph.nodes)
+        self.calls: dict[str, list[int]] = {OUTPUT_LOGITS: [self.virtual]}
+        self.depends: list[bool] = []
+        self.readers: dict[int, list[int]] = {i: [] for i in range(len(graph.nodes))}
+        for node in graph.nodes:
+            if node.path in layers:
+                self.calls.setdefault(node.path, []).append(node.index)
+            self.depends.append(node.op == "input" or any(self.depends[i] for i in node.inputs))
+            for used in node.inputs:
+                self.readers[used].append(node.index)
+        missing = [name for name in layers if name not in self.calls]
+        if missing:
+            raise CaptureError(f"layer {missing[0]!r} is not a node of the captured graph")
+        self._chains: dict[int, dict[int, Ownership | None]] = {}
+        self._programs: dict[tuple[Signature, bool], Program] = {}
+        self._sizes: dict[int, dict[int, Any]] = {}
+
+    def layer_at(self, entry: int) -> tuple[str, int]:
+        """A patched node's layer and which call of it this is."""
+        name = OUTPUT_LOGITS if entry == self.virtual else self.nodes[entry].path or ""
+        return name, self.calls[name].index(entry)
+
+    # ------------------------------------------------------------------------ chains
+
+    def chain(self, entry: int) -> dict[int, Ownership | None]:
+        """Nodes that stay sparse after a patch at ``entry`` alone, in order; None for tuples."""
+        if entry not in self._chains:
+            self._chains[entry] = self._build_chain(entry)
+        return self._chains[entry]
+
+    def chain_ends(self, entry: int) -> list[int]:
+        """Nodes of the chain that something outside it reads, or that are the output."""
+        chain = self.chain(entry)
+        return [
+            node
+            for node in chain
+            if node >= self.output or any(reader not in chain for reader in self.readers[node])
+        ]
+
+    def _build_chain(self, entry: int) -> dict[int, Ownership | None]:
+        value = self.sample[min(entry, self.output)]
+        if not isinstance(value, Tensor):
+            raise CaptureError(f"{self.nodes[entry].path}: a layer with several outputs")
+        axis = value.dim() - 1
+        if entry != self.virtual:
+            axis = self.layers[self.nodes[entry].path or ""].axis
+        view = [1] * (value.dim() - 1)
+        view[axis - 1] = size = value.shape[axis]
+        owner = torch.arange(size).view(view).expand(value.shape[1:])
+        chain: dict[int, Ownership | None] = {entry: Ownership(owner.to(value.device), size)}
+        if entry != self.virtual:
+            tracker = _ChainTracker(self, chain, entry, owner)
+            for later in self.nodes[entry + 1 :]:
+                tracker.visit(later)
+        return chain
+
+    # --------------------------------------------------------------------- programs
+
+    def program(self, signature: Signature, *, source_runs: bool) -> Program:
+        """The program of a signature; ``source_runs`` tells whether patched values are those
+        of one run, so that a value all of whose inputs are patched is that run's own."""
+        key = (signature, source_runs)
+        if key not in self._programs:
+            self._programs[key] = self._plan(signature, source_runs)
+        return self._programs[key]
+
+    def _plan(self, signature: Signature, source_runs: bool) -> Program:
+        patched = {entry: layer for layer, _ in signature for entry in self.calls[layer]}
+        whole = {layer for layer, k in signature if k == ALL}
+        kinds: dict[int, Kind] = {}
+        before = BASE
+        for index in range(len(self.nodes) + 1):
+            before = kinds[index - 1] if index == self.virtual else self._kind(index, kinds)
+            kind = before
+            if index in patched:
+                is_source = before == SOURCE or (
+                    patched[index] in whole and self.savings.source_values
+                )
+                if source_runs and is_source:
+                    kind = SOURCE
+                else:
+                    kind = Kind(SPARSE, index) if before == BASE else DENSE
+            kinds[index] = kind
+        output = kinds[self.virtual]
+        if output.name == SPARSE and not self.savings.sparse_output:
+            output = DENSE
+        needed = self._needed(kinds) if output == DENSE else []
+        steps = tuple(self._step(node, kinds, patched) for node in needed)
+        return Program(
+            kinds=kinds,
+            output=output,
+            steps=steps,
+            patched=patched,
+            row_elements=sum(_numel(self.sample[s.node.index]) for s in steps)
+            + _numel(self.sample[self.output]),
+            work_after=sum(self._work(step.node) for step in steps[1:]),
+        )
+
+    def _kind(self, index: int, kinds: dict[int, Kind]) -> Kind:
+        used = [kinds[i] for i in self.nodes[index].inputs if self.depends[i]]
+        if all(kind == BASE for kind in used):
+            return BASE
+        if all(kind == SOURCE for kind in used):
+            return SOURCE
+        entries = {kind.entry for kind in used if kind.name == SPARSE}
+        if len(entries) == 1 and all(kind.name in ("base", SPARSE) for kind in used):
+            (entry,) = entries
+            if index in self.chain(entry):
+                return Kind(SPARSE, entry)
+        return DENSE
+
+    def _needed(self, kinds: dict[int, Kind]) -> list[Node]:
+        """Dense nodes that the output depends on, in order."""
+        wanted = {self.output} if kinds[self.output] == DENSE else set()
+        for node in reversed(self.nodes):
+            if node.index in wanted:
+                wanted.update(i for i in node.inputs if kinds[i] == DENSE)
+        return [node for node in self.nodes if node.index in wanted]
+
+    def _step(self, node: Node, kinds: dict[int, Kind], patched: dict[int, str]) -> Step:
+        spread = None
+        sparse = [i for i in node.inputs if kinds[i].name == SPARSE]
+        rule = SPREAD_RULES.get(node.key)
+        if rule is not None and len(sparse) == 1 and self.savings.low_rank:
+            entry = kinds[sparse[0]].entry
+            others = all(kinds[i] == BASE for i in node.inputs if i != sparse[0])
+            if others and self.chain(entry)[sparse[0]] is not None:
+                spread = Spread(rule, sparse[0], entry)
+        in_place = None
+        first = node.inputs[0] if node.op == "module" else None
+        if first is not None and kinds[first] == DENSE and self.nodes[first].users == 1:
+            in_place = dense_ops.IN_PLACE.get(type(node.target))
+        value = self.sample[node.inputs[0]] if node.inputs else None
+        is_linear = type(node.target) is nn.Linear and value is not None and value.dim() == 2
+        return Step(node, spread, in_place, is_linear, patched.get(node.index))
+
+    def _work(self, node: Node) -> int:
+        """Multiplications of a node's operation on one row, from its weights."""
+        weight = getattr(node.target, "weight", None) if node.op == "module" else None
+        if not isinstance(weight, Tensor) or weight.dim() < 2:
+            return 0
+        return weight.numel() * max(1, _numel(self.sample[node.index]) // weight.shape[0])
+
+    # ------------------------------------------------------------------------- sizes
+
+    def sizes(self, n_rows: int) -> dict[int, Any]:
+        """Values of the nodes that are no tensors (sizes, shapes) for a batch of ``n_rows``."""
+        if n_rows not in self._sizes:
+            if len(self._sizes) > 64:
+                self._sizes.clear()
+            self._sizes[n_rows] = self._trace_sizes(n_rows)
+        return self._sizes[n_rows]
+
+    def _trace_sizes(self, n_rows: int) -> dict[int, Any]:
+        found: dict[int, Any] = {}
+
+        def shaped(i: int) -> Any:
+            value = self.sample[i]
+            if i in found or not (isinstance(value, Tensor) and self.depends[i]):
+                return found.get(i, value)
+            return torch.empty(n_rows, *value.shape[1:], device="meta", dtype=value.dtype)
+
+        for node in self.nodes:
+            if self.depends[node.index] and not holds_tensors(self.sample[node.index]):
+                found[node.index] = node.call(shaped)
+        return found
+
+
+class _ChainTracker:
+    """Follows one layer's patch through local operations; also what local rules may ask."""
+
+    def __init__(
+        self,
+        structure: Structure,
+        chain: dict[int, Ownership | None],
+        entry: int,
+        owner: Tensor,
+    ) -> None:
+        self.structure = structure
+        self.chain = chain
+        self.owners: dict[int, Any] = {entry: owner[None]}
+        self.lost: set[int] = set()
+        first = chain[entry]
+        assert first is not None
+        self.neurons = first.neurons
+
+    def of(self, node: int) -> Tensor | None:
+        return self.owners.get(node)
+
+    def argument(self, node: int) -> Any:
+        if node in self.owners:
+            return self.owners[node]
+        value = self.structure.sample[node]
+        if not isinstance(value, Tensor):
+            return value
+        if self.structure.depends[node]:
+            return torch.full((1, *value.shape[1:]), -1)
+        return torch.full(value.shape, -1) if value.is_floating_point() else value.cpu()
+
+    def visit(self, node: Node) -> None:
+        """Add a node to the chain if the patch reaches it and stays sparse."""
+        if any(i in self.lost for i in node.inputs):
+            self.lost.add(node.index)
+            return
+        value = self.structure.sample[node.index]
+        if not any(i in self.owners for i in node.inputs) or not holds_tensors(value):
+            return  # base, or a size, which no patch changes
+        owners = self._owners(node, value)
+        if owners is None:
+            self.lost.add(node.index)
+            return
+        self.owners[node.index] = owners
+        self.chain[node.index] = None
+        if isinstance(value, Tensor):
+            self.chain[node.index] = Ownership(owners[0].to(value.device), self.neurons)
+
+    def _owners(self, node: Node, value: Any) -> Any:
+        rule = LOCAL_RULES.get(node.key)
+        if rule is None:
+            return None
+        shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
+        try:
+            owners = rule(node, self, shape)
+        except (RuntimeError, TypeError, IndexError, ValueError):
+            return None  # an unusual form of the operation: dense is always right
+        if isinstance(value, Tensor):
+            good = isinstance(owners, Tensor) and owners.shape == (1, *shape)
+            return owners.clone() if good and owners.dtype == torch.int64 else None
+        same = isinstance(owners, (tuple, list)) and len(owners) == len(value)
+        if same and all(o.shape == (1, *v.shape[1:]) for o, v in zip(owners, value)):
+            return tuple(owners)
+        return None
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether a node's value is a tensor or has one in it."""
+    if isinstance(value, Tensor):
+        return True
+    return any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0])
+
+
+def _numel(value: Any) -> int:
+    """Elements of one row."""
+    leaves = tree_flatten(value)[0]
+    return sum(v[0].numel() for v in leaves if isinstance(v, Tensor) and v.dim())
