@@ -219,7 +219,7 @@ class Prepared:
             )
             return 0
         index, experiments, computed = self._indices(group, program), group.experiments, 0
-        active = self._active_rows(program, index)
+        active, compact = self._active_rows(program, index), False
         if active is not None:
             changing = active.any(1)
             n_changing = int(changing.count_nonzero())
@@ -227,18 +227,20 @@ class Prepared:
                 out[experiments[~changing]] = self.baseline
                 experiments, active = experiments[changing], active[changing]
                 index = {layer: neurons[changing] for layer, neurons in index.items()}
-            few = int(active.count_nonzero()) < COMPACT_SHARE * active.numel()
-            if not few or program.work_after < COMPACT_WORK:
+            n_active = int(active.count_nonzero())
+            if n_active == active.numel():
                 active = None
+            else:
+                few = n_active < COMPACT_SHARE * active.numel()
+                compact = few and program.work_after >= COMPACT_WORK
         step = max(1, batch_rows // self.n_inputs)
         for start in range(0, len(experiments), step):
-            ids = experiments[start : start + step]
-            rows = None
-            if active is not None:
-                rows = _true_places(active[start : start + step])
-            part = {layer: neurons[start : start + step] for layer, neurons in index.items()}
-            batch = Batch(len(ids), self.n_inputs, part, rows)
-            self._write(self._output(program, batch), batch, ids, out)
+            part = slice(start, start + step)
+            ids, mask = experiments[part], None if active is None else active[part]
+            rows = _true_places(mask) if mask is not None and compact else None
+            neurons = {layer: chosen[part] for layer, chosen in index.items()}
+            batch = Batch(len(ids), self.n_inputs, neurons, rows)
+            self._write(self._output(program, batch), batch, mask, ids, out)
             computed += batch.n_rows
         return computed
 
@@ -333,20 +335,23 @@ class Prepared:
             return sizes[index]
         return tree_map(lambda v: batch.spread(v) if isinstance(v, Tensor) else v, value)
 
-    def _write(self, rows: Tensor, batch: Batch, ids: Tensor, out: Tensor) -> None:
-        """Put a batch's output rows into their experiments' places."""
+    def _write(
+        self, rows: Tensor, batch: Batch, mask: Tensor | None, ids: Tensor, out: Tensor
+    ) -> None:
+        """Put a batch's output rows into their experiments' places.
+
+        Rows that ``mask`` ``[E, N]`` says are unchanged become the baseline, bit for bit,
+        also where leaving them out would have cost more than computing them along.
+        """
         first, last = int(ids[0]), int(ids[-1])
-        adjacent = last - first == len(ids) - 1
+        adjacent = last - first == len(ids) - 1 and out.is_contiguous()
+        into = out[first : last + 1] if adjacent else torch.empty_like(out[: len(ids)])
         if batch.rows is None:
-            values = rows.reshape(batch.n_experiments, batch.n_inputs, -1)
-            if adjacent:
-                out[first : last + 1] = values
-                return
+            into.view(rows.shape).copy_(rows)
+            if mask is not None:
+                torch.where(mask[:, :, None], into, self.baseline, out=into)
         else:
-            into = out[first : last + 1] if adjacent and out.is_contiguous() else None
-            values = torch.empty_like(out[: len(ids)]) if into is None else into
-            values.copy_(self.baseline.expand_as(values))
-            values.view(-1, values.shape[-1]).index_copy_(0, batch.rows, rows)
-            if into is not None:
-                return
-        out.index_copy_(0, ids.to(out.device), values.to(out.dtype))
+            into.copy_(self.baseline.expand_as(into))
+            into.view(-1, into.shape[-1]).index_copy_(0, batch.rows, rows)
+        if not adjacent:
+            out.index_copy_(0, ids.to(out.device), into)

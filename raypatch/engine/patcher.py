@@ -205,7 +205,9 @@ class Patcher:
         trials: list[Experiment] = []
         for name in chosen:
             size = self.layers[name].neurons
-            trials += [{name: [size // 2]}, {name: sorted({0, size // 3, size - 1})}, {name: "all"}]
+            # At least two of a signature, so that really something is stacked.
+            trials += [{name: [0]}, {name: [size // 2]}, {name: [size - 1]}, {name: "all"}]
+            trials.append({name: sorted({0, size // 3, size - 1})})
         if len(chosen) > 1:
             trials.append({chosen[0]: [0], chosen[-1]: [0]})
         trials.append({OUTPUT_LOGITS: [0]})

@@ -7,6 +7,7 @@ and serves every batch and every set of inputs.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -100,11 +101,13 @@ class Structure:
         self.depends: list[bool] = []
         self.readers: dict[int, list[int]] = {i: [] for i in range(len(graph.nodes))}
         for node in graph.nodes:
-            if node.path in layers:
-                self.calls.setdefault(node.path, []).append(node.index)
             self.depends.append(node.op == "input" or any(self.depends[i] for i in node.inputs))
             for used in node.inputs:
                 self.readers[used].append(node.index)
+        for node in graph.nodes:
+            if node.path in layers:
+                self.calls.setdefault(node.path, []).append(self._first_output(node))
+        self.layer_of = {entry: name for name, calls in self.calls.items() for entry in calls}
         missing = [name for name in layers if name not in self.calls]
         if missing:
             raise CaptureError(f"layer {missing[0]!r} is not a node of the captured graph")
@@ -114,8 +117,22 @@ class Structure:
 
     def layer_at(self, entry: int) -> tuple[str, int]:
         """A patched node's layer and which call of it this is."""
-        name = OUTPUT_LOGITS if entry == self.virtual else self.nodes[entry].path or ""
+        name = self.layer_of[entry]
         return name, self.calls[name].index(entry)
+
+    def _first_output(self, node: Node) -> int:
+        """The node that holds a layer's neurons: itself, or what takes the first of several
+        outputs, as a recurrent layer has."""
+        if isinstance(self.sample[node.index], Tensor):
+            return node.index
+        takers = [
+            i
+            for i in self.readers[node.index]
+            if self.nodes[i].target is operator.getitem and self.nodes[i].args[1] == 0
+        ]
+        if len(takers) != 1:
+            raise CaptureError(f"{node.path}: its first output is not taken exactly once")
+        return takers[0]
 
     # ------------------------------------------------------------------------ chains
 
@@ -135,12 +152,9 @@ class Structure:
         ]
 
     def _build_chain(self, entry: int) -> dict[int, Ownership | None]:
-        value = self.sample[min(entry, self.output)]
-        if not isinstance(value, Tensor):
-            raise CaptureError(f"{self.nodes[entry].path}: a layer with several outputs")
-        axis = value.dim() - 1
-        if entry != self.virtual:
-            axis = self.layers[self.nodes[entry].path or ""].axis
+        value: Tensor = self.sample[min(entry, self.output)]
+        layer = self.layers.get(self.layer_of[entry])
+        axis = value.dim() - 1 if layer is None else layer.axis
         view = [1] * (value.dim() - 1)
         view[axis - 1] = size = value.shape[axis]
         owner = torch.arange(size).view(view).expand(value.shape[1:])

@@ -1,0 +1,198 @@
+"""Random networks of every kind the engine knows, and some that it does not."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ACTIVATIONS = [
+    nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Softplus, nn.Mish,
+    nn.SELU, nn.CELU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softsign,
+    nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.LogSigmoid, nn.Identity, nn.Dropout, nn.PReLU,
+]  # fmt: skip
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        h = h + F.relu(self.b(h), inplace=True)
+        h += 0.5
+        return self.c(h)
+
+
+class DuelingCnn(nn.Module):
+    def __init__(self, padding=1, stride=1, dilation=1, groups=1, pool=nn.MaxPool2d):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=padding)
+        self.norm = nn.BatchNorm2d(4)
+        self.pool = pool(2)
+        self.second = nn.Conv2d(4, 6, 3, stride=stride, padding=1, dilation=dilation, groups=groups)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+        features = self.features(torch.zeros(1, 3, 10, 10)).shape[1]
+        self.value, self.advantage = nn.Linear(features, 1), nn.Linear(features, 4)
+
+    def features(self, x):
+        h = self.pool(F.relu_(self.norm(self.first(x / 255.0))))
+        h = torch.relu(self.second(h))
+        return h.view(h.size(0), -1)
+
+    def forward(self, x):
+        h = self.features(x)
+        value, advantage = self.value(h), self.advantage(h)
+        return value + advantage - advantage.mean(1, keepdim=True)
+
+
+class QuantileHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.q = nn.Linear(6, 8), nn.Linear(8, 12)
+
+    def forward(self, x):
+        return self.q(torch.tanh(self.a(x))).view(-1, 4, 3).mean(dim=1)
+
+
+class NormAndConcatenate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(16, 6)
+        self.c = nn.Linear(6, 3)
+
+    def forward(self, x):
+        a = self.a(x)
+        h = self.b(torch.cat([F.gelu(self.norm(a)), F.silu(a)], dim=1))
+        left, right = h.chunk(2, dim=1)
+        return self.c(torch.stack([left * 2.0, -right], dim=1).flatten(1)[:, [5, 4, 3, 2, 1, 0]])
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Linear(2, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.embed(x.view(x.shape[0], 3, 2))
+        h = h + torch.softmax(h @ h.transpose(1, 2), dim=-1) @ torch.relu(self.mix(h))
+        return self.head(h.mean(dim=1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.gru = nn.Linear(2, 5), nn.GRU(5, 7, batch_first=True)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x):
+        steps, _ = self.gru(torch.relu(self.embed(x.view(-1, 3, 2))))
+        return self.head(steps[:, -1])
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.gru, self.head = nn.Linear(2, 5), nn.GRU(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        steps, _ = self.gru(torch.relu(self.embed(x.view(-1, 3, 2))).transpose(0, 1))
+        return self.head(steps[-1])
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(3, 8), nn.Linear(8, 3)
+
+    def forward(self, x, y, scale=None):
+        assert scale is None
+        return self.c(torch.tanh(self.a(x)) * torch.sigmoid(self.b(y)))
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        if x.shape[0] > 10**6 or h.sum() > 10**9:
+            return self.b(h)
+        return self.b(torch.relu(h))
+
+
+class CalledTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(torch.relu(self.b(torch.tanh(self.a(x)))))))
+
+
+class MixesInputs(nn.Module):
+    """What it gives for one input depends on the others of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        return self.b(h - h.mean(0, keepdim=True))
+
+
+def mlp(sizes, activation):
+    layers = []
+    for n_in, n_out in itertools.pairwise(sizes):
+        layers += [nn.Linear(n_in, n_out), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def cnn1d():
+    return nn.Sequential(
+        nn.Conv1d(2, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU(), nn.AvgPool1d(2),
+        nn.Conv1d(4, 5, 2), nn.ELU(), nn.Flatten(), nn.Linear(10, 3),
+    )  # fmt: skip
+
+
+def cnn3d():
+    return nn.Sequential(
+        nn.Conv3d(1, 3, 2), nn.ReLU(inplace=True), nn.Conv3d(3, 4, 2), nn.Tanh(),
+        nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2),
+    )  # fmt: skip
+
+
+# Name to (builder, shapes of the inputs of one row).
+ZOO = {
+    "residual": (Residual, [(6,)]),
+    "dueling_cnn": (DuelingCnn, [(3, 10, 10)]),
+    "strided_cnn": (lambda: DuelingCnn(stride=2, padding=0), [(3, 10, 10)]),
+    "dilated_grouped_cnn": (
+        lambda: DuelingCnn(dilation=2, groups=2, pool=nn.AvgPool2d), [(3, 10, 10)]
+    ),
+    "cnn1d": (cnn1d, [(2, 6)]),
+    "cnn3d": (cnn3d, [(1, 4, 4, 4)]),
+    "quantile_head": (QuantileHead, [(6,)]),
+    "norm_and_concatenate": (NormAndConcatenate, [(6,)]),
+    "attention": (Attention, [(6,)]),
+    "recurrent": (Recurrent, [(6,)]),
+    "sequence_first": (SequenceFirst, [(6,)]),
+    "two_inputs": (TwoInputs, [(6,), (3,)]),
+    "untraceable": (Untraceable, [(6,)]),
+    "called_twice": (CalledTwice, [(6,)]),
+}  # fmt: skip
+
+
+def build(name, seed):
+    """The network in evaluation mode with reproducible weights, and two sets of inputs."""
+    torch.manual_seed(seed)
+    builder, shapes = ZOO[name]
+    network = builder().eval()
+    source, target = (tuple(torch.randn(4, *shape) for shape in shapes) for _ in range(2))
+    return network, source, target
