@@ -216,9 +216,12 @@ class Patcher:
     def _means(self, target: Args, n_inputs: int) -> MeanFill:
         assert self._engine is not None
         sums: dict[str, list[Tensor]] = {}
-        for part in _parts(target, n_inputs, self._inputs_at_a_time(target, n_inputs)):
+        captured = isinstance(self._engine, Incremental)
+        # Only a captured graph is known to keep the inputs along the first axis.
+        size = self._inputs_at_a_time(target, n_inputs) if captured else 1
+        for part in _parts(target, n_inputs, size):
             for name, calls in self._engine.layer_values(part).items():
-                totals = [call.sum(0, keepdim=True) for call in calls]
+                totals = [call.sum(0, keepdim=True) for call in calls] if captured else calls
                 held = sums.get(name)
                 sums[name] = totals if held is None else [a + b for a, b in zip(held, totals)]
         return MeanFill({name: [t / n_inputs for t in totals] for name, totals in sums.items()})

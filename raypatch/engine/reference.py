@@ -59,17 +59,32 @@ def reference_outputs(
         values = record_activations(network, cast(as_args(source), dtype), names)
     elif kind == "resample":
         order = resample_order(len(own[OUTPUT_LOGITS][0]), seed)
-        values = {name: [call[order] for call in calls] for name, calls in own.items()}
+        values = record_activations(network, tuple(x[order] for x in target), names)
     elif kind == "mean":
-        values = {
-            name: [call.mean(0, keepdim=True).expand_as(call) for call in calls]
-            for name, calls in own.items()
-        }
+        values = _means(network, target, own)
     else:
         values = {name: [torch.zeros_like(call) for call in calls] for name, calls in own.items()}
     return torch.stack(
         [_one_experiment(network, layers, experiment, values, target) for experiment in experiments]
     )
+
+
+def _means(
+    network: nn.Module, target: Args, own: dict[str, list[Tensor]]
+) -> dict[str, list[Tensor]]:
+    """Every layer's mean over the inputs, run one by one, in the shape of its activation."""
+    n_inputs = len(own[OUTPUT_LOGITS][0])
+    alone = [
+        record_activations(network, tuple(x[i : i + 1] for x in target), list(own))
+        for i in range(n_inputs)
+    ]
+    return {
+        name: [
+            torch.stack([run[name][call] for run in alone]).mean(0).expand_as(activation)
+            for call, activation in enumerate(calls)
+        ]
+        for name, calls in own.items()
+    }
 
 
 def _one_experiment(

@@ -115,6 +115,10 @@ class Structure:
         self._programs: dict[tuple[Signature, bool], Program] = {}
         self._sizes: dict[int, dict[int, Any]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is planned on demand."""
+        return {**self.__dict__, "_chains": {}, "_programs": {}, "_sizes": {}}
+
     def layer_at(self, entry: int) -> tuple[str, int]:
         """A patched node's layer and which call of it this is."""
         name = self.layer_of[entry]
