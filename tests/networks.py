@@ -126,6 +126,23 @@ class Untraceable(nn.Module):
         return self.b(torch.relu(h))
 
 
+class ShapeDependent(nn.Module):
+    """Python that symbolic tracing cannot follow, but that depends on shapes only."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.conv, self.b = nn.Linear(6, 8), nn.Conv1d(1, 2, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        if x.dim() != 2:
+            raise ValueError("flat observations only")
+        h = torch.relu_(self.a(x))
+        for _ in range(x.shape[1] // 3):
+            h = h * 0.9
+        h = F.max_pool1d(torch.tanh(self.conv(h.unsqueeze(1))), 2)
+        return self.b(h.reshape(x.shape[0], -1))
+
+
 class CalledTwice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -185,6 +202,7 @@ ZOO = {
     "sequence_first": (SequenceFirst, [(6,)]),
     "two_inputs": (TwoInputs, [(6,), (3,)]),
     "untraceable": (Untraceable, [(6,)]),
+    "shape_dependent": (ShapeDependent, [(6,)]),
     "called_twice": (CalledTwice, [(6,)]),
 }  # fmt: skip
 

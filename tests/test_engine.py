@@ -26,7 +26,7 @@ from raypatch.engine.structure import Savings
 from raypatch.errors import InputError, RunError
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-CAPTURED = sorted(set(ZOO) - {"untraceable", "sequence_first"})
+CAPTURED = sorted(set(ZOO) - {"untraceable", "sequence_first", "shape_dependent"})
 
 
 def check_equal(found, expected, dtype):
@@ -102,6 +102,13 @@ def test_what_can_be_captured_is_evaluated_incrementally(name):
     patcher = Patcher(network)
     patcher.prepare(source, target)
     assert patcher.path == "incremental (torch.fx)"
+
+
+def test_torch_export_captures_what_symbolic_tracing_cannot():
+    network, source, target = build("shape_dependent", 0)
+    patcher = Patcher(network)
+    patcher.prepare(source, target)
+    assert patcher.path.startswith("incremental (torch.export; torch.fx: TraceError")
 
 
 def test_a_network_that_cannot_be_captured_runs_stacked_and_says_why():
@@ -358,12 +365,14 @@ def test_out_of_memory_with_one_experiment_says_what_to_lower(monkeypatch):
 # ------------------------------------------------------------------------------ faces
 
 
-def test_a_patcher_survives_pickling_with_the_same_bits():
-    network, source, target = build("dueling_cnn", 0)
+@pytest.mark.parametrize("name", ["dueling_cnn", "shape_dependent", "norm_and_concatenate"])
+def test_a_patcher_survives_pickling_with_the_same_bits(name):
+    network, source, target = build(name, 0)
     patcher = Patcher(network)
-    before = patcher([{"first": [1]}, {"value": [0]}], source, target)
+    experiments = [{layer: [0]} for layer in counts_of(network, target)]
+    before = patcher(experiments, source, target)
     again = pickle.loads(pickle.dumps(patcher))
-    assert torch.equal(before, again([{"first": [1]}, {"value": [0]}], source, target))
+    assert torch.equal(before, again(experiments, source, target))
 
 
 def test_unknown_layers_and_neurons_are_refused():

@@ -51,7 +51,10 @@ class Node:
     @property
     def key(self) -> Any:
         """What rules are registered under: module type, function, or method name."""
-        return type(self.target) if self.op == "module" else self.target
+        if self.op == "module":
+            return type(self.target)
+        # An exported operation goes by the name of the method it stands for.
+        return getattr(self.target, "name", self.target)
 
     def call(self, value_of: Callable[[int], Any], argument: Any = None) -> Any:
         """Run the operation on the values of its inputs."""
@@ -109,8 +112,8 @@ def capture(network: nn.Module) -> Graph:
     try:
         traced = tracer.trace(network, concrete_args=_defaults(network))
     except Exception as error:  # user code runs under symbolic values: anything may be raised
-        raise CaptureError(f"torch.fx: {_first_line(error)}") from None
-    return Graph(_nodes(traced, network), "torch.fx")
+        raise CaptureError(f"torch.fx: {first_line(error)}") from None
+    return finished_graph(_nodes(traced, network), "torch.fx")
 
 
 class _Tracer(fx.Tracer):
@@ -124,7 +127,8 @@ def _defaults(network: nn.Module) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error that user code raised under capture."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"
 
@@ -133,13 +137,12 @@ def _nodes(traced: fx.Graph, network: nn.Module) -> list[Node]:
     nodes: list[Node] = []
     # In-place operations are run out of place; whoever reads the overwritten value later
     # must see the new one.
-    current: dict[fx.Node, Ref] = {}
+    current: dict[fx.Node, int] = {}
     n_inputs = 0
     for item in traced.nodes:
         if item.op == "output":
             break
-        args = fx.map_arg(item.args, lambda n: current[n])  # type: ignore[arg-type, return-value]
-        kwargs = dict(fx.map_arg(item.kwargs, lambda n: current[n]))  # type: ignore[arg-type, return-value]
+        args, kwargs = replaced(item.args, current), replaced(item.kwargs, current)
         index = len(nodes)
         if item.op == "placeholder":
             if item.args:
@@ -157,15 +160,21 @@ def _nodes(traced: fx.Graph, network: nn.Module) -> list[Node]:
             target, overwrites = _out_of_place(item.target, kwargs)
             nodes.append(Node(index, op, target, args, kwargs))
             if overwrites and isinstance(item.args[0], fx.Node):
-                current[item.args[0]] = Ref(index)
-        current[item] = Ref(index)
+                current[item.args[0]] = index
+        current[item] = index
     output = next(item for item in traced.nodes if item.op == "output").args[0]
     if not isinstance(output, fx.Node):
         raise CaptureError("the network returns several values, not one tensor")
-    return _needed(nodes[: current[output].node + 1])
+    return nodes[: current[output] + 1]
 
 
-def _needed(nodes: list[Node]) -> list[Node]:
+def replaced(arguments: Any, current: dict[fx.Node, int]) -> Any:
+    """Arguments of a traced node with references in the place of traced nodes."""
+    mapped: Any = fx.map_arg(arguments, lambda n: Ref(current[n]))  # type: ignore[arg-type, return-value]
+    return dict(mapped) if isinstance(arguments, dict) else mapped
+
+
+def finished_graph(nodes: list[Node], how: str) -> Graph:
     """The nodes that the last one depends on, numbered anew, with their users counted."""
     wanted = {len(nodes) - 1}
     for node in reversed(nodes):
@@ -186,7 +195,7 @@ def _needed(nodes: list[Node]) -> list[Node]:
     for node in kept:
         for used in node.inputs:
             kept[used].users += 1
-    return kept
+    return Graph(kept, how)
 
 
 def _references(node: Node) -> list[int]:

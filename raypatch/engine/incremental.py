@@ -23,7 +23,7 @@ from raypatch.engine.layers import Args, Layer, first_tensor
 from raypatch.engine.plan import Group
 from raypatch.engine.sources import Fill
 from raypatch.engine.structure import BASE, SOURCE, SPARSE, Program, Savings, Step, Structure
-from raypatch.engine.values import Batch, Sparse
+from raypatch.engine.values import Batch, Selection, Sparse
 
 # Rows are compacted when fewer than this share of them change and what follows costs at
 # least this many multiplications a row; else copying them costs more than it saves.
@@ -222,11 +222,12 @@ class Prepared:
         active, compact = self._active_rows(program, index), False
         if active is not None:
             changing = active.any(1)
-            n_changing = int(changing.count_nonzero())
-            if n_changing < len(experiments):
+            if not bool(changing.all()):
                 out[experiments[~changing]] = self.baseline
                 experiments, active = experiments[changing], active[changing]
-                index = {layer: neurons[changing] for layer, neurons in index.items()}
+                index = {
+                    layer: Selection(chosen.neurons[changing]) for layer, chosen in index.items()
+                }
             n_active = int(active.count_nonzero())
             if n_active == active.numel():
                 active = None
@@ -238,24 +239,24 @@ class Prepared:
             part = slice(start, start + step)
             ids, mask = experiments[part], None if active is None else active[part]
             rows = _true_places(mask) if mask is not None and compact else None
-            neurons = {layer: chosen[part] for layer, chosen in index.items()}
+            neurons = {name: chosen.part(start, start + step) for name, chosen in index.items()}
             batch = Batch(len(ids), self.n_inputs, neurons, rows)
             self._write(self._output(program, batch), batch, mask, ids, out)
             computed += batch.n_rows
         return computed
 
-    def _indices(self, group: Group, program: Program) -> dict[str, Tensor]:
-        """Neurons ``[E, k]`` of every layer of the group; whole layers spelled out."""
+    def _indices(self, group: Group, program: Program) -> dict[str, Selection]:
+        """The neurons of every layer of the group; whole layers spelled out."""
         found = {}
         for entry, layer in program.patched.items():
             neurons = group.index[layer]
             if neurons is None:
                 size = self.chain(entry)[entry].of.neurons
                 neurons = torch.arange(size).expand(len(group.experiments), -1)
-            found[layer] = neurons.to(self.baseline.device)
+            found[layer] = Selection.of(neurons.to(self.baseline.device))
         return found
 
-    def _active_rows(self, program: Program, index: dict[str, Tensor]) -> Tensor | None:
+    def _active_rows(self, program: Program, index: dict[str, Selection]) -> Tensor | None:
         """``[E, N]`` bool, rows that can differ from the baseline; None for all."""
         entries = program.patched.items()
         whole = any(program.kinds[entry] == SOURCE for entry, _ in entries)
@@ -263,10 +264,9 @@ class Prepared:
             return None
         total: Tensor | None = None
         for entry, layer in entries:
-            neurons = index[layer]
-            active = self.active(entry).index_select(0, neurons.flatten())
-            if neurons.shape[1] > 1:
-                active = active.view(*neurons.shape, -1).any(1)
+            active = index[layer].take(self.active(entry))
+            if index[layer].shape[1] > 1:
+                active = active.view(*index[layer].shape, -1).any(1)
             total = active if total is None else total | active
         return total
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments, check_experiments
 from raypatch.engine.capture import CaptureError, capture
+from raypatch.engine.capture_export import capture_export
 from raypatch.engine.incremental import Incremental, Prepared
 from raypatch.engine.layers import Args, Layer, as_args, find_layers
 from raypatch.engine.plan import Plan, plan_experiments
@@ -153,16 +154,19 @@ class Patcher:
         self.layers = find_layers(network, probe)
         single = Stacked(network, self.layers, limit=1)
         reasons: list[str] = []
-        for name in ("incremental", "stacked"):
+        for how in ("torch.fx", "torch.export", "stacked"):
             try:
-                engine = self._build(name, network, probe)
+                engine = self._build(how, network, probe)
                 self._check(engine, single, probe)
             except CaptureError as reason:
                 reasons.append(str(reason))
                 continue
-            self.path = name + (f" (not captured: {reasons[0]})" if reasons else " (torch.fx)")
-            if name == "incremental":
+            if isinstance(engine, Incremental):
+                because = f"; {reasons[0]}" if reasons else ""
+                self.path = f"incremental ({how}{because})"
                 self._network = None  # the graph holds the weights
+            else:
+                self.path = f"stacked (not captured: {'; '.join(reasons)})"
             self._one_input = _some_inputs(probe, 1)
             self._engine = engine
             return engine
@@ -170,11 +174,12 @@ class Patcher:
         self._engine = single
         return single
 
-    def _build(self, name: str, network: nn.Module, probe: Args) -> Incremental | Stacked:
-        if name == "stacked":
+    def _build(self, how: str, network: nn.Module, probe: Args) -> Incremental | Stacked:
+        if how == "stacked":
             return Stacked(network, self.layers, limit=None)
         with torch.no_grad():
-            return Incremental(capture(network), self.layers, self.savings, _some_inputs(probe, 1))
+            graph = capture(network) if how == "torch.fx" else capture_export(network, probe)
+            return Incremental(graph, self.layers, self.savings, _some_inputs(probe, 1))
 
     def _check(self, engine: Incremental | Stacked, single: Stacked, target: Args) -> None:
         """Compare with one experiment on one input at a time; CaptureError if they differ."""

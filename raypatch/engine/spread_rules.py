@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raypatch.engine.capture import Node
-from raypatch.engine.values import Batch, Sparse
+from raypatch.engine.values import Batch, Selection, Sparse
 
 # Past this share of a layer's inputs patched, one full product beats many small ones.
 LOW_RANK_SHARE = 0.25
@@ -34,7 +34,7 @@ class Context(Protocol):
         """The node's weight with input features first, contiguous; computed once."""
 
 
-SpreadRule = Callable[[Context, Node, Sparse, Tensor, Batch], "Tensor | None"]
+SpreadRule = Callable[[Context, Node, Sparse, Selection, Batch], "Tensor | None"]
 SPREAD_RULES: dict[Any, SpreadRule] = {}
 
 
@@ -50,7 +50,7 @@ def spreads(*keys: Any) -> Callable[[SpreadRule], SpreadRule]:
 
 @spreads(nn.Linear)
 def linear(
-    context: Context, node: Node, sparse: Sparse, index: Tensor, batch: Batch
+    context: Context, node: Node, sparse: Sparse, index: Selection, batch: Batch
 ) -> Tensor | None:
     """Base output plus patched differences times the patched columns of the weight."""
     base = context.base(node.index)
@@ -62,8 +62,12 @@ def linear(
         return None
     n_experiments, n_inputs = batch.n_experiments, batch.n_inputs
     delta = batch.gather(sparse.delta, index)
-    features = sparse.of.positions.index_select(0, index.flatten()).clamp(min=0).flatten()
-    columns = context.weight_columns(node).index_select(0, features)
+    columns = context.weight_columns(node)
+    if sparse.of.is_plain:
+        columns = index.take(columns.view(sparse.of.neurons, -1, n_outputs))
+    else:
+        features = index.take(sparse.of.positions).clamp(min=0).flatten()
+        columns = columns.index_select(0, features)
     columns = columns.view(n_experiments, rank, n_outputs)
     out = context.buffer(node, n_experiments, n_inputs, n_outputs)
     if rank == 1:
@@ -72,7 +76,7 @@ def linear(
 
 
 def _linear_on_last_axis(
-    context: Context, node: Node, sparse: Sparse, index: Tensor, batch: Batch
+    context: Context, node: Node, sparse: Sparse, index: Selection, batch: Batch
 ) -> Tensor | None:
     """A linear layer at every place of a sequence; places count as further inputs."""
     if sparse.of.channel_axis != sparse.base.dim() - 1:
@@ -84,14 +88,14 @@ def _linear_on_last_axis(
     delta = batch.gather(sparse.delta, index)  # [E, N, k * places]
     delta = delta.view(batch.n_experiments, batch.n_inputs, k, -1).transpose(2, 3)
     delta = delta.reshape(batch.n_experiments, -1, k)
-    columns = context.weight_columns(node)[index]
+    columns = context.weight_columns(node)[index.neurons]
     flat = base.reshape(1, -1, base.shape[-1]).expand(batch.n_experiments, -1, -1)
     return torch.baddbmm(flat, delta, columns).view(batch.n_experiments, *base.shape)
 
 
 @spreads(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def convolution(
-    context: Context, node: Node, sparse: Sparse, index: Tensor, batch: Batch
+    context: Context, node: Node, sparse: Sparse, index: Selection, batch: Batch
 ) -> Tensor | None:
     """Base output plus the convolution of the patched channels' differences alone.
 
@@ -107,7 +111,7 @@ def convolution(
     base = context.base(node.index)
     n_inputs, n_outputs = base.shape[:2]
     spatial = sparse.of.owner.shape[1:]
-    delta = sparse.delta.index_select(0, index.flatten())
+    delta = index.take(sparse.delta)
     delta = delta.view(n_experiments, k, n_inputs, *spatial)
     out = context.buffer(node, n_experiments, *base.shape)
     if isinstance(layer, nn.Conv2d) and not isinstance(layer.padding, str):
@@ -115,14 +119,14 @@ def convolution(
         maps = delta.transpose(1, 2).reshape(n_experiments * n_inputs, k, *spatial)
         patches = _patches(maps, layer, base.shape[2:])
         rank, places = patches.shape[1:]
-        columns = context.weight_columns(node).flatten(2).index_select(0, index.flatten())
+        columns = index.take(context.weight_columns(node).flatten(2))
         columns = columns.view(n_experiments, k, n_outputs, -1).transpose(1, 2)
         weight = columns.reshape(n_experiments, 1, n_outputs, rank)
         weight = weight.expand(-1, n_inputs, -1, -1).reshape(-1, n_outputs, rank)
         flat = out.view(n_experiments * n_inputs, n_outputs, places)
         torch.bmm(weight, patches, out=flat)
         return out.add_(base)
-    weight = context.weight_columns(node)[index].transpose(1, 2).flatten(0, 1)
+    weight = context.weight_columns(node)[index.neurons].transpose(1, 2).flatten(0, 1)
     stacked = delta.transpose(0, 2).transpose(1, 2).flatten(1, 2)  # [N, E * k, *spatial]
     convolved = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
     convolved = F.conv3d if isinstance(layer, nn.Conv3d) else convolved
@@ -148,7 +152,7 @@ def _patches(maps: Tensor, layer: Any, places: tuple[int, ...]) -> Tensor:
 
 @spreads(torch.mean, torch.sum, "mean", "sum")
 def reduction(
-    context: Context, node: Node, sparse: Sparse, index: Tensor, batch: Batch
+    context: Context, node: Node, sparse: Sparse, index: Selection, batch: Batch
 ) -> Tensor | None:
     """Base output plus each patched feature's share of the mean or sum it goes into."""
     base = context.base(node.index)
@@ -160,7 +164,7 @@ def reduction(
     name = node.target if isinstance(node.target, str) else node.target.__name__
     share = base[0].numel() / sparse.of.owner.numel() if name == "mean" else 1.0
     delta = batch.gather(sparse.delta, index) * share
-    places = target[sparse.of.positions.clamp(min=0)].index_select(0, index.flatten())
+    places = index.take(target[sparse.of.positions.clamp(min=0)])
     places = places.view(batch.n_experiments, 1, -1).expand_as(delta)
     out = batch_like(context, node, batch, base)
     out.view(batch.n_experiments, batch.n_inputs, -1).scatter_add_(2, places, delta)

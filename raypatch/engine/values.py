@@ -107,13 +107,49 @@ class Sparse:
         return delta[:, :, 0] != 0 if delta.shape[2] == 1 else (delta != 0).any(-1)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Neurons ``[E, k]`` of one layer in each experiment of a batch.
+
+    ``start`` is set where they are one each and follow one another, as in a sweep over all
+    neurons: then tables are sliced instead of copied.
+    """
+
+    neurons: Tensor
+    start: int | None = None
+
+    @classmethod
+    def of(cls, neurons: Tensor) -> Selection:
+        """Find out whether the neurons follow one another."""
+        if neurons.shape[1] != 1 or not len(neurons):
+            return cls(neurons)
+        first = int(neurons[0, 0])
+        ascending = torch.arange(first, first + len(neurons), device=neurons.device)
+        return cls(neurons, first if torch.equal(neurons[:, 0], ascending) else None)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.neurons.shape
+
+    def part(self, first: int, last: int) -> Selection:
+        """Experiments ``first`` to ``last`` (exclusive)."""
+        start = None if self.start is None else self.start + first
+        return Selection(self.neurons[first:last], start)
+
+    def take(self, table: Tensor) -> Tensor:
+        """Rows of a table ``[J, ...]``, ``[E * k, ...]``; a view where that is possible."""
+        if self.start is not None:
+            return table[self.start : self.start + len(self.neurons)]
+        return table.index_select(0, self.neurons.flatten())
+
+
 @dataclass
 class Batch:
     """Experiments of one signature: the same layers, the same number of neurons in each."""
 
     n_experiments: int
     n_inputs: int
-    index: dict[str, Tensor]  # layer to [E, k] neurons
+    index: dict[str, Selection]
     rows: Tensor | None = None  # flat e * N + n of the rows that are computed; None = all
 
     @property
@@ -141,20 +177,19 @@ class Batch:
             return per_input.repeat(self.n_experiments, *[1] * (per_input.dim() - 1))
         return per_input.index_select(0, self.row_input)
 
-    def gather(self, table: Tensor, index: Tensor) -> Tensor:
+    def gather(self, table: Tensor, index: Selection) -> Tensor:
         """A neuron table ``[J, N, m]`` at neurons ``[E, k]`` to ``[E, N, k * m]``."""
         n_experiments, k = index.shape
         _, n_inputs, m = table.shape
-        taken = table.index_select(0, index.flatten()).view(n_experiments, k, n_inputs, m)
+        taken = index.take(table).view(n_experiments, k, n_inputs, m)
         if k == 1:
             return taken.view(n_experiments, n_inputs, m)
         return taken.transpose(1, 2).reshape(n_experiments, n_inputs, k * m)
 
-    def write_patch(self, rows: Tensor, patch: Sparse, index: Tensor) -> Tensor:
+    def write_patch(self, rows: Tensor, patch: Sparse, index: Selection) -> Tensor:
         """Put the patched neurons' values into dense rows ``[R, *shape]``; changes ``rows``."""
-        n_experiments = len(index)
         values = self.gather(patch.values, index)
-        positions = patch.of.positions.index_select(0, index.flatten()).view(n_experiments, 1, -1)
+        positions = index.take(patch.of.positions).reshape(len(values), 1, -1)
         positions = positions.expand(-1, self.n_inputs, -1)
         if self.rows is not None:
             values, positions = self.keep(values), self.keep(positions)
@@ -167,6 +202,6 @@ class Batch:
             return flat.scatter_(1, positions, values)[:, :-1].reshape(rows.shape)
         return flat.scatter_(1, positions, values).view(rows.shape)
 
-    def densify(self, sparse: Sparse, index: Tensor) -> Tensor:
+    def densify(self, sparse: Sparse, index: Selection) -> Tensor:
         """Dense rows ``[R, *shape]`` of a sparse node."""
         return self.write_patch(self.spread(sparse.base), sparse, index)

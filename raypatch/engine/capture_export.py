@@ -1,0 +1,107 @@
+"""Capture with torch.export, for networks whose Python cannot run on symbolic values.
+
+``torch.export`` runs the forward once on real inputs and records aten operations, so control
+flow that depends on shapes only is no obstacle. Operations come out functional; linear and
+convolution layers are given back as modules, so that one set of rules serves both captures.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from raypatch.engine.capture import CaptureError, Graph, Node, finished_graph, first_line, replaced
+from raypatch.engine.layers import Args
+
+
+@dataclass(frozen=True)
+class AtenOperation:
+    """An aten operator by name: unlike the operator itself it can be pickled.
+
+    Rules know it by the name of the method or function it belongs to.
+    """
+
+    name: str
+    overload: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        packet = getattr(torch.ops.aten, self.name)
+        return getattr(packet, self.overload)(*args, **kwargs)
+
+
+def capture_export(network: nn.Module, args: Args) -> Graph:
+    """Export the network with a free number of inputs; raises CaptureError where impossible.
+
+    ``args`` hold at least two inputs; the batch is axis 0 of every tensor.
+    """
+    from torch.export import Dim, export
+
+    def free(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: free(item) for key, item in value.items()}
+        return {0: Dim.AUTO} if isinstance(value, torch.Tensor) else None
+
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = export(network, args, dynamic_shapes=tuple(map(free, args)), strict=False)
+            traced = program.run_decompositions({}).module()
+    except Exception as error:  # user code runs under the exporter: anything may be raised
+        raise CaptureError(f"torch.export: {first_line(error)}") from None
+    return finished_graph(_nodes(traced, network), "torch.export")
+
+
+def _nodes(traced: Any, network: nn.Module) -> list[Node]:
+    nodes: list[Node] = []
+    current: dict[fx.Node, int] = {}
+    n_inputs = 0
+    for item in traced.graph.nodes:
+        if item.op == "output":
+            result = item.args[0]
+            output = result[0] if isinstance(result, (tuple, list)) else result
+            return nodes[: current[output] + 1]
+        index = len(nodes)
+        if item.op == "placeholder":
+            nodes.append(Node(index, "input", n_inputs))
+            n_inputs += 1
+        elif item.op == "get_attr":
+            nodes.append(Node(index, "constant", _attribute(traced, item.target)))
+        elif item.op == "call_function":
+            nodes.append(_operation(index, item, current, network))
+        else:
+            continue  # a guard on the inputs' shapes: what is traced has no other module
+        current[item] = index
+    raise CaptureError("torch.export: the exported program has no output")
+
+
+def _operation(index: int, item: fx.Node, current: dict[fx.Node, int], network: nn.Module) -> Node:
+    args, kwargs = replaced(item.args, current), replaced(item.kwargs, current)
+    target = item.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return Node(index, "function", target, args, kwargs)
+    stack = list((item.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0].partition("@")[0] if stack else ""
+    name = target._schema.name.removeprefix("aten::")
+    module = _module(network, path)
+    if isinstance(module, nn.Linear) and name == "linear":
+        return Node(index, "module", module, args[:1], path=path)
+    if isinstance(module, nn.modules.conv._ConvNd) and name.startswith("conv"):
+        return Node(index, "module", module, args[:1], path=path)
+    return Node(index, "function", AtenOperation(name, target._overloadname), args, kwargs)
+
+
+def _module(network: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return network.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _attribute(root: Any, path: str) -> Any:
+    for part in path.split("."):
+        root = getattr(root, part)
+    return root.detach() if isinstance(root, torch.Tensor) else root
