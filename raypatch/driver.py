@@ -440,6 +440,7 @@ class _Job:
         if self.config.overwrite:
             sweep.clear(self.store)
         self.store.make(*([layout.SHARDS] if self.config.save != "summary" else []), layout.SUMMARY)
+        sweep.remove_leftovers(self.store)
         sweep.drop_torn_line(self.store)
         if self.store.read(layout.SWEEP) is not None:
             return
@@ -490,6 +491,7 @@ class _Job:
         """Record the ending; ``_SUCCESS`` only when the whole definition is done."""
         from raypatch import sweep
 
+        sweep.remove_leftovers(self.store)
         receipts = layout.read_manifest(self.store.read(layout.MANIFEST))
         done = [sweep.Range(r.first, r.last) for r in receipts]
         whole = not sweep.remaining(sweep.Range(0, len(self.experiments)), done)

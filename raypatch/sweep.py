@@ -154,14 +154,21 @@ def open_directory(
 def clear(store: Store) -> None:
     """Remove a run's files, and only those, for ``--overwrite``."""
     for folder in (layout.SHARDS, layout.SUMMARY):
-        for pattern in ("part-*.arrow", ".part-*.partial"):
-            for file in store.path(folder).glob(pattern):
-                file.unlink()
+        for file in store.path(folder).glob("part-*.arrow"):
+            file.unlink()
+    remove_leftovers(store)
     for name in (
         layout.SUCCESS, layout.MANIFEST, layout.FAILURES, layout.SWEEP, layout.EXPERIMENTS,
         layout.BASELINES,
     ):  # fmt: skip
         store.path(name).unlink(missing_ok=True)
+
+
+def remove_leftovers(store: Store) -> None:
+    """Remove files that an actor was still writing when it died."""
+    for folder in (layout.SHARDS, layout.SUMMARY):
+        for file in store.path(folder).glob(".part-*.partial"):
+            file.unlink(missing_ok=True)
 
 
 def drop_torn_line(store: Store) -> None:
