@@ -296,6 +296,8 @@ class Prepared:
             index = batch.index[program.patched[step.spread.entry]]
             structured = step.spread.rule(self, node, sparse, index, batch)
             if structured is not None:
+                # A lone update has added exactly zero to unchanged rows.
+                batch.unchanged_are_exact = len(program.steps) == 1
                 if batch.rows is None:
                     return structured.flatten(0, 1)
                 kept = self.engine.buffer(
@@ -348,8 +350,10 @@ class Prepared:
         into = out[first : last + 1] if adjacent else torch.empty_like(out[: len(ids)])
         if batch.rows is None:
             into.view(rows.shape).copy_(rows)
-            if mask is not None:
-                torch.where(mask[:, :, None], into, self.baseline, out=into)
+            if mask is not None and not batch.unchanged_are_exact:
+                still = _true_places(~mask)
+                kept = self.baseline.index_select(0, still % self.n_inputs)
+                into.view(rows.shape).index_copy_(0, still, kept)
         else:
             into.copy_(self.baseline.expand_as(into))
             into.view(-1, into.shape[-1]).index_copy_(0, batch.rows, rows)

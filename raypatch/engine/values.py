@@ -151,6 +151,7 @@ class Batch:
     n_inputs: int
     index: dict[str, Selection]
     rows: Tensor | None = None  # flat e * N + n of the rows that are computed; None = all
+    unchanged_are_exact: bool = False  # computed rows that do not change equal base bit for bit
 
     @property
     def n_rows(self) -> int:
