@@ -1,0 +1,98 @@
+"""Where the time of a sweep goes: engine, metrics, Arrow tables, writing; one thread, inline.
+
+Takes the worker's own steps apart on one large item of the dqn_mlp network and of the example
+agents, for each ``--save`` mode.
+
+    python benchmarks/end_to_end.py [--repeats 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from engine import ROOT, agent_case, make_case
+
+from raypatch.definitions import Experiments
+from raypatch.engine.patcher import Patcher
+from raypatch.metrics import DEFAULT_METRICS
+from raypatch.results import layout, schema, tables
+from raypatch.worker import Item, Worker, WorkerSpec
+
+
+def make_worker(case, save: str, folder: str) -> tuple[Worker, Experiments]:
+    patcher = Patcher(case.network)
+    patcher.prepare(case.source, case.target)
+    sides = {"clean": case.source.numpy(), "corrupted": case.target.numpy()}
+    n_outputs = case.network(case.target[:1]).shape[1]
+    spec = WorkerSpec(
+        patcher=pickle.dumps(patcher), sides=sides, directions=("denoising", "noising"),
+        source_kind="pair", seed=0, discrete=True,
+        columns=schema.Columns(n_outputs, DEFAULT_METRICS, save), metadata={},
+        compression="lz4", output_dir=folder,
+    )  # fmt: skip
+    one = [{str(layer): [neuron]} for layer, neuron in case.experiments]
+    # As long as an item of a large sweep: every neuron several times over.
+    passes = 2 * len(case.target)
+    repeats = max(1, (1 << 18) // (len(one) * passes))
+    worker = Worker(spec)
+    worker.patcher.savings = worker.patcher.savings.__class__(deduplicate=False)
+    worker.store.make(layout.SHARDS, layout.SUMMARY)
+    return worker, Experiments.from_list(one * repeats)
+
+
+def measure(worker: Worker, experiments: Experiments) -> dict[str, float]:
+    """Seconds of each step of one item."""
+    item, taken = Item(0, 0, len(experiments)), {}
+
+    def clock(name, step):
+        started = time.perf_counter()
+        result = step()
+        taken[name] = time.perf_counter() - started
+        return result
+
+    outputs = clock("engine", lambda: worker._outputs(experiments))
+    arrays = clock("metrics and statistics", lambda: worker._arrays(item, outputs))
+
+    def build():
+        found = [tables.summary_table(arrays, worker.summary_schema)]
+        if worker.spec.columns.save != "summary":
+            found.append(tables.row_table(arrays, worker.row_schema))
+        return found
+
+    made = clock("Arrow tables", build)
+    files = clock("lz4", lambda: [tables.file_bytes(table, "lz4") for table in made])
+    clock("hash, fsync, rename", lambda: [
+        worker.store.write(f"{layout.SUMMARY}/part-{i}.arrow", memoryview(f))
+        for i, f in enumerate(files)
+    ])  # fmt: skip
+    return taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args().repeats
+    torch.set_num_threads(1)
+    cases = [make_case("dqn_mlp", "cpu")]
+    cases += [agent_case(path) for path in sorted((ROOT / "examples").iterdir()) if path.is_dir()]
+    for case in cases:
+        for save in schema.SAVE_MODES:
+            with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder, torch.no_grad():
+                worker, experiments = make_worker(case, save, folder)
+                measure(worker, experiments)
+                rows = [measure(worker, experiments) for _ in range(repeats)]
+            passes = len(experiments) * 2 * len(case.target)
+            steps = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+            total = sum(steps.values())
+            parts = ", ".join(f"{name} {value / total:.0%}" for name, value in steps.items())
+            print(f"{case.name:17} --save {save:8} {passes / total:12,.0f} passes/s: {parts}")
+
+
+if __name__ == "__main__":
+    main()
