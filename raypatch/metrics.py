@@ -50,16 +50,29 @@ class Fixed:
         self.b = columns(baselines.target)
         self.b_source = None if baselines.source is None else columns(baselines.source)
 
+    def pick(self, columns: Tensor, which: Tensor) -> Tensor:
+        """Each column's element at row ``which``, ``[1, rows]``."""
+        return columns.view(-1).index_select(0, which).view(1, -1)
+
+    @cached_property
+    def at_a(self) -> Tensor:
+        """Flat places of the actions, for :meth:`pick`."""
+        return _flat_places(self.a)
+
+    @cached_property
+    def at_s(self) -> Tensor:
+        return _flat_places(self.s)
+
     @cached_property
     def a(self) -> Tensor:
-        return self.b.argmax(0, keepdim=True)
+        return first_argmax(self.b).view(1, -1)
 
     @cached_property
     def s(self) -> Tensor:
         """Runner-up; the action itself where there is only one."""
         if len(self.b) == 1:
             return self.a
-        return self.b.scatter(0, self.a, -torch.inf).argmax(0, keepdim=True)
+        return first_argmax(self.b.scatter(0, self.a, -torch.inf)).view(1, -1)
 
     @cached_property
     def prob(self) -> Tensor:
@@ -83,13 +96,35 @@ class Fixed:
 
     @cached_property
     def recovery(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Source's action, LD_b and LD_src - LD_b (NaN where the actions agree)."""
+        """Flat places of the source's action, LD_b, and LD_src - LD_b (NaN where the actions
+        agree)."""
         if self.b_source is None:
             return None
-        a_source = self.b_source.argmax(0, keepdim=True)
+        a_source = first_argmax(self.b_source).view(1, -1)
         base = self.b.gather(0, a_source) - self.b.gather(0, self.a)
         span = self.b_source.gather(0, a_source) - self.b_source.gather(0, self.a) - base
-        return a_source, base, torch.where((a_source == self.a) | (span == 0), torch.nan, span)
+        span = torch.where((a_source == self.a) | (span == 0), torch.nan, span)
+        return _flat_places(a_source), base, span
+
+
+def _flat_places(which: Tensor) -> Tensor:
+    """Row numbers ``[1, rows]`` of columns to places in the flattened columns."""
+    n_rows = which.shape[1]
+    return which.view(-1) * n_rows + torch.arange(n_rows)
+
+
+def first_argmax(columns: Tensor) -> Tensor:
+    """Row of each column's largest element, the first of several, int64 ``[rows]``.
+
+    torch's reductions over a short first axis are ten times slower than comparing rows.
+    """
+    if len(columns) > 32:
+        return torch.from_numpy(columns.t().contiguous().numpy().argmax(1))
+    best, place = columns[0].clone(), torch.zeros(columns.shape[1], dtype=torch.int64)
+    for number in range(1, len(columns)):
+        place.masked_fill_(columns[number] > best, number)
+        torch.maximum(best, columns[number], out=best)
+    return place
 
 
 def _length(x: Tensor) -> Tensor:
@@ -113,11 +148,11 @@ class Rows:
 
     @cached_property
     def p_a(self) -> Tensor:
-        return self.p.gather(0, self.fixed.a)
+        return self.fixed.pick(self.p, self.fixed.at_a)
 
     @cached_property
     def d_a(self) -> Tensor:
-        return self.d.gather(0, self.fixed.a)
+        return self.fixed.pick(self.d, self.fixed.at_a)
 
     @cached_property
     def e(self) -> Tensor:
@@ -137,8 +172,9 @@ class Rows:
     @cached_property
     def wild(self) -> Tensor | None:
         """Rows whose probabilities change by more than float64's range; None if there are none."""
-        wild = (self.e > 500).any(0, keepdim=True)
-        return wild if bool(wild.any()) else None
+        if float(self.e.max()) <= 500:
+            return None
+        return (self.e > 500).any(0, keepdim=True)
 
     @cached_property
     def log_s(self) -> Tensor:
@@ -160,7 +196,9 @@ class Rows:
     @cached_property
     def chebyshev(self) -> Tensor:
         """max |p - b| over the outputs but the action."""
-        return self.d.abs().scatter_(0, self.fixed.a, 0.0).amax(0, keepdim=True)
+        size = self.d.abs()
+        size.view(-1).index_fill_(0, self.fixed.at_a, 0.0)
+        return size.amax(0, keepdim=True)
 
     @cached_property
     def directed(self) -> Tensor:
@@ -190,14 +228,15 @@ def _hellinger(r: Rows) -> Tensor:
 
 
 def _margin_change(r: Rows) -> Tensor:
-    return r.prob_change.gather(0, r.fixed.a) - r.prob_change.gather(0, r.fixed.s)
+    change = r.prob_change
+    return r.fixed.pick(change, r.fixed.at_a) - r.fixed.pick(change, r.fixed.at_s)
 
 
 def _recovered(r: Rows) -> Tensor:
     if r.fixed.recovery is None:
         return torch.full_like(r.p_a, torch.nan)
-    a_source, base, span = r.fixed.recovery
-    return (r.p.gather(0, a_source) - r.p_a - base) / span
+    at_source, base, span = r.fixed.recovery
+    return (r.fixed.pick(r.p, at_source) - r.p_a - base) / span
 
 
 def _proportion_change(r: Rows) -> Tensor:
@@ -217,7 +256,9 @@ METRICS: dict[str, Metric] = {
     "output_logit_delta": Metric(lambda r: r.d_a, "logits"),
     "top_logit_delta_magnitude": Metric(lambda r: r.d_a.abs(), "logits"),
     "logit_difference_norm": Metric(lambda r: _length(r.d), "logits", discrete=False),
-    "action_probability_delta": Metric(lambda r: r.prob_change.gather(0, r.fixed.a), "probability"),
+    "action_probability_delta": Metric(
+        lambda r: r.fixed.pick(r.prob_change, r.fixed.at_a), "probability"
+    ),
     "top_action_probability_gap": Metric(
         lambda r: (
             (r.fixed.prob + r.prob_change).amax(0, keepdim=True)
@@ -297,9 +338,10 @@ class MetricTable:
         self.baselines = baselines
         self._fixed: dict[int, Fixed] = {}
 
-    def compute(self, patched: Tensor, out: Tensor) -> None:
+    def compute(self, patched: Tensor, out: Tensor, actions: Tensor | None = None) -> None:
         """Fill ``out`` ``[metrics, experiments, inputs]`` from ``patched`` ``[experiments,
-        inputs, outputs]``; NaN where a metric is not defined."""
+        inputs, outputs]``; NaN where a metric is not defined. ``actions``, if given,
+        ``[experiments, inputs]``, receives the greedy actions."""
         n_experiments, n_inputs, n_outputs = patched.shape
         step = max(1, BLOCK_ROWS // n_inputs)
         for start in range(0, n_experiments, step):
@@ -309,8 +351,12 @@ class MetricTable:
                 # At most the full block and one rest are kept.
                 self._fixed = {k: v for k, v in self._fixed.items() if k == step}
                 self._fixed[repeats] = Fixed(self.baselines, repeats)
-            columns = block.reshape(-1, n_outputs).t().to(torch.float64)
-            rows = Rows(columns.contiguous(), self._fixed[repeats])
+            flat = block.reshape(-1, n_outputs)
+            columns = torch.empty(n_outputs, len(flat), dtype=torch.float64).copy_(flat.t())
+            rows = Rows(columns, self._fixed[repeats])
+            if actions is not None:
+                place = first_argmax(columns).view(repeats, n_inputs)
+                actions[start : start + step] = place
             for number, name in enumerate(self.names):
                 values = METRICS[name].formula(rows)
                 out[number, start : start + step] = values.view(repeats, n_inputs)

@@ -16,7 +16,7 @@ import torch
 
 from raypatch.definitions import Experiments
 from raypatch.engine.patcher import Patcher, PatchRun
-from raypatch.metrics import Baselines, MetricTable, summarise
+from raypatch.metrics import Baselines, MetricTable, first_argmax, summarise
 from raypatch.results import layout, schema, tables
 from raypatch.results.store import Store
 
@@ -76,6 +76,9 @@ class Worker:
         self.patcher: Patcher = pickle.loads(spec.patcher).to(spec.device)
         self.runs = [prepare_direction(self.patcher, spec, d) for d in spec.directions]
         self.tables = [self._metric_table(d, run) for d, run in zip(spec.directions, self.runs)]
+        self.baseline_actions = torch.stack(
+            [first_argmax(run.baseline.cpu().t()).to(torch.int32) for run in self.runs]
+        )
         self.row_schema = schema.row_schema(spec.columns, spec.metadata)
         self.summary_schema = schema.summary_schema(spec.columns.metrics, spec.metadata)
 
@@ -128,13 +131,14 @@ class Worker:
         values = torch.empty(
             len(columns.metrics), n_experiments, n_directions, n_inputs, dtype=torch.float64
         )
-        for number, table in enumerate(self.tables):
-            table.compute(outputs[:, number], values[:, :, number])
         actions = changed = rate = None
         if self.spec.discrete:
-            actions = outputs.argmax(-1).to(torch.int32)
-            baseline = torch.stack([run.baseline.cpu().argmax(-1) for run in self.runs])
-            changed = actions != baseline
+            actions = torch.empty(n_experiments, n_directions, n_inputs, dtype=torch.int32)
+        for number, table in enumerate(self.tables):
+            chosen = None if actions is None else actions[:, number]
+            table.compute(outputs[:, number], values[:, :, number], chosen)
+        if actions is not None:
+            changed = actions != self.baseline_actions
             rate = changed.double().mean(-1).float().numpy()
         rows = columns.save != "summary"
         return tables.ItemArrays(
