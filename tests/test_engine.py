@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import CARTPOLE, LAVA
+from conftest import CARTPOLE, LAVA, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import ACTIVATIONS, ZOO, MixesInputs, build, mlp
@@ -80,7 +80,7 @@ def test_random_experiments_equal_plain_hooks(name, dtype, data, seed, kind):
     sizes=st.lists(st.integers(1, 12), min_size=2, max_size=5),
     activation=st.sampled_from(ACTIVATIONS),
     n_inputs=st.integers(1, 9),
-    savings=st.builds(Savings, *[st.booleans()] * 5),
+    savings=st.builds(Savings, *[st.booleans()] * 6),
     batch_rows=st.sampled_from([None, 1, 5, 64]),
 )
 def test_random_mlps_equal_plain_hooks_with_any_savings_and_batch(
@@ -373,6 +373,14 @@ def test_a_patcher_survives_pickling_with_the_same_bits(name):
     before = patcher(experiments, source, target)
     again = pickle.loads(pickle.dumps(patcher))
     assert torch.equal(before, again(experiments, source, target))
+
+
+def test_the_readmes_notebook_example_runs_as_printed():
+    text = (ROOT / "README.md").read_text()
+    code = next(b for b in text.split("```python\n")[1:] if "raypatch.Patcher" in b).split("```")[0]
+    names: dict = {}
+    exec(code, names)
+    assert names["outputs"].shape == (66, 32, 2) and names["ablated"].shape == (66, 32, 2)
 
 
 def test_unknown_layers_and_neurons_are_refused():

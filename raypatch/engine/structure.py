@@ -30,6 +30,7 @@ from raypatch.engine.values import Ownership
 class Savings:
     """Each saving of the engine, to be switched off in tests and benchmarks."""
 
+    reuse_upstream: bool = True  # nothing before the first patched layer is computed again
     low_rank: bool = True  # the first linear or convolution after a patch from its columns
     skip_unchanged: bool = True  # rows whose sparse difference is exactly zero
     sparse_output: bool = True  # patches that stay sparse up to the output cost their columns
@@ -214,7 +215,9 @@ class Structure:
     def _kind(self, index: int, kinds: dict[int, Kind]) -> Kind:
         used = [kinds[i] for i in self.nodes[index].inputs if self.depends[i]]
         if all(kind == BASE for kind in used):
-            return BASE
+            node = self.nodes[index]
+            fixed = node.op in ("input", "constant") or not holds_tensors(self.sample[index])
+            return BASE if fixed or self.savings.reuse_upstream else DENSE
         if all(kind == SOURCE for kind in used):
             return SOURCE
         entries = {kind.entry for kind in used if kind.name == SPARSE}
