@@ -7,24 +7,31 @@ outcomes as they finish; what to send where is decided by :class:`raypatch.pool.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
 from raypatch.errors import RaypatchError, RunError, one_line
-from raypatch.pool import Dispatch
+from raypatch.pool import Dispatch, Failed, Send, TooManyLosses
 
 if TYPE_CHECKING:
-    from raypatch.worker import Item, Outcome, WorkerSpec
+    from raypatch.worker import Item, Outcome, Quarantined, WorkerSpec
 
 EARLY_ACTORS = 2
 OBJECT_STORE_BYTES = 256 << 20
 WAIT_S = 0.2
-START_TIMEOUT_S = 300.0
+# How often a cluster is asked whether it has grown.
+RESIZE_EVERY_S = 5.0
+# Actors that die while they start, one after another with none standing, before giving up.
+MAX_START_FAILURES = 5
 _QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -47,8 +54,13 @@ class WorkerActor:
         self._worker = Worker(spec)
         return os.getpid()
 
-    def compute(self, item: Item, experiments: Experiments, tries: int) -> Outcome:
-        """Compute one item; see :meth:`raypatch.worker.Worker.compute`."""
+    def compute(
+        self, item: Item, experiments: Experiments, tries: int, probe: bool
+    ) -> Outcome | None:
+        """Compute one item; see :meth:`raypatch.worker.Worker.compute`. None for a probe."""
+        if probe:
+            self._worker.probe(experiments)
+            return None
         return self._worker.compute(item, experiments, tries)
 
 
@@ -61,6 +73,7 @@ class PoolOptions:
     gpus_per_actor: float = 1.0
     device: str = "auto"
     quiet: bool = True
+    watchdog_s: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,7 @@ class Tick:
 
     actors: int
     retries: int
+    in_flight: int
 
 
 class RayBackend:
@@ -91,6 +105,8 @@ class RayBackend:
         self._actor_class: Any = None
         self._early: list[Any] = []
         self._limit = 1
+        self._next_resize = 0.0
+        self._local, self._broken = True, False
         self.device = "cpu"
 
     def __enter__(self) -> RayBackend:
@@ -100,7 +116,13 @@ class RayBackend:
     def __exit__(self, *_: object) -> None:
         self._started.wait()
         if self._ray is not None and self._ray.is_initialized():
-            self._ray.shutdown()
+            if self._broken:
+                # Without its daemons an orderly shutdown would wait for them.
+                self._ray._private.worker._global_node.kill_all_processes(
+                    check_alive=False, allow_graceful=False
+                )
+            else:
+                self._ray.shutdown()
         self._closing.set()
         self._thread.join()
 
@@ -131,7 +153,11 @@ class RayBackend:
             "logging_level": logging.ERROR,
             "namespace": "raypatch",
         }
-        if address == "local":
+        self._local = address == "local"
+        if not self._local:
+            # Machines of a cluster need torch and pyarrow, but not raypatch.
+            settings["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
+        else:
             cores = (
                 len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             )
@@ -145,15 +171,46 @@ class RayBackend:
 
     def _choose_actors(self) -> None:
         resources = self._ray.cluster_resources()
-        gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 1.0)
+        gpus = resources.get("GPU", 0.0)
         use_gpu = self.options.device == "cuda" or (self.options.device == "auto" and gpus > 0)
         if self.options.device == "cuda" and gpus == 0:
             raise RunError("--device cuda: Ray reports no GPU; use --device cpu")
         self.device = "cuda" if use_gpu else "cpu"
         wanted = {"num_gpus": self.options.gpus_per_actor} if use_gpu else {"num_cpus": 1}
-        possible = gpus / self.options.gpus_per_actor if use_gpu else cpus
-        self._limit = self.options.num_actors or max(1, int(possible))
-        self._actor_class = self._ray.remote(**wanted, max_restarts=0)(WorkerActor)
+        self._limit = self.options.num_actors or max(1, self._room())
+        self._actor_class = self._ray.remote(
+            **wanted, max_restarts=0, scheduling_strategy="SPREAD"
+        )(WorkerActor)
+
+    def _room(self) -> int:
+        """How many actors the cluster has resources for."""
+        resources = self._ray.cluster_resources()
+        if self.device == "cuda":
+            return int(resources.get("GPU", 0.0) / self.options.gpus_per_actor)
+        return int(resources.get("CPU", 1.0))
+
+    def pickled(self, value: Any, folders: Sequence[Path]) -> bytes:
+        """Bytes for actors that do not have the user's code: what was imported from these
+        folders travels by value."""
+        self.wait_started()
+        cloudpickle: Any = self._ray.cloudpickle
+
+        own = Path(__file__).parent
+        modules = [
+            module
+            for module in list(sys.modules.values())
+            if (file := getattr(module, "__file__", None))
+            and any(folder in Path(file).parents for folder in folders)
+            and own not in Path(file).parents
+            and not {"site-packages", "dist-packages"}.intersection(Path(file).parts)
+        ]
+        for module in modules:
+            cloudpickle.register_pickle_by_value(module)
+        try:
+            return cloudpickle.dumps(value)
+        finally:
+            for module in modules:
+                cloudpickle.unregister_pickle_by_value(module)
 
     def wait_started(self) -> None:
         """Until Ray stands; raises RunError where it does not."""
@@ -172,55 +229,154 @@ class RayBackend:
         n_items: int,
         experiments_of: Callable[[Item], Experiments],
         stopping: Callable[[], bool],
-    ) -> Iterator[Outcome | Tick]:
-        """Outcomes as items finish, and a tick at least every fraction of a second.
+    ) -> Iterator[Outcome | Quarantined | Tick]:
+        """Outcomes as items finish, verdicts on experiments that cannot be computed, and a
+        tick at least every fraction of a second.
 
         After ``stopping()`` is true nothing more is sent; what is in flight still comes.
         """
         self.wait_started()
-        fleet = _Fleet(self._ray, self._actor_class, self._ray.put(spec), self._early)
-        dispatch: Dispatch[Item] = Dispatch(items)
-        n_actors = min(self._limit, n_items)
-        for _ in range(n_actors):
-            fleet.add()
-        while not dispatch.done:
-            if stopping():
-                dispatch.stop()
-            for send in dispatch.sends():
-                fleet.send(send.actor, send.item, experiments_of(send.item), send.tries)
-            for event in fleet.events():
-                if event.outcome is not None:
-                    dispatch.item_completed(event.actor)
-                    yield event.outcome
-                elif event.ready:
-                    dispatch.add_actor(event.actor)
-                else:
-                    self._replace(dispatch, fleet, event, stopping)
-            yield Tick(dispatch.n_actors, dispatch.retries)
-        fleet.close()
+        dispatch = Dispatch(items, halve=_halves, without=_without)
+        watchdog = _Watchdog(self.options.watchdog_s)
+        fleet = _Fleet(self._ray, self._actor_class, self._put(spec), self._early)
+        try:
+            while not dispatch.done:
+                self._check_daemons()
+                if stopping():
+                    dispatch.stop()
+                elif fleet.size < (limit := min(self._current_limit(), n_items)):
+                    fleet.grow(limit)
+                for send in dispatch.sends():
+                    fleet.send(send, experiments_of(send.item))
+                for event in fleet.events():
+                    if event.kind == "done":
+                        dispatch.item_completed(event.actor)
+                        if event.outcome is not None:
+                            yield event.outcome
+                    elif event.kind == "ready":
+                        dispatch.add_actor(event.actor)
+                    elif event.kind != "unstarted" and (
+                        failed := self._failure_of(dispatch, event)
+                    ):
+                        yield _verdict(failed, event.error)
+                for actor in watchdog.overdue(dispatch):
+                    fleet.kill(actor)
+                yield Tick(
+                    dispatch.n_actors,
+                    dispatch.retries + dispatch.node_losses,
+                    dispatch.n_in_flight,
+                )
+        finally:
+            fleet.close()
 
-    def _replace(
-        self, dispatch: Dispatch[Item], fleet: _Fleet, event: _Event, stopping: Callable[[], bool]
-    ) -> None:
-        """An actor is gone: give its items to others and start a fresh one."""
-        if event.starting:
-            raise RunError(f"an actor could not start: {event.error}")
-        given_up = dispatch.actor_died(event.actor)
-        if given_up is not None:
-            raise RunError(f"{given_up} lost its actor {dispatch.retries + 1} times: {event.error}")
-        if not stopping():
-            fleet.add()
+    def _put(self, spec: WorkerSpec) -> Any:
+        try:
+            return self._ray.put(spec)
+        except self._ray.exceptions.RayError as error:
+            raise RunError(
+                f"the agent and its inputs do not fit into Ray's object store: {one_line(error)}; "
+                "give fewer inputs (--input_ids) or start Ray with a larger object store"
+            ) from None
+
+    def _current_limit(self) -> int:
+        """How many actors to have: as asked, else as many as the cluster has room for now."""
+        if self.options.num_actors is None and time.monotonic() > self._next_resize:
+            self._next_resize = time.monotonic() + RESIZE_EVERY_S
+            self._limit = max(self._limit, self._room())
+        return self._limit
+
+    def _check_daemons(self) -> None:
+        """Raises RunError where the local Ray has lost a daemon: Ray would end this process."""
+        dead = _dead_daemons(self._ray) if self._local else []
+        if dead:
+            self._broken = True
+            raise RunError(
+                f"Ray's {dead[0]} died; committed results are kept, run the same command again "
+                "to resume"
+            )
+
+    def _failure_of(self, dispatch: Dispatch[Item], event: _Event) -> Failed[Item] | None:
+        """Tell the dispatch state what happened to an actor or its oldest item."""
+        if event.kind == "failed":
+            return dispatch.item_failed(event.actor)
+        if event.kind == "lost":
+            try:
+                dispatch.actor_lost(event.actor)
+            except TooManyLosses as error:
+                raise RunError(f"{error}; run the same command again to resume") from None
+            return None
+        return dispatch.actor_died(event.actor)
+
+
+def _halves(item: Item) -> tuple[Item, Item] | None:
+    return item.halves()
+
+
+def _without(item: Item, pieces: list[Item]) -> Item:
+    return item.without(pieces)
+
+
+def _verdict(failed: Failed[Item], error: str) -> Quarantined:
+    """The experiment to quarantine; raises RunError where there is none to blame."""
+    if failed.hopeless:
+        raise RunError(
+            f"{failed.item} failed {failed.tries} times, though each of its experiments can be "
+            f"computed alone: {error}; run the same command again to resume"
+        )
+    from raypatch.worker import Quarantined
+
+    return Quarantined(failed.item.first, error, failed.tries)
+
+
+def _dead_daemons(ray: Any) -> list[str]:
+    """Names of the local Ray's daemons that have ended."""
+    node = getattr(ray._private.worker, "_global_node", None)
+    if node is None:
+        return []
+    return [str(name) for name, _ in node.dead_processes() if name in ("raylet", "gcs_server")]
+
+
+class _Watchdog:
+    """Actors whose oldest item has not been answered for too long."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._since: dict[int, tuple[object, float]] = {}
+
+    def overdue(self, dispatch: Dispatch[Item]) -> list[int]:
+        """Actors to end now; each is named once an item. Clock: monotonic."""
+        now, found = time.monotonic(), []
+        busy = dispatch.busy_actors()
+        self._since = {actor: held for actor, held in self._since.items() if actor in busy}
+        for actor in busy:
+            head = dispatch.head(actor)
+            held = self._since.get(actor)
+            if held is None or held[0] != head:
+                self._since[actor] = (head, now)
+            elif now - held[1] > self._limit_s:
+                self._since[actor] = (head, float("inf"))
+                found.append(actor)
+        return found
 
 
 @dataclass(frozen=True)
 class _Event:
-    """Something an actor did: became ready, finished an item, or died."""
+    """What an actor did: ``ready``, or ``unstarted`` where it ended before; ``done`` with its
+    oldest item or ``failed`` it; ``died``, or was ``lost`` with its node."""
 
     actor: int
+    kind: str
     outcome: Outcome | None = None
-    ready: bool = False
-    starting: bool = False
     error: str = ""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A reference being waited for; ``order`` is that of sending."""
+
+    actor: int
+    starting: bool
+    order: int
 
 
 class _Fleet:
@@ -232,53 +388,113 @@ class _Fleet:
         self._spec_ref = spec_ref
         self._early = early
         self._handles: dict[int, Any] = {}
-        self._pending: dict[Any, tuple[int, bool]] = {}
-        self._next = 0
+        self._pending: dict[Any, _Pending] = {}
+        self._numbers = itertools.count()
+        self._orders = itertools.count()
+        self._start_failures = 0
 
-    def add(self) -> None:
-        """Start an actor; it is ready when an event says so."""
-        handle = self._early.pop() if self._early else self._actor_class.remote()
-        self._handles[self._next] = handle
-        self._pending[handle.setup.remote(self._spec_ref)] = (self._next, True)
-        self._next += 1
+    @property
+    def size(self) -> int:
+        """Actors that stand or are starting."""
+        return len(self._handles)
 
-    def send(self, actor: int, item: Item, experiments: Experiments, tries: int) -> None:
+    def grow(self, size: int) -> None:
+        """Start actors up to ``size``; each is ready when an event says so."""
+        while len(self._handles) < size:
+            number = next(self._numbers)
+            handle = self._early.pop() if self._early else self._actor_class.remote()
+            self._handles[number] = handle
+            self._wait_for(handle.setup.remote(self._spec_ref), number, starting=True)
+
+    def send(self, send: Send[Item], experiments: Experiments) -> None:
         """Queue an item at an actor."""
-        reference = self._handles[actor].compute.remote(item, experiments, tries)
-        self._pending[reference] = (actor, False)
+        handle = self._handles[send.actor]
+        reference = handle.compute.remote(send.item, experiments, send.tries, send.probe)
+        self._wait_for(reference, send.actor, starting=False)
+
+    def _wait_for(self, reference: Any, actor: int, *, starting: bool) -> None:
+        self._pending[reference] = _Pending(actor, starting, next(self._orders))
 
     def events(self) -> list[_Event]:
         """What happened; waits a fraction of a second for the first event."""
-        found: list[_Event] = []
+        if not self._pending:
+            time.sleep(WAIT_S)
+            return []
         ready, _ = self._ray.wait(
             list(self._pending), num_returns=min(len(self._pending), 16), timeout=WAIT_S
         )
-        for reference in sorted(ready, key=list(self._pending).index):
-            if reference not in self._pending:
-                continue
-            actor, starting = self._pending.pop(reference)
-            try:
-                value = self._ray.get(reference)
-            except self._ray.exceptions.RayTaskError as error:
-                cause = error.cause if error.cause is not None else error
-                if isinstance(cause, RaypatchError):
-                    raise cause from None
-                raise RunError(f"an actor failed: {one_line(cause)}") from error
-            except self._ray.exceptions.RayActorError as error:
-                self._forget(actor)
-                found.append(_Event(actor, starting=starting, error=one_line(error)))
-                continue
-            found.append(_Event(actor, ready=True) if starting else _Event(actor, outcome=value))
+        found: list[_Event] = []
+        for reference in sorted(ready, key=lambda ready: self._pending[ready].order):
+            # An actor that died takes its later references with it.
+            if reference in self._pending:
+                found.append(self._event(reference, self._pending.pop(reference)))
         return found
 
-    def _forget(self, actor: int) -> None:
+    def _event(self, reference: Any, pending: _Pending) -> _Event:
+        exceptions, actor = self._ray.exceptions, pending.actor
+        try:
+            value = self._ray.get(reference)
+        except exceptions.RayTaskError as error:
+            cause = error.cause if error.cause is not None else error
+            if isinstance(cause, RaypatchError):
+                raise cause from None
+            if pending.starting:
+                raise RunError(f"an actor could not start: {one_line(cause)}") from None
+            if not _out_of_memory(cause):
+                return _Event(actor, "failed", error=one_line(cause))
+            # What it holds on to goes with its process; the item may fit into a fresh one.
+            self._drop(actor)
+            return _Event(actor, "died", error=one_line(cause))
+        except exceptions.RayError as error:
+            # Death, an actor out of reach, memory, a lost object: a fresh actor is what helps.
+            self._drop(actor)
+            if pending.starting:
+                self._note_start_failure(error)
+                return _Event(actor, "unstarted")
+            lost = getattr(error, "preempted", False) or _node_lost(error)
+            return _Event(actor, "lost" if lost else "died", error=_short_cause(error))
+        if pending.starting:
+            self._start_failures = 0
+            return _Event(actor, "ready")
+        return _Event(actor, "done", outcome=value)
+
+    def _note_start_failure(self, error: BaseException) -> None:
+        self._start_failures += 1
+        if self._start_failures >= MAX_START_FAILURES or "__init__" in str(error):
+            raise RunError(f"an actor could not start: {_short_cause(error)}") from None
+
+    def kill(self, actor: int) -> None:
+        """End an actor's process; an event says that it died."""
+        self._ray.kill(self._handles[actor])
+
+    def _drop(self, actor: int) -> None:
+        self.kill(actor)
         del self._handles[actor]
-        self._pending = {r: owner for r, owner in self._pending.items() if owner[0] != actor}
+        self._pending = {r: p for r, p in self._pending.items() if p.actor != actor}
 
     def close(self) -> None:
         """End all actors."""
         for handle in [*self._handles.values(), *self._early]:
             self._ray.kill(handle)
+        self._handles, self._early = {}, []
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _node_lost(error: BaseException) -> bool:
+    """Whether Ray says that the actor went away with its node."""
+    words = ("node was terminated", "node has died", "node is dead", "node died", "node failed")
+    return any(word in str(error) for word in words)
+
+
+def _short_cause(error: BaseException) -> str:
+    """The line of Ray's long text that says why an actor is gone."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = ("cause", "memory", "exited", "died", "killed")
+    chosen = next((line for line in lines[1:] if any(w in line.lower() for w in telling)), "")
+    return (chosen or one_line(error))[:300]
 
 
 class InlineBackend:
@@ -296,6 +512,12 @@ class InlineBackend:
     def __exit__(self, *_: object) -> None:
         return None
 
+    def pickled(self, value: Any, folders: Sequence[Path]) -> bytes:
+        """Bytes for a worker in this very process, which has all code at hand."""
+        import pickle
+
+        return pickle.dumps(value)
+
     def wait_started(self) -> None:
         """Settle the device."""
         import torch
@@ -312,19 +534,33 @@ class InlineBackend:
         n_items: int,
         experiments_of: Callable[[Item], Experiments],
         stopping: Callable[[], bool],
-    ) -> Iterator[Outcome | Tick]:
+    ) -> Iterator[Outcome | Quarantined | Tick]:
         """See :meth:`RayBackend.outcomes`; one item at a time."""
         import torch
 
         from raypatch.worker import Worker
 
         n_threads = torch.get_num_threads()
+        dispatch = Dispatch(items, halve=_halves, without=_without, in_flight_per_actor=1)
+        dispatch.add_actor(0)
         try:
             worker = Worker(spec)
-            for item in items:
-                if stopping():
-                    return
-                yield worker.compute(item, experiments_of(item), tries=1)
-                yield Tick(1, 0)
+            while not dispatch.done and not stopping():
+                for send in dispatch.sends():
+                    experiments = experiments_of(send.item)
+                    try:
+                        if send.probe:
+                            worker.probe(experiments)
+                        else:
+                            yield worker.compute(send.item, experiments, send.tries)
+                    except RaypatchError:
+                        raise
+                    except Exception as error:  # the agent's network may raise anything
+                        failed = dispatch.item_failed(0)
+                        if failed is not None:
+                            yield _verdict(failed, one_line(error))
+                    else:
+                        dispatch.item_completed(0)
+                yield Tick(1, dispatch.retries, dispatch.n_in_flight)
         finally:
             torch.set_num_threads(n_threads)

@@ -25,6 +25,7 @@ SETTINGS = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 100,
 }
+FINISHED_WITH_FAILURES = 3
 AGENT_OPTIONS = [
     click.option("--agent_file", metavar="F", help="Which file of the directory is the agent."),
     click.option("--agent_factory", metavar="M:F", help="Function that builds the module."),
@@ -116,6 +117,10 @@ RUN_OPTIONS = [
     click.option("--address", metavar="ADDRESS", help="A Ray cluster.  [default: a local Ray]"),
     click.option("--backend", metavar="B", help="ray, or inline without Ray.  [default: ray]"),
     click.option("--verify", type=int, help="Experiments re-checked.  [default: 8]"),
+    click.option(
+        "--max_failures", type=int, help="Quarantined experiments to bear.  [default: 100]"
+    ),
+    click.option("--watchdog_s", type=float, help="Longest wait for an item.  [default: 600]"),
     click.option("--overwrite", is_flag=True, default=None, help="Replace another sweep there."),
     click.option("--quiet", is_flag=True, default=None, help="Only errors."),
     click.option("--debug", is_flag=True, default=None, help="Ray's logs, and tracebacks."),
@@ -136,6 +141,8 @@ def run(**given: Any) -> None:
         from raypatch.ending import show_ending
 
         show_ending(results)
+    if results.failures:
+        click.get_current_context().exit(FINISHED_WITH_FAILURES)
 
 
 def run_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,10 @@ class Experiments:
             self.neurons[cells[0] : cells[-1]].copy(),
         )
 
+    def take(self, indices: np.ndarray) -> Experiments:
+        """These experiments, in this order, as a run of their own."""
+        return Experiments.from_list((self[int(i)] for i in indices), self.layer_names)
+
 
 def experiment_name(index: int, experiment: Experiment) -> str:
     """The original tool's name of an experiment, for example ``q_net.0_neuron_5``.

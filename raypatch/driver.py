@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import pickle
-import platform
-import shutil
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raypatch.agents.agent import Agent, AgentOptions
-from raypatch.definitions import Experiments, read_definition
-from raypatch.errors import InputError, Interrupted
+from raypatch.definitions import Experiments, experiment_name, read_definition
+from raypatch.errors import InputError, Interrupted, RunError
 from raypatch.inputs import SIDES, Inputs, read_inputs
+from raypatch.interruption import Interruption, signals_caught
 from raypatch.progress import Progress
 from raypatch.results import layout
 from raypatch.results.schema import COMPRESSIONS, DIRECTIONS, FORMAT_VERSION, SAVE_MODES, Columns
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from raypatch.results.reader import Results
     from raypatch.sweep import Range
     from raypatch.verification import Verifier
-    from raypatch.worker import WorkerSpec
+    from raypatch.worker import Item, Quarantined, WorkerSpec
 
 INPUTS_FOLDER = "activation_inputs"
 DTYPES = ("float32", "float64")
@@ -67,6 +66,8 @@ class RunConfig:
     address: str | None = None
     backend: str = "ray"
     verify: int = 8
+    max_failures: int = 100
+    watchdog_s: float = 600.0
     overwrite: bool = False
     quiet: bool = False
     debug: bool = False
@@ -91,7 +92,8 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
 }
 _AT_LEAST = {
-    "num_actors": 1, "verify": 0, "batch_size": 1, "memory_per_actor": 1 << 20, "start_index": 0,
+    "num_actors": 1, "verify": 0, "max_failures": 0, "batch_size": 1,
+    "memory_per_actor": 1 << 20, "start_index": 0,
 }  # fmt: skip
 
 
@@ -105,8 +107,9 @@ def check_config(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise InputError(f"--{name}: {value} is below {least}")
-    if not config.gpus_per_actor > 0:
-        raise InputError(f"--gpus_per_actor: {config.gpus_per_actor} is not above 0")
+    for name in ("gpus_per_actor", "watchdog_s"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"--{name}: {getattr(config, name)} is not above 0")
     for name in ("definition_file", "agent_path"):
         if not Path(getattr(config, name)).exists():
             raise InputError(f"--{name} {getattr(config, name)}: no such file or directory")
@@ -132,15 +135,17 @@ def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = No
                 config.gpus_per_actor,
                 config.device,
                 quiet=not config.debug,
+                watchdog_s=config.watchdog_s,
             )
         )
-    with _signals() as interruption, backend:
+    say = on_start or (lambda _: None)
+    with signals_caught() as interruption, backend:
         job = _Job(config, backend, interruption)
         job.read()
         job.plan()
-        if on_start is not None:
-            on_start(job.describe())
-        job.compute()
+        with job.opened(say):
+            say(job.describe())
+            job.compute()
     from raypatch.results.reader import open_results
 
     return open_results(config.output_dir)
@@ -154,38 +159,6 @@ def run(**options: Any) -> Results:
     return run_config(RunConfig(**{"quiet": True, **options}))
 
 
-class Interruption:
-    """Set by the first SIGINT or SIGTERM; the second one stops at once."""
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-
-    def __bool__(self) -> bool:
-        return self.signal_number is not None
-
-    def handle(self, number: int, _: Any) -> None:
-        if self.signal_number is not None:
-            raise KeyboardInterrupt
-        self.signal_number = number
-
-
-@contextmanager
-def _signals() -> Iterator[Interruption]:
-    """Turn signals into an orderly end; outside the main thread they stay as they are."""
-    interruption = Interruption()
-    held: dict[int, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            held[number] = signal.signal(number, interruption.handle)
-    except ValueError:  # not the main thread
-        held = {}
-    try:
-        yield interruption
-    finally:
-        for held_number, handler in held.items():
-            signal.signal(held_number, handler)
-
-
 class _Job:
     """One run from its config to its last commit."""
 
@@ -197,12 +170,12 @@ class _Job:
     def __init__(
         self, config: RunConfig, backend: RayBackend | InlineBackend, interruption: Interruption
     ) -> None:
-        from raypatch.results.store import Store
+        from raypatch.results.store import open_store
 
         self.config = config
         self.backend = backend
         self.interruption = interruption
-        self.store = Store(config.output_dir)
+        self.store = open_store(config.output_dir)
 
     # ------------------------------------------------------------------- read and check
 
@@ -264,7 +237,7 @@ class _Job:
         import torch
 
         import raypatch.results.tables  # noqa: F401  (loads while Ray still starts)
-        from raypatch import sweep
+        from raypatch import recovery, sweep
         from raypatch.engine.patcher import Patcher
 
         config = self.config
@@ -279,10 +252,7 @@ class _Job:
         self.backend.wait_started()
         self.identity = self._identity()
         self.fingerprint = sweep.fingerprint(self.identity)
-        receipts = sweep.open_directory(self.store, self.identity, overwrite=config.overwrite)
-        committed = [sweep.Range(r.first, r.last) for r in receipts]
-        self.ranges = sweep.remaining(self.wanted, committed)
-        self.n_committed = sum(map(len, committed))
+        recovery.held_receipts(self.store, self.identity, overwrite=config.overwrite)
         self.passes_each = len(self.directions) * len(self.inputs)
         # One multiplication per weight is the least a forward costs.
         self.item_length = sweep.item_length(
@@ -330,6 +300,79 @@ class _Job:
             "device_class": self.backend.device,
         }
 
+    # --------------------------------------------------------------------------- open
+
+    @contextmanager
+    def opened(self, say: Callable[[str], None]) -> Iterator[None]:
+        """The output directory held against other runs, in order, and described."""
+        from raypatch import recovery, sweep
+
+        store, config = self.store, self.config
+        store.make(*([layout.SHARDS] if config.save != "summary" else []), layout.SUMMARY)
+        with store.lock(self.wanted.first, self.wanted.last):
+            if config.overwrite:
+                recovery.clear(store)
+            # Another run may have come and gone since the plan was made.
+            receipts = recovery.held_receipts(store, self.identity, overwrite=config.overwrite)
+            expected = recovery.Expected(
+                self.fingerprint, config.save, self.passes_each, len(self.directions),
+                self.item_length,
+            )  # fmt: skip
+            found = recovery.survey(store, expected, receipts, self.wanted)
+            for note in found.notes():
+                say(f"note: {note}")
+            recovery.repair(store, found)
+            recovery.drop_stray_failures(store, self.wanted)
+            committed = [sweep.Range(r.first, r.last) for r in found.committed]
+            self.ranges = sweep.remaining(self.wanted, committed)
+            self.n_committed = sum(map(len, committed))
+            self._describe_sweep()
+            self.beacon = f".beacon-{uuid.uuid4().hex}.partial"
+            store.write(self.beacon, b"raypatch")
+            try:
+                yield
+            finally:
+                store.flush()
+                store.remove(self.beacon)
+
+    def _describe_sweep(self) -> None:
+        """Write what describes the sweep, unless a run before has done so."""
+        from raypatch import records
+        from raypatch.results import tables
+
+        store, config = self.store, self.config
+        with store.changing():
+            if store.read(layout.SWEEP) is not None:
+                return
+            records.write_experiments(store, self.experiments)
+            baselines = tables.baseline_table(
+                self.outputs_by_side, self.inputs.ids, discrete=self.agent.discrete
+            )
+            store.write(
+                layout.BASELINES, memoryview(tables.file_bytes(baselines, config.compression))
+            )
+            path = str(Path(config.agent_path).resolve())
+            record = {
+                "format_version": FORMAT_VERSION,
+                "fingerprint": self.fingerprint,
+                "identity": self.identity,
+                "options": asdict(config),
+                "agent": records.agent_record(self.agent, path, self.patcher.path),
+                "definition_file": str(Path(config.definition_file).resolve()),
+                "input_files": [str(path.resolve()) for path in self.inputs.files],
+                "input_ids": list(self.inputs.ids),
+                "n_outputs": self.agent.output_size,
+                "item_length": self.item_length,
+                "units": self._units(),
+                "device": self.backend.device,
+                "precision": f"{config.dtype}, TF32 off",
+                "backend": self.backend.name,
+                "started": records.local_time(time.time()),
+                "versions": records.software_versions(),
+                "runs": [],
+            }
+            records.write_sweep(store, record)
+
     def describe(self) -> str:
         """One line on what is about to run."""
         config, left = self.config, sum(map(len, self.ranges))
@@ -348,13 +391,11 @@ class _Job:
         from raypatch import sweep
         from raypatch.worker import Item
 
-        config, started = self.config, time.time()
         n_items = sweep.count_items(self.ranges, self.item_length)
         verifier, spec = self._verifier(), self._spec()
-        self._open_output(started)
         items = (Item(*cut) for cut in sweep.cut(self.ranges, self.item_length))
         n_left = sum(map(len, self.ranges))
-        with Progress(n_left, self.passes_each, quiet=config.quiet) as progress:
+        with Progress(n_left, self.passes_each, quiet=self.config.quiet) as progress:
             if n_items:
                 self._commit_all(spec, items, n_items, verifier, progress)
         self._finish(verifier, progress)
@@ -362,26 +403,46 @@ class _Job:
     def _commit_all(
         self, spec: WorkerSpec, items: Any, n_items: int, verifier: Verifier, progress: Progress
     ) -> None:
-        from raypatch.worker import Outcome
+        from raypatch.worker import Outcome, Quarantined
 
+        n_failures = len(layout.read_failures(self.store.read(layout.FAILURES)))
         events = self.backend.outcomes(
             spec, items, n_items, self._slice, lambda: bool(self.interruption)
         )
         for event in events:
             if isinstance(event, Outcome):
                 verifier.check(event.samples)
+                for name, content in event.files.items():
+                    self.store.write(name, content)
                 self.store.append_line(layout.MANIFEST, event.receipt.line())
                 progress.update(experiments=event.receipt.last - event.receipt.first)
+            elif isinstance(event, Quarantined):
+                n_failures += 1
+                self._quarantine(event, n_failures)
+                progress.update(quarantined=n_failures)
             else:
                 progress.update(actors=event.actors, retries=event.retries)
         if self.interruption and progress.done < progress.n_experiments:
             raise Interrupted(
                 f"interrupted; {progress.done + self.n_committed:,} experiments are committed in "
-                f"{self.store.root}; run the same command again to resume",
+                f"{self.store.location}; run the same command again to resume",
                 int(self.interruption.signal_number or signal.SIGINT),
             )
 
-    def _slice(self, item: Any) -> Experiments:
+    def _quarantine(self, event: Quarantined, n_failures: int) -> None:
+        name = experiment_name(event.experiment, self.experiments[event.experiment])
+        failure = layout.Failure(event.experiment, name, event.error, event.tries)
+        self.store.append_line(layout.FAILURES, failure.line())
+        if n_failures > self.config.max_failures:
+            raise RunError(
+                f"{n_failures} experiments failed every try, more than --max_failures "
+                f"{self.config.max_failures}; the last one: {name}: {event.error}; see "
+                f"{self.store.location}/{layout.FAILURES}"
+            )
+
+    def _slice(self, item: Item) -> Experiments:
+        if item.skip:
+            return self.experiments.take(item.indices)
         return self.experiments.slice(item.first, item.last)
 
     def _verifier(self) -> Verifier:
@@ -412,89 +473,38 @@ class _Job:
                 "units": self._units(),
             },
             compression=config.compression,
-            output_dir=str(Path(config.output_dir).resolve()),
+            output_dir=self._location_for_workers(),
+            beacon=self.beacon,
             samples=choose_sample(self.ranges, config.verify, config.seed),
             device=self.backend.device,
         )
 
     def _pickled_patcher(self) -> bytes:
-        """The captured network; user classes, if any are left in it, travel by value."""
+        """The captured network; what is left of the user's own code in it travels by value."""
+        folders = [Path(self.config.agent_path).resolve(), Path.cwd()]
         try:
-            return pickle.dumps(self.patcher)
+            return self.backend.pickled(self.patcher, folders)
         except Exception as error:
             raise InputError(
                 f"--agent_path {self.config.agent_path}: the network cannot be sent to actors "
                 f"({type(error).__name__}: {error}); use --backend inline"
             ) from None
 
+    def _location_for_workers(self) -> str:
+        location = self.store.location
+        return location if "://" in location else str(Path(location).resolve())
+
     def _units(self) -> dict[str, str]:
         from raypatch.metrics import METRICS
 
         return {name: METRICS[name].unit for name in self.metrics}
 
-    def _open_output(self, started: float) -> None:
-        """Write what describes the sweep, unless a run before has done so."""
-        from raypatch import sweep
-        from raypatch.results import tables
-
-        if self.config.overwrite:
-            sweep.clear(self.store)
-        self.store.make(*([layout.SHARDS] if self.config.save != "summary" else []), layout.SUMMARY)
-        sweep.remove_leftovers(self.store)
-        sweep.drop_torn_line(self.store)
-        if self.store.read(layout.SWEEP) is not None:
-            return
-        write_experiments(self.store, self.experiments)
-        baselines = tables.baseline_table(
-            self.outputs_by_side, self.inputs.ids, discrete=self.agent.discrete
-        )
-        self.store.write(layout.BASELINES, tables.file_bytes(baselines, self.config.compression))
-        self.store.write(layout.SWEEP, json.dumps(self._sweep(started), indent=2).encode())
-
-    def _sweep(self, started: float) -> dict[str, Any]:
-        import numpy
-        import pyarrow
-        import torch
-
-        import raypatch
-
-        return {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": self.fingerprint,
-            "identity": self.identity,
-            "agent": {
-                "path": str(Path(self.config.agent_path).resolve()),
-                "loaded_as": self.agent.loaded_as,
-                "output_kind": self.agent.output_kind,
-                "discrete": self.agent.discrete,
-                "engine": self.patcher.path,
-            },
-            "definition_file": str(Path(self.config.definition_file).resolve()),
-            "input_files": [str(path.resolve()) for path in self.inputs.files],
-            "input_ids": list(self.inputs.ids),
-            "n_outputs": self.agent.output_size,
-            "units": self._units(),
-            "device": self.backend.device,
-            "precision": f"{self.config.dtype}, TF32 off",
-            "backend": self.backend.name,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
-            "versions": {
-                "raypatch": raypatch.__version__,
-                "torch": torch.__version__,
-                "numpy": numpy.__version__,
-                "pyarrow": pyarrow.__version__,
-                "python": platform.python_version(),
-            },
-        }
-
     def _finish(self, verifier: Verifier, progress: Progress) -> None:
         """Record the ending; ``_SUCCESS`` only when the whole definition is done."""
-        from raypatch import sweep
+        from raypatch import records, recovery, sweep
 
-        sweep.remove_leftovers(self.store)
-        receipts = layout.read_manifest(self.store.read(layout.MANIFEST))
-        done = [sweep.Range(r.first, r.last) for r in receipts]
-        whole = not sweep.remaining(sweep.Range(0, len(self.experiments)), done)
+        self.store.flush()
+        recovery.remove_partials(self.store, self.wanted)
         ending = {
             "seconds": round(progress.seconds, 3),
             "passes": progress.done * self.passes_each,
@@ -503,29 +513,8 @@ class _Job:
             "retries": progress.retries,
             "verification": verifier.summary(),
         }
-        content = self.store.read(layout.SWEEP)
-        assert content is not None
-        record = json.loads(content)
-        record.setdefault("runs", []).append(ending)
-        self.store.write(layout.SWEEP, json.dumps(record, indent=2).encode())
-        if whole:
+        records.add_run(self.store, ending)
+        receipts = layout.read_manifest(self.store.read(layout.MANIFEST))
+        done = [sweep.Range(r.first, r.last) for r in receipts]
+        if not sweep.remaining(sweep.Range(0, len(self.experiments)), done):
             self.store.write(layout.SUCCESS, b"")
-
-
-def write_experiments(store: Any, experiments: Experiments) -> None:
-    """``experiments.arrow``, batch by batch, under a dot-name first."""
-    import pyarrow as pa
-
-    from raypatch.results import schema, tables
-
-    target = store.path(layout.EXPERIMENTS)
-    partial = target.with_name(f".{target.name}.partial")
-    options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with (
-        pa.OSFile(str(partial), "wb") as sink,
-        pa.ipc.new_file(sink, schema.EXPERIMENTS, options=options) as writer,
-    ):
-        for first in range(0, len(experiments), schema.BATCH_ROWS):
-            last = min(first + schema.BATCH_ROWS, len(experiments))
-            writer.write_table(tables.experiments_table(first, experiments.slice(first, last)))
-    shutil.move(partial, target)

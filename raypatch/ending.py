@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from typing import Any
 
 from raypatch.analysis import DEFAULT_METRIC, rank
@@ -16,17 +17,33 @@ def status_of(results: Results) -> dict[str, Any]:
     done = sum(r.last - r.first for r in results.receipts)
     return {
         "output_dir": str(results.path),
-        "state": "complete" if results.complete else "partial",
+        "state": _state(results),
         "experiments": n_experiments,
         "experiments_committed": done,
         "rows": sum(r.rows for r in results.receipts),
         "bytes": sum((r.bytes or 0) + r.summary_bytes for r in results.receipts),
         "items_committed": len(results.receipts),
+        "quarantined": [asdict(failure) for failure in results.failures],
         "items_retried": sum(r.tries > 1 for r in results.receipts),
         "agent": results.sweep["agent"]["loaded_as"],
         "fingerprint": results.sweep["fingerprint"],
         "runs": results.sweep.get("runs", []),
     }
+
+
+def _state(results: Results) -> str:
+    if results.complete:
+        return "complete"
+    return "running" if results.store.busy() else "stopped"
+
+
+def _next_command(facts: dict[str, Any]) -> str:
+    where = shlex.quote(facts["output_dir"])
+    if facts["state"] == "running":
+        return f"raypatch status {where}"
+    if facts["state"] == "stopped":
+        return "the run's own command again; it resumes where it stopped"
+    return f"raypatch rank {where}"
 
 
 def show_status(facts: dict[str, Any]) -> None:
@@ -42,7 +59,23 @@ def show_status(facts: dict[str, Any]) -> None:
     table.add_row("size", f"{facts['bytes'] / 1e6:.1f} MB")
     table.add_row("retried items", f"{facts['items_retried']:,}")
     table.add_row("agent", facts["agent"])
-    _console().print(table)
+    if facts["quarantined"]:
+        table.add_row("quarantined", f"{len(facts['quarantined']):,} experiments without results")
+    console = _console()
+    console.print(table)
+    show_failures(facts["quarantined"])
+    console.print(f"\nNext: {_next_command(facts)}", markup=False, soft_wrap=True)
+
+
+def show_failures(failures: list[dict[str, Any]], limit: int = 5) -> None:
+    """Name the first quarantined experiments and why."""
+    console = _console()
+    for failure in failures[:limit]:
+        console.print(
+            f"  {failure['experiment_index']} {failure['name']}: {failure['error']}", markup=False
+        )
+    if len(failures) > limit:
+        console.print(f"  and {len(failures) - limit} more in failures.jsonl", markup=False)
 
 
 def show_ending(results: Results) -> None:
@@ -60,8 +93,14 @@ def show_ending(results: Results) -> None:
         f"{facts['rows']:,} rows, {facts['bytes'] / 1e6:.1f} MB in {results.path}",
     )
     table.add_row("verified", _verified(last["verification"]))
+    if facts["quarantined"]:
+        table.add_row(
+            "quarantined",
+            f"{len(facts['quarantined']):,} experiments failed every try and have no results:",
+        )
     console = _console()
     console.print(table)
+    show_failures(facts["quarantined"])
     if results.receipts:
         metric = DEFAULT_METRIC if DEFAULT_METRIC in results.metrics else results.metrics[0]
         console.print(f"\nStrongest neurons by mean {metric}, both directions", markup=False)

@@ -22,6 +22,7 @@ class Progress:
         self.done = 0
         self.actors = 0
         self.retries = 0
+        self.quarantined = 0
         self._quiet = quiet
         self._started = self._last_line = time.monotonic()
         self._bar: Any = None
@@ -62,17 +63,22 @@ class Progress:
     def text(self) -> str:
         """The line without its bar."""
         retries = f", {self.retries} retried" if self.retries else ""
+        failed = f", {self.quarantined} quarantined" if self.quarantined else ""
         actors = f"{self.actors} actor{'' if self.actors == 1 else 's'}"
         return (
             f"{self.done:,} of {self.n_experiments:,} experiments, "
-            f"{short_number(self.passes_per_second)} passes/s, {actors}{retries}"
+            f"{short_number(self.passes_per_second)} passes/s, {actors}{retries}{failed}"
         )
 
-    def update(self, *, experiments: int = 0, actors: int | None = None, retries: int = 0) -> None:
+    def update(
+        self, *, experiments: int = 0, actors: int | None = None, retries: int = 0,
+        quarantined: int = 0,
+    ) -> None:  # fmt: skip
         """Count finished experiments and show where the run is."""
         self.done += experiments
         self.actors = self.actors if actors is None else actors
         self.retries = max(self.retries, retries)
+        self.quarantined = max(self.quarantined, quarantined)
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, description=self.text())
         elif not self._quiet and time.monotonic() - self._last_line >= LOG_EVERY_S:

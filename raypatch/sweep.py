@@ -13,9 +13,6 @@ from typing import Any
 import numpy as np
 
 from raypatch.definitions import Experiments
-from raypatch.errors import InputError
-from raypatch.results import layout
-from raypatch.results.store import Store
 
 # Items aim at this many seconds on a slow core, by a count of the network's operations, and
 # at no more rows than suit one Arrow file; a small sweep is still cut for several actors.
@@ -107,72 +104,3 @@ def files_digest(files: tuple[Path, ...]) -> str:
 def fingerprint(identity: dict[str, Any]) -> str:
     """Digest of everything that decides a sweep's numbers and files."""
     return sha256_of(json.dumps(identity, sort_keys=True).encode())
-
-
-# ------------------------------------------------------------------- an output directory
-
-
-def open_directory(
-    store: Store, identity: dict[str, Any], *, overwrite: bool
-) -> list[layout.Receipt]:
-    """Committed receipts of the same sweep in the directory, none where it is new.
-
-    Raises InputError where the directory holds another sweep (naming the fields that
-    differ) or files that are no sweep's. Writes nothing.
-    """
-    if overwrite:
-        return []
-    content = store.read(layout.SWEEP)
-    if content is None:
-        if store.root.exists():
-            if not store.root.is_dir():
-                raise InputError(f"--output_dir {store.root}: this is a file, not a directory")
-            other = next((f for f in store.root.iterdir() if not f.name.startswith(".")), None)
-            if other is not None:
-                raise InputError(
-                    f"--output_dir {store.root}: holds {other.name!r} but no sweep; choose a new "
-                    "directory, or --overwrite to replace a run's files in it"
-                )
-        return []
-    try:
-        held = json.loads(content)["identity"]
-        receipts = layout.read_manifest(store.read(layout.MANIFEST))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--output_dir {store.root}: its {layout.SWEEP} or {layout.MANIFEST} cannot be read "
-            f"({error}); choose a new directory, or --overwrite"
-        ) from None
-    different = [key for key in identity if held.get(key) != identity[key]]
-    if different:
-        raise InputError(
-            f"--output_dir {store.root}: holds another sweep; different: {', '.join(different)}; "
-            "choose a new directory, or --overwrite to replace it"
-        )
-    return receipts
-
-
-def clear(store: Store) -> None:
-    """Remove a run's files, and only those, for ``--overwrite``."""
-    for folder in (layout.SHARDS, layout.SUMMARY):
-        for file in store.path(folder).glob("part-*.arrow"):
-            file.unlink()
-    remove_leftovers(store)
-    for name in (
-        layout.SUCCESS, layout.MANIFEST, layout.FAILURES, layout.SWEEP, layout.EXPERIMENTS,
-        layout.BASELINES,
-    ):  # fmt: skip
-        store.path(name).unlink(missing_ok=True)
-
-
-def remove_leftovers(store: Store) -> None:
-    """Remove files that an actor was still writing when it died."""
-    for folder in (layout.SHARDS, layout.SUMMARY):
-        for file in store.path(folder).glob(".part-*.partial"):
-            file.unlink(missing_ok=True)
-
-
-def drop_torn_line(store: Store) -> None:
-    """Cut an unfinished last line of the manifest, so that the next one starts clean."""
-    content = store.read(layout.MANIFEST)
-    if content and not content.endswith(b"\n"):
-        store.write(layout.MANIFEST, content[: content.rfind(b"\n") + 1])

@@ -5,6 +5,7 @@ Knows the engine and the file formats, not Ray.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import time
 from collections.abc import Mapping
@@ -16,9 +17,11 @@ import torch
 
 from raypatch.definitions import Experiments
 from raypatch.engine.patcher import Patcher, PatchRun
+from raypatch.errors import RaypatchError
 from raypatch.metrics import Baselines, MetricTable, first_argmax, summarise
 from raypatch.results import layout, schema, tables
-from raypatch.results.store import Store
+from raypatch.results.store import open_store
+from raypatch.results.tables import ItemArrays
 
 # Which side of a pair is the target in each direction; the other one is the source.
 TARGET_SIDE = {"denoising": "corrupted", "noising": "clean"}
@@ -38,6 +41,8 @@ class WorkerSpec:
     metadata: Mapping[str, Any]
     compression: str
     output_dir: str
+    # A file in the output directory; a worker that cannot see it sends its tables back.
+    beacon: str = ""
     # Experiments whose outputs go back to the driver for verification.
     samples: frozenset[int] = frozenset()
     device: str = "cpu"
@@ -45,14 +50,45 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class Item:
-    """A contiguous range of experiments: the unit that is computed, retried and committed."""
+    """A contiguous range of experiments: the unit that is computed, retried and committed.
+
+    ``skip`` are experiments in it that failed every try and get no rows.
+    """
 
     number: int
     first: int
     last: int
+    skip: frozenset[int] = frozenset()
 
     def __str__(self) -> str:
         return f"item {self.number} (experiments {self.first} to {self.last - 1})"
+
+    @property
+    def indices(self) -> np.ndarray:
+        """Experiments to compute, int64."""
+        indices = np.arange(self.first, self.last, dtype=np.int64)
+        return indices[~np.isin(indices, list(self.skip))] if self.skip else indices
+
+    def halves(self) -> tuple[Item, Item] | None:
+        """Two items that cover this one; None where it is a single experiment."""
+        if self.last - self.first < 2:
+            return None
+        middle = (self.first + self.last) // 2
+        return Item(self.number, self.first, middle), Item(self.number, middle, self.last)
+
+    def without(self, pieces: list[Item]) -> Item:
+        """The same range, leaving out the experiments of these pieces."""
+        left_out = [index for piece in pieces for index in range(piece.first, piece.last)]
+        return Item(self.number, self.first, self.last, self.skip.union(left_out))
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """An experiment that failed every try, alone; the rest of the run goes on."""
+
+    experiment: int
+    error: str
+    tries: int
 
 
 @dataclass(frozen=True)
@@ -60,10 +96,12 @@ class Outcome:
     """What a worker tells of a finished item.
 
     ``samples`` maps an experiment to its patched outputs ``[directions, inputs, outputs]``.
+    ``files`` holds what the driver is to write, where the worker cannot see the output.
     """
 
     receipt: layout.Receipt
     samples: dict[int, np.ndarray] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
 
 
 class Worker:
@@ -72,7 +110,8 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         torch.set_num_threads(1)
         self.spec = spec
-        self.store = Store(spec.output_dir)
+        self.store = open_store(spec.output_dir)
+        self.sees_output = self._sees_output()
         self.patcher: Patcher = pickle.loads(spec.patcher).to(spec.device)
         self.runs = [prepare_direction(self.patcher, spec, d) for d in spec.directions]
         self.tables = [self._metric_table(d, run) for d, run in zip(spec.directions, self.runs)]
@@ -82,6 +121,12 @@ class Worker:
         self.row_schema = schema.row_schema(spec.columns, spec.metadata)
         self.summary_schema = schema.summary_schema(spec.columns.metrics, spec.metadata)
 
+    def _sees_output(self) -> bool:
+        try:
+            return self.store.read(self.spec.beacon) is not None
+        except RaypatchError:
+            return False
+
     def _metric_table(self, direction: str, run: PatchRun) -> MetricTable:
         source = run.source_baseline
         return MetricTable(
@@ -90,42 +135,63 @@ class Worker:
         )
 
     def compute(self, item: Item, experiments: Experiments, tries: int) -> Outcome:
-        """Compute an item, write its shard and summary part, and give back the receipt."""
+        """Compute an item, write its shard and summary part, and give back the receipt.
+
+        ``experiments`` are those of ``item.indices``.
+        """
         started = time.perf_counter()
-        outputs = self._outputs(experiments)
-        arrays = self._arrays(item, outputs)
+        arrays, outputs = self.arrays(item, experiments)
         part = layout.part_name(item.first, item.last)
-        n_bytes = digest = None
+        files = {}
         if self.spec.columns.save != "summary":
-            n_bytes, digest = self._write(f"{layout.SHARDS}/{part}", arrays, self.row_schema)
-        summary_bytes, summary_digest = self._write(
-            f"{layout.SUMMARY}/{part}", arrays, self.summary_schema
-        )
+            files[f"{layout.SHARDS}/{part}"] = self._content(arrays, self.row_schema)
+        files[f"{layout.SUMMARY}/{part}"] = self._content(arrays, self.summary_schema)
+        digests = {name: self._write(name, content) for name, content in files.items()}
+        shard, summary = f"{layout.SHARDS}/{part}", f"{layout.SUMMARY}/{part}"
         receipt = layout.Receipt(
             item=item.number,
             first=item.first,
             last=item.last,
             rows=int(np.prod(arrays.shape)),
-            bytes=n_bytes,
-            sha256=digest,
-            summary_bytes=summary_bytes,
-            summary_sha256=summary_digest,
+            bytes=len(files[shard]) if shard in files else None,
+            sha256=digests.get(shard),
+            summary_bytes=len(files[summary]),
+            summary_sha256=digests[summary],
             tries=tries,
             seconds=round(time.perf_counter() - started, 4),
+            quarantined=tuple(sorted(item.skip)),
         )
-        wanted = self.spec.samples.intersection(range(item.first, item.last))
-        return Outcome(receipt, {i: outputs[i - item.first].numpy().copy() for i in wanted})
+        return Outcome(
+            receipt,
+            {
+                int(index): outputs[place].numpy().copy()
+                for place, index in enumerate(arrays.indices)
+                if int(index) in self.spec.samples
+            },
+            {} if self.sees_output else {name: bytes(view) for name, view in files.items()},
+        )
+
+    def probe(self, experiments: Experiments) -> None:
+        """Compute experiments only to see whether they can be."""
+        self._outputs(experiments)
+
+    def arrays(self, item: Item, experiments: Experiments) -> tuple[ItemArrays, torch.Tensor]:
+        """An item's results, and its outputs ``[experiments, directions, inputs, outputs]``."""
+        outputs = self._outputs(experiments)
+        return self._arrays(item, outputs), outputs
 
     def _outputs(self, experiments: Experiments) -> torch.Tensor:
         """Patched outputs ``[experiments, directions, inputs, outputs]`` on the CPU."""
-        plan = self.runs[0].plan(experiments)
         first = self.runs[0].baseline
         outputs = torch.empty(len(experiments), len(self.runs), *first.shape, dtype=first.dtype)
+        if not len(experiments):
+            return outputs
+        plan = self.runs[0].plan(experiments)
         for number, run in enumerate(self.runs):
             outputs[:, number] = run(plan)
         return outputs
 
-    def _arrays(self, item: Item, outputs: torch.Tensor) -> tables.ItemArrays:
+    def _arrays(self, item: Item, outputs: torch.Tensor) -> ItemArrays:
         columns = self.spec.columns
         n_experiments, n_directions, n_inputs, _ = outputs.shape
         values = torch.empty(
@@ -141,8 +207,8 @@ class Worker:
             changed = actions != self.baseline_actions
             rate = changed.double().mean(-1).float().numpy()
         rows = columns.save != "summary"
-        return tables.ItemArrays(
-            first=item.first,
+        return ItemArrays(
+            indices=item.indices,
             directions=self.spec.directions,
             shape=(n_experiments, n_directions, n_inputs),
             outputs=outputs.float().numpy() if columns.save == "full" else None,
@@ -153,10 +219,14 @@ class Worker:
             changed_rate=rate,
         )
 
-    def _write(self, name: str, arrays: tables.ItemArrays, table_schema: Any) -> tuple[int, str]:
+    def _content(self, arrays: ItemArrays, table_schema: Any) -> memoryview:
         build = tables.row_table if table_schema is self.row_schema else tables.summary_table
-        content = tables.file_bytes(build(arrays, table_schema), self.spec.compression)
-        return content.size, self.store.write(name, memoryview(content))
+        return memoryview(tables.file_bytes(build(arrays, table_schema), self.spec.compression))
+
+    def _write(self, name: str, content: memoryview) -> str:
+        if self.sees_output:
+            return self.store.write(name, content)
+        return hashlib.sha256(content).hexdigest()
 
 
 def prepare_direction(patcher: Patcher, spec: WorkerSpec, direction: str) -> PatchRun:

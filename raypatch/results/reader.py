@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ import pyarrow.ipc
 
 from raypatch.errors import InputError
 from raypatch.results import layout, schema
-from raypatch.results.store import Store
+from raypatch.results.store import Store, open_store
 
 if TYPE_CHECKING:
     import pandas
@@ -31,13 +30,14 @@ class Results:
     receipts: tuple[layout.Receipt, ...]
 
     @property
-    def path(self) -> Path:
-        return self.store.root
+    def path(self) -> str:
+        """The directory, or its URI."""
+        return self.store.location
 
     @property
     def complete(self) -> bool:
         """Whether the run ended with every experiment of its definition done."""
-        return self.store.path(layout.SUCCESS).exists()
+        return layout.SUCCESS in self.store.entries()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -46,6 +46,11 @@ class Results:
     @property
     def directions(self) -> tuple[str, ...]:
         return tuple(self.sweep["identity"]["directions"])
+
+    @cached_property
+    def failures(self) -> tuple[layout.Failure, ...]:
+        """Experiments that were quarantined."""
+        return tuple(layout.read_failures(self.store.read(layout.FAILURES)))
 
     @cached_property
     def experiments(self) -> pa.Table:
@@ -86,14 +91,12 @@ class Results:
     def summary_parts(self, columns: list[str]) -> Iterator[pa.Table]:
         """Summary tables part by part, in the order of experiments."""
         for receipt in self.receipts:
-            path = self.store.path(f"{layout.SUMMARY}/{receipt.part}")
-            with _memory_map(path) as source:
+            with self.store.open(f"{layout.SUMMARY}/{receipt.part}") as source:
                 yield pa.ipc.open_file(source).read_all().select(columns)
 
     def describe(self, indices: list[int]) -> pa.Table:
         """Rows of ``experiments.arrow`` at these indices, without reading the rest."""
-        path = self.store.path(layout.EXPERIMENTS)
-        with _memory_map(path) as source:
+        with self.store.open(layout.EXPERIMENTS) as source:
             reader = pa.ipc.open_file(source)
             rows = []
             for index in indices:
@@ -102,38 +105,30 @@ class Results:
             return pa.Table.from_batches(rows, schema=reader.schema)
 
     def _table(self, name: str) -> pa.Table:
-        with _memory_map(self.store.path(name)) as source:
+        with self.store.open(name) as source:
             return pa.ipc.open_file(source).read_all()
 
     def _dataset(self, folder: str) -> pyarrow.dataset.Dataset:
         if not self.receipts:
             raise InputError(f"{self.path}: nothing is committed yet")
-        files = [str(self.store.path(f"{folder}/{receipt.part}")) for receipt in self.receipts]
-        return pyarrow.dataset.dataset(files, format="ipc")
-
-
-def _memory_map(path: Path) -> pa.MemoryMappedFile:
-    try:
-        return pa.memory_map(str(path))
-    except OSError:
-        raise InputError(
-            f"{path}: missing or unreadable; run the sweep again to restore it"
-        ) from None
+        files, system = self.store.dataset_files(
+            [f"{folder}/{receipt.part}" for receipt in self.receipts]
+        )
+        return pyarrow.dataset.dataset(files, format="ipc", filesystem=system)
 
 
 def open_results(path: str | Path) -> Results:
     """Open an output directory; raises InputError where it holds no sweep."""
-    store = Store(path)
-    content = store.read(layout.SWEEP) if store.root.is_dir() else None
+    store = open_store(path)
+    content = store.read(layout.SWEEP) if store.exists() else None
     if content is None:
         raise InputError(f"{path}: no sweep here (no {layout.SWEEP}); give a run's --output_dir")
     try:
-        sweep = json.loads(content)
-        sweep["identity"]["metrics"]
+        sweep = layout.parse_sweep(content)
         receipts = layout.read_manifest(store.read(layout.MANIFEST))
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: its records cannot be read: {error}") from None
-    if sweep.get("format_version") != schema.FORMAT_VERSION:
+    if sweep["format_version"] != schema.FORMAT_VERSION:
         raise InputError(
             f"{path}: format version {sweep.get('format_version')!r}; this raypatch reads "
             f"{schema.FORMAT_VERSION}"

@@ -14,7 +14,7 @@ from raypatch.results import schema
 
 @dataclass(frozen=True)
 class ItemArrays:
-    """What was computed for experiments ``first`` to ``first + E``; D directions, N inputs.
+    """What was computed for the E experiments ``indices`` (int64); D directions, N inputs.
 
     ``outputs`` float32 ``[E, D, N, outputs]`` or None; ``actions`` int32 and ``changed`` bool
     ``[E, D, N]``, None for continuous actions; ``metrics`` float32 ``[M, E, D, N]``, NaN
@@ -22,7 +22,7 @@ class ItemArrays:
     ``changed_rate`` float32 ``[E, D]`` or None.
     """
 
-    first: int
+    indices: np.ndarray
     directions: tuple[str, ...]
     shape: tuple[int, int, int]
     outputs: np.ndarray | None
@@ -37,9 +37,8 @@ def row_table(item: ItemArrays, table_schema: pa.Schema) -> pa.Table:
     """One row an experiment, direction and input."""
     n_experiments, n_directions, n_inputs = item.shape
     n_rows = n_experiments * n_directions * n_inputs
-    ids = np.arange(item.first, item.first + n_experiments, dtype=np.int64)
     columns: list[pa.Array] = [
-        pa.array(np.repeat(ids, n_directions * n_inputs)),
+        pa.array(np.repeat(item.indices, n_directions * n_inputs)),
         _directions(item, n_inputs),
         pa.array(np.tile(np.arange(n_inputs, dtype=np.int32), n_experiments * n_directions)),
     ]
@@ -58,9 +57,8 @@ def summary_table(item: ItemArrays, table_schema: pa.Schema) -> pa.Table:
     """One row an experiment and direction."""
     n_experiments, n_directions, n_inputs = item.shape
     n_rows = n_experiments * n_directions
-    ids = np.arange(item.first, item.first + n_experiments, dtype=np.int64)
     columns: list[pa.Array] = [
-        pa.array(np.repeat(ids, n_directions)),
+        pa.array(np.repeat(item.indices, n_directions)),
         _directions(item, 1),
         pa.array(np.full(n_rows, n_inputs, np.int32)),
         _or_null(item.changed_rate, n_rows, pa.float32()),
