@@ -264,10 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        cli.main(arguments, prog_name="raypatch", standalone_mode=False)
-        return 0
-    except click.exceptions.Exit as ending:
-        return ending.exit_code
+        # What a command ends with through its context comes back as a number.
+        code = cli.main(arguments, prog_name="raypatch", standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 2

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from torch import nn
 
 from raypatch.agents.activations import activation_by_text
 from raypatch.agents.agent import Agent, AgentOptions, make_agent
+from raypatch.agents.factories import importable
 from raypatch.agents.pickles import pickled_class
 from raypatch.agents.state_dict import linear_from, load_tensors, weight_layers
 from raypatch.errors import AgentError
@@ -227,18 +225,6 @@ def _is_discrete(data: dict[str, Any]) -> bool:
 
 
 # ----------------------------------------------------------------- with the user's consent
-
-
-@contextmanager
-def importable(*directories: Path) -> Iterator[None]:
-    """Directories at the front of ``sys.path`` for the time of a load."""
-    added = [str(directory.resolve()) for directory in directories]
-    sys.path[:0] = added
-    try:
-        yield
-    finally:
-        for directory in added:
-            sys.path.remove(directory)
 
 
 def _load_trusted(file: Path) -> Agent:

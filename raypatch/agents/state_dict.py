@@ -11,12 +11,17 @@ from torch import nn
 
 from raypatch.agents.activations import activation_by_name
 from raypatch.agents.agent import Agent, AgentOptions, make_agent
+from raypatch.agents.factories import action_network, build_with_factory
+from raypatch.agents.observations import trial_observation
 from raypatch.errors import AgentError
 
 
 def load_state_dict_agent(file: Path, options: AgentOptions) -> Agent:
-    """An agent from a state dict of linear layers that chain by shape in the file's order."""
+    """An agent from a state dict: built by the user's factory, or, without one, of linear
+    layers that chain by shape in the file's order."""
     state = read_state_dict(file)
+    if options.agent_factory is not None:
+        return _built_agent(file, state, options)
     if options.activation is None:
         raise AgentError(
             f"{file}: a state dict does not say its activation function; give --activation relu "
@@ -30,6 +35,24 @@ def load_state_dict_agent(file: Path, options: AgentOptions) -> Agent:
         torch.zeros(1, first.in_features),
         output_kind="logits",
         loaded_as=f"state dict {file.name}, plain MLP, {activation.__name__} between layers",
+        files=(file,),
+    )
+
+
+def _built_agent(file: Path, state: dict[str, torch.Tensor], options: AgentOptions) -> Agent:
+    assert options.agent_factory is not None
+    module = build_with_factory(options.agent_factory, file.parent)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())
+        raise AgentError(f"{file}: does not fit --agent_factory's module: {first[:300]}") from None
+    network = action_network(module, options.agent_output, str(file)).float()
+    return make_agent(
+        network,
+        trial_observation(network, file.parent),
+        output_kind="logits",
+        loaded_as=f"state dict {file.name}, module by {options.agent_factory}",
         files=(file,),
     )
 

@@ -7,8 +7,12 @@ convolution layers are given back as modules, so that one set of rules serves bo
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -46,13 +50,25 @@ def capture_export(network: nn.Module, args: Args) -> Graph:
         return {0: Dim.AUTO} if isinstance(value, torch.Tensor) else None
 
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with _silence(), torch.no_grad():
             program = export(network, args, dynamic_shapes=tuple(map(free, args)), strict=False)
             traced = program.run_decompositions({}).module()
     except Exception as error:  # user code runs under the exporter: anything may be raised
         raise CaptureError(f"torch.export: {first_line(error)}") from None
     return finished_graph(_nodes(traced, network), "torch.export")
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter prints whole graphs where it fails; its one-line reason is kept instead."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _nodes(traced: Any, network: nn.Module) -> list[Node]:

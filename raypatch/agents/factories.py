@@ -1,0 +1,81 @@
+"""Networks built by the user's own function, and code imported from an agent's directory.
+
+Everything here runs code, so it is reached only where the user named the function or gave
+``--trust_agent_code``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from raypatch.errors import AgentError
+
+
+@contextmanager
+def importable(*directories: Path) -> Iterator[None]:
+    """Directories at the front of ``sys.path`` for the time of a load."""
+    added = [str(directory.resolve()) for directory in directories]
+    sys.path[:0] = added
+    try:
+        yield
+    finally:
+        for directory in added:
+            sys.path.remove(directory)
+
+
+def build_with_factory(factory: str, directory: Path) -> nn.Module:
+    """Call ``module:function``, found in the agent's or the working directory, for a module."""
+    module_name, _, function_name = factory.partition(":")
+    if not module_name or not function_name:
+        raise AgentError(f"--agent_factory {factory!r}: write module:function")
+    with importable(directory, Path.cwd()):
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:  # whatever the user's module raises
+            raise AgentError(
+                f"--agent_factory {factory}: importing {module_name!r} from {directory} or the "
+                f"working directory failed: {type(error).__name__}: {error}"
+            ) from None
+        function = getattr(module, function_name, None)
+        if not callable(function):
+            raise AgentError(
+                f"--agent_factory {factory}: {module.__file__} has no function {function_name!r}"
+            )
+        try:
+            network = function()
+        except Exception as error:
+            raise AgentError(
+                f"--agent_factory {factory}: calling it without arguments failed: "
+                f"{type(error).__name__}: {error}"
+            ) from None
+    if not isinstance(network, nn.Module):
+        raise AgentError(
+            f"--agent_factory {factory}: gave {type(network).__name__}, not a torch module"
+        )
+    return network
+
+
+def action_network(module: nn.Module, output: str | None, origin: str) -> nn.Module:
+    """The submodule that is the action network, the module itself where none is named."""
+    if output is None:
+        if type(module).forward is nn.Module.forward:
+            children = ", ".join(name for name, _ in module.named_children())
+            raise AgentError(
+                f"{origin}: {type(module).__name__} has no forward of its own; name the action "
+                f"network with --agent_output, one of: {children}"
+            )
+        return module
+    try:
+        return module.get_submodule(output)
+    except AttributeError:
+        names = [name for name, _ in module.named_modules() if name]
+        raise AgentError(
+            f"{origin}: --agent_output {output!r} is no submodule; there are: "
+            f"{', '.join(names[:12])}{' ...' if len(names) > 12 else ''}"
+        ) from None
