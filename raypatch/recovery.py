@@ -131,7 +131,10 @@ def survey(
         for name in store.entries(folder)
         if _inside(layout.part_range(name), wanted)
     }
-    adopted = _adopted(store, expected, sorted(found - known), believed + others)
+    # A part that is not what was committed may still be readable: it is never adopted.
+    distrusted = {f"{folder}/{r.part}" for r in broken for folder in _folders(expected)}
+    candidates = sorted(found - known - distrusted)
+    adopted = _adopted(store, expected, candidates, believed + others)
     known |= {f"{folder}/{r.part}" for r in adopted for folder in _folders(expected)}
     return Survey((*believed, *others), tuple(adopted), broken, tuple(sorted(found - known)))
 

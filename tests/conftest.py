@@ -87,3 +87,8 @@ def outputs_of(results) -> np.ndarray:
     flat = table["patched_output"].combine_chunks().flatten().to_numpy()
     shape = (results.sweep["identity"]["n_experiments"], len(results.directions))
     return flat.reshape(*shape, len(results.sweep["input_ids"]), -1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--chaos_runs", type=int, default=2, help="runs of the chaos suite")
+    parser.addoption("--chaos_kills", type=int, default=4, help="kills in each of them")

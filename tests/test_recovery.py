@@ -1,0 +1,296 @@
+"""A directory in any state that a crash, a full disk or a careless hand can leave it in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import LAVA
+from kill_points import state_of
+
+import raypatch
+from raypatch.results import layout, locks, store
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A definition that is cut into three items."""
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps([{"q_net.0": [i]} for i in range(33)]))
+    return path
+
+
+@pytest.fixture
+def finished(run_inline, small, tmp_path):
+    return run_inline(LAVA, small, out=tmp_path / "finished")
+
+
+def resume(command, small, out, *more):
+    return command(
+        "run", "--agent_path", LAVA, "--definition_file", small, "--output_dir", out,
+        "--backend", "inline", *more,
+    )  # fmt: skip
+
+
+def manifest_of(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+
+
+def rewrite(out, lines) -> None:
+    (out / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_of_any_write_a_resumed_run_ends_as_if_nothing_had_happened(tmp_path):
+    definition = tmp_path / "two_items.json"
+    definition.write_text(json.dumps([{"q_net.0": [i]} for i in range(22)]))
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "kill_points.py"), str(LAVA), str(definition), str(tmp_path),
+         "40"],
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["wrong"] == []
+    kinds = {step.split(": ")[1] for step in found["steps"]}
+    assert kinds == {
+        "opened", "half written", "written", "synced", "renamed", "directory synced",
+    }  # fmt: skip
+    names = {step.split(": ")[0].split("-")[0] for step in found["steps"]}
+    assert {"sweep.json", "manifest.jsonl", "_SUCCESS", "shards/part", "summary/part"} <= names
+
+
+def test_a_torn_last_line_is_dropped_and_its_part_adopted_without_computing(
+    command, small, finished
+):
+    expected = state_of(finished)
+    content = (finished / "manifest.jsonl").read_bytes()
+    (finished / "manifest.jsonl").write_bytes(content[:-20])
+    (finished / "_SUCCESS").unlink()
+    ended = resume(command, small, finished)
+    assert ended.code == 0
+    assert "1 part that a run before had finished but not recorded: kept" in ended.err
+    assert "= 0 passes" in ended.err
+    assert state_of(finished) == expected
+
+
+def test_a_part_of_another_sweep_is_not_adopted(command, small, finished):
+    expected = state_of(finished)
+    lines = manifest_of(finished)
+    rewrite(finished, lines[:-1])
+    part = layout.part_name(lines[-1]["first"], lines[-1]["last"])
+    for folder in ("shards", "summary"):
+        path = finished / folder / part
+        path.write_bytes(path.read_bytes().replace(b"raypatch.fingerprint", b"raypatch.fingerprnit"))
+    ended = resume(command, small, finished)
+    assert ended.code == 0 and "kept" not in ended.err
+    assert state_of(finished) == expected
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed", "cut"])
+@pytest.mark.parametrize("folder", ["shards", "summary"])
+def test_a_committed_part_that_is_gone_or_changed_is_computed_again_and_named(
+    command, small, finished, damage, folder
+):
+    expected = state_of(finished)
+    victim = sorted((finished / folder).iterdir())[1]
+    content = bytearray(victim.read_bytes())
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "cut":
+        victim.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    ended = resume(command, small, finished)
+    assert ended.code == 0
+    assert f"note: {victim.name}: {folder}/{victim.name}" in ended.err
+    assert "computed again" in ended.err
+    assert state_of(finished) == expected
+
+
+def test_leftovers_of_dead_attempts_are_removed(command, small, finished):
+    expected = state_of(finished)
+    rewrite(finished, manifest_of(finished)[:-1])
+    lonely = finished / "shards" / layout.part_name(11, 17)
+    lonely.write_bytes(b"half of something")
+    partial = finished / "shards" / f".{layout.part_name(11, 22)}.4711.partial"
+    partial.write_bytes(b"x")
+    (sorted((finished / "summary").iterdir())[-1]).unlink()
+    assert resume(command, small, finished).code == 0
+    assert state_of(finished) == expected
+
+
+def test_a_second_driver_is_refused_while_the_first_lives_and_not_after_it_was_killed(
+    command, small, tmp_path
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c",
+         "import sys, time; from pathlib import Path; from raypatch.results.locks import RangeLock\n"
+         "with RangeLock(Path(sys.argv[1]), 0, 33): print('held', flush=True); time.sleep(60)",
+         str(out)], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert locks.RangeLock.held(out)
+        ended = resume(command, small, out)
+        assert ended.code == 2 and "another run is writing these experiments" in ended.err
+        assert len(ended.err.strip().splitlines()) == 1
+    finally:
+        holder.kill()
+        holder.wait()
+    assert not locks.RangeLock.held(out)
+    assert resume(command, small, out).code == 0
+
+
+def test_two_drivers_on_disjoint_ranges_of_one_directory_make_one_sweep(
+    small, tmp_path, run_inline
+):
+    out = tmp_path / "out"
+    drivers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "raypatch.cli", "run", "--agent_path", str(LAVA),
+             "--definition_file", str(small), "--output_dir", str(out), "--backend", "inline",
+             "--quiet", "--start_index", str(first), "--end_index", str(last)],
+        ) for first, last in ((0, 11), (11, 33))
+    ]  # fmt: skip
+    assert [driver.wait(timeout=120) for driver in drivers] == [0, 0]
+    assert raypatch.open_results(out).complete
+    assert state_of(out) == state_of(run_inline(LAVA, small, out=tmp_path / "alone"))
+
+
+def test_status_tells_running_stopped_and_complete_and_what_to_type(command, small, tmp_path):
+    out = tmp_path / "out"
+    more = ("--quiet", "--end_index", 11)
+    assert resume(command, small, out, *more).code == 0
+    stopped = command("status", out)
+    assert "stopped" in stopped.out and "the run's own command again" in stopped.out
+    holder = subprocess.Popen(
+        [sys.executable, "-c",
+         "import sys, time; from pathlib import Path; from raypatch.results.locks import RangeLock\n"
+         "with RangeLock(Path(sys.argv[1]), 0, 33): print('held', flush=True); time.sleep(60)",
+         str(out)], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        holder.stdout.readline()
+        assert json.loads(command("status", out, "--json").out)["state"] == "running"
+    finally:
+        holder.kill()
+        holder.wait()
+    assert resume(command, small, out, "--quiet").code == 0
+    assert json.loads(command("status", out, "--json").out)["state"] == "complete"
+
+
+def test_a_clock_that_jumps_changes_nothing(monkeypatch, command, small, finished, tmp_path):
+    jumps = iter([1e9, -1e9] * 10_000)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: max(0.0, real() + next(jumps)))
+    out = tmp_path / "out"
+    assert resume(command, small, out, "--quiet").code == 0
+    assert state_of(out) == state_of(finished)
+
+
+def test_permission_lost_midway_ends_with_one_line_and_resumes(
+    monkeypatch, command, small, finished, tmp_path
+):
+    out, real = tmp_path / "out", store.on_step
+
+    def refuse(step):
+        if step == f"shards/{layout.part_name(11, 22)}: opened":
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(store, "on_step", refuse)
+    ended = resume(command, small, out, "--quiet")
+    assert ended.code == 1
+    assert "Permission denied; make it writable or choose another --output_dir" in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
+    monkeypatch.setattr(store, "on_step", real)
+    assert resume(command, small, out, "--quiet").code == 0
+    assert state_of(out) == state_of(finished)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 2 MiB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip(f"mounting a tmpfs is refused here: {done.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+@pytest.mark.parametrize("backend", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
+def test_a_full_disk_ends_with_one_line_and_a_run_resumes_when_there_is_space(
+    command, single_neurons, run_inline, tiny_disk, tmp_path, backend
+):
+    out, definition = tiny_disk / "out", single_neurons(LAVA)
+    ballast = tiny_disk / "ballast"
+    words = ("run", "--agent_path", LAVA, "--definition_file", definition, "--output_dir", out,
+             "--backend", backend, "--save", "metrics", "--quiet", "--num_actors", 1)  # fmt: skip
+    ballast.write_bytes(b"0" * (1650 << 10))
+    ended = command(*words)
+    assert ended.code == 1, ended.err
+    assert "No space left on device" in ended.err and "free some space" in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
+    held = raypatch.open_results(out)
+    assert not held.complete and 0 < len(held.receipts)
+    ballast.unlink()
+    ended = command(*words)
+    assert ended.code == 0, ended.err
+    undisturbed = run_inline(LAVA, definition, "--save", "metrics", out=tmp_path / "inline")
+    assert state_of(out) == state_of(undisturbed)
+
+
+def test_a_read_only_directory_is_refused_in_one_line(command, small, tmp_path):
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=640k,ro", "tmpfs", str(mount)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip(f"mounting a tmpfs is refused here: {done.stderr.strip()}")
+    try:
+        ended = resume(command, small, mount / "out", "--quiet")
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+    assert ended.code == 1
+    assert "Read-only file system; make it writable or choose another --output_dir" in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
+
+
+def test_a_line_appended_after_a_torn_one_does_not_join_it(tmp_path):
+    place = store.open_store(tmp_path)
+    place.append_line("lines", "one")
+    with (tmp_path / "lines").open("ab") as file:
+        file.write(b"to")
+    place.append_line("lines", "two")
+    assert (tmp_path / "lines").read_text() == "one\ntwo\n"
+
+
+def test_a_write_that_fails_leaves_no_half_line(tmp_path, monkeypatch):
+    place = store.open_store(tmp_path)
+    place.append_line("lines", "one")
+
+    def full(step):
+        if step.endswith("half written"):
+            raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(store, "on_step", full)
+    with pytest.raises(raypatch.errors.RunError, match="free some space"):
+        place.append_line("lines", "two")
+    assert (tmp_path / "lines").read_text() == "one\n"
