@@ -233,6 +233,24 @@ def status(output_dir: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("output_dir")
+@click.option("--sample", default=8, show_default=True, type=click.IntRange(0))
+@click.option("--seed", default=0, show_default=True, type=int, help="Of the sample.")
+@click.option("--agent_path", metavar="DIR", help="Where the agent is now, if it was moved.")
+@with_options(AGENT_OPTIONS)
+def verify(output_dir: str, **given: Any) -> None:
+    """Re-read every part of a run, and compute a random sample of it again."""
+    from raypatch.verifying import verify_run
+
+    found = verify_run(output_dir, **given)
+    click.echo(
+        f"{found.parts:,} parts in {found.files:,} files are as committed; "
+        f"{found.experiments_recomputed} experiments computed again agree, largest difference "
+        f"from the float64 reference {found.largest_difference:.1e}"
+    )
+
+
+@cli.command()
+@click.argument("output_dir")
 @click.option("--metric", default="kl_divergence", show_default=True)
 @click.option("--direction", default="both", show_default=True, help="both averages the two.")
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1))

@@ -434,7 +434,7 @@ class _Checker:
                 continue
             if layer in good:
                 self.add(f"{where}: layer {layer!r} is given twice; give each layer once")
-            elif self.neurons_are_good(f"{where}: layer {name!r}", layer, neurons):
+            elif self.neurons_are_good(f"{where}: layer {_brief(name)}", layer, neurons):
                 good[layer] = neurons
         return good
 
@@ -458,10 +458,10 @@ class _Checker:
 
     def unknown(self, name: str, found: list[str]) -> str:
         if found:
-            return f"layer {name!r} could be any of {', '.join(found)}; write one of them"
+            return f"layer {_brief(name)} could be any of {', '.join(found)}; write one of them"
         near = difflib.get_close_matches(name, self.layers, n=3, cutoff=0.5)
         offer = f"did you mean {' or '.join(near)}?" if near else f"valid: {_few(self.layers)}"
-        return f"unknown layer {name!r}; {offer}"
+        return f"unknown layer {_brief(name)}; {offer}"
 
     def neurons_are_good(self, where: str, layer: str, neurons: Any) -> bool:
         size = self.layers[layer]

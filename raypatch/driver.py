@@ -140,7 +140,7 @@ def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = No
         )
     say = on_start or (lambda _: None)
     with signals_caught() as interruption, backend:
-        job = _Job(config, backend, interruption)
+        job = Job(config, backend, interruption)
         job.read()
         job.plan()
         with job.opened(say):
@@ -159,13 +159,16 @@ def run(**options: Any) -> Results:
     return run_config(RunConfig(**{"quiet": True, **options}))
 
 
-class _Job:
+class Job:
     """One run from its config to its last commit."""
 
     agent: Agent
     inputs: Inputs
     experiments: Experiments
     patcher: Patcher
+    ranges: list[Range]
+    # A file that workers look for, to learn whether they see the output directory.
+    beacon = ""
 
     def __init__(
         self, config: RunConfig, backend: RayBackend | InlineBackend, interruption: Interruption
@@ -392,7 +395,7 @@ class _Job:
         from raypatch.worker import Item
 
         n_items = sweep.count_items(self.ranges, self.item_length)
-        verifier, spec = self._verifier(), self._spec()
+        verifier, spec = self.verifier(), self.worker_spec()
         items = (Item(*cut) for cut in sweep.cut(self.ranges, self.item_length))
         n_left = sum(map(len, self.ranges))
         with Progress(n_left, self.passes_each, quiet=self.config.quiet) as progress:
@@ -407,7 +410,7 @@ class _Job:
 
         n_failures = len(layout.read_failures(self.store.read(layout.FAILURES)))
         events = self.backend.outcomes(
-            spec, items, n_items, self._slice, lambda: bool(self.interruption)
+            spec, items, n_items, self.experiments_of, lambda: bool(self.interruption)
         )
         for event in events:
             if isinstance(event, Outcome):
@@ -440,12 +443,14 @@ class _Job:
                 f"{self.store.location}/{layout.FAILURES}"
             )
 
-    def _slice(self, item: Item) -> Experiments:
+    def experiments_of(self, item: Item) -> Experiments:
+        """The experiments of an item that are to be computed."""
         if item.skip:
             return self.experiments.take(item.indices)
         return self.experiments.slice(item.first, item.last)
 
-    def _verifier(self) -> Verifier:
+    def verifier(self) -> Verifier:
+        """Compares sampled outputs with the float64 reference."""
         from raypatch.verification import Verifier
 
         return Verifier(
@@ -453,7 +458,8 @@ class _Job:
             self.config.source, self.config.seed, self.config.dtype,
         )  # fmt: skip
 
-    def _spec(self) -> WorkerSpec:
+    def worker_spec(self) -> WorkerSpec:
+        """All that a worker needs of this job."""
         from raypatch.verification import choose_sample
         from raypatch.worker import WorkerSpec
 

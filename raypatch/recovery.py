@@ -121,7 +121,7 @@ def survey(
         inside = receipt.first < wanted.last and wanted.first < receipt.last
         (mine if inside else others).append(receipt)
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        faults = list(threads.map(lambda receipt: _fault(store, receipt), mine))
+        faults = list(threads.map(lambda receipt: fault_of(store, receipt), mine))
     believed = [receipt for receipt, fault in zip(mine, faults) if fault is None]
     broken = {receipt: fault for receipt, fault in zip(mine, faults) if fault is not None}
     known = {f"{folder}/{r.part}" for r in believed + others for folder in _folders(expected)}
@@ -147,7 +147,8 @@ def _inside(part: tuple[int, int] | None, wanted: Range) -> bool:
     return part is not None and part[0] < wanted.last and wanted.first < part[1]
 
 
-def _fault(store: Store, receipt: layout.Receipt) -> str | None:
+def fault_of(store: Store, receipt: layout.Receipt) -> str | None:
+    """What is wrong with a committed part's files, None where nothing is."""
     for name, (_, digest) in receipt.files.items():
         found = digest_of(store, name)
         if found is None:

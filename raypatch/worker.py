@@ -123,7 +123,7 @@ class Worker:
 
     def _sees_output(self) -> bool:
         try:
-            return self.store.read(self.spec.beacon) is not None
+            return bool(self.spec.beacon) and self.store.read(self.spec.beacon) is not None
         except RaypatchError:
             return False
 

@@ -14,7 +14,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import LAVA
 
 import raypatch
 

@@ -176,3 +176,41 @@ def test_a_log_file_shows_plain_lines(tmp_path):
     assert "\x1b" not in stdout + err
     assert "experiments x 48 pairs x 2 directions" in err
     assert "verified" in stdout
+
+
+def test_an_actor_that_cannot_start_ends_the_run_at_once_in_one_line():
+    from raypatch.actors import PoolOptions, RayBackend
+    from raypatch.errors import RunError
+    from raypatch.results.schema import Columns
+    from raypatch.worker import Item, WorkerSpec
+
+    spec = WorkerSpec(
+        patcher=b"not a pickle", sides={}, directions=("denoising",), source_kind="zero", seed=0,
+        discrete=True, columns=Columns(2, (), "summary"), metadata={}, compression="lz4",
+        output_dir="/nowhere",
+    )  # fmt: skip
+    with RayBackend(PoolOptions(num_actors=1)) as backend:
+        outcomes = backend.outcomes(
+            spec, iter([Item(0, 0, 1)]), 1, lambda item: None, lambda: False
+        )
+        with pytest.raises(RunError, match="an actor could not start: ") as caught:
+            list(outcomes)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_agent_too_large_for_the_object_store_ends_with_what_to_do():
+    from types import SimpleNamespace
+
+    from raypatch.actors import PoolOptions, RayBackend
+    from raypatch.errors import RunError
+
+    class Full(Exception):
+        pass
+
+    def put(_):
+        raise Full("The object store is full")
+
+    backend = RayBackend(PoolOptions())
+    backend._ray = SimpleNamespace(put=put, exceptions=SimpleNamespace(RayError=Full))
+    with pytest.raises(RunError, match="larger object store"):
+        backend._put(None)

@@ -88,7 +88,9 @@ def test_a_part_of_another_sweep_is_not_adopted(command, small, finished):
     part = layout.part_name(lines[-1]["first"], lines[-1]["last"])
     for folder in ("shards", "summary"):
         path = finished / folder / part
-        path.write_bytes(path.read_bytes().replace(b"raypatch.fingerprint", b"raypatch.fingerprnit"))
+        path.write_bytes(
+            path.read_bytes().replace(b"raypatch.fingerprint", b"raypatch.fingerprnit")
+        )
     ended = resume(command, small, finished)
     assert ended.code == 0 and "kept" not in ended.err
     assert state_of(finished) == expected
@@ -247,7 +249,7 @@ def test_a_full_disk_ends_with_one_line_and_a_run_resumes_when_there_is_space(
     assert "No space left on device" in ended.err and "free some space" in ended.err
     assert len(ended.err.strip().splitlines()) == 1
     held = raypatch.open_results(out)
-    assert not held.complete and 0 < len(held.receipts)
+    assert not held.complete and len(held.receipts) > 0
     ballast.unlink()
     ended = command(*words)
     assert ended.code == 0, ended.err

@@ -1,0 +1,83 @@
+"""``raypatch verify`` finds damage and wrong numbers, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pyarrow as pa
+import pytest
+from conftest import CARTPOLE, LAVA
+
+from raypatch.results import layout
+
+
+@pytest.mark.parametrize("save", ["full", "metrics", "summary"])
+def test_an_undamaged_run_is_verified(command, run_inline, single_neurons, save):
+    out = run_inline(LAVA, single_neurons(LAVA), "--save", save)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"}
+    ended = command("verify", out)
+    assert ended.code == 0, ended.err
+    n_files = 15 if save == "summary" else 30
+    assert f"15 parts in {n_files} files are as committed; 8 experiments" in ended.out
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"} == before
+
+
+def test_a_flipped_bit_is_found_and_named(command, run_inline, single_neurons):
+    out = run_inline(LAVA, single_neurons(LAVA))
+    victim = sorted((out / "shards").iterdir())[3]
+    content = bytearray(victim.read_bytes())
+    content[1000] ^= 4
+    victim.write_bytes(content)
+    ended = command("verify", out)
+    assert ended.code == 1
+    assert f"{victim.name}: shards/{victim.name} is not what was committed" in ended.err
+    assert "1 of 15 parts are damaged" in ended.err
+
+
+@pytest.mark.parametrize("save", ["full", "metrics", "summary"])
+def test_wrong_numbers_under_a_right_hash_are_found(command, run_inline, single_neurons, save):
+    out = run_inline(LAVA, single_neurons(LAVA), "--save", save)
+    lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    folder, prefix = ("summary", "summary_") if save == "summary" else ("shards", "")
+    for line in lines:
+        path = out / folder / layout.part_name(line["first"], line["last"])
+        table = pa.ipc.open_file(path).read_all()
+        name = table.column_names[-3]
+        wrong = pa.array([0.25] * len(table), pa.float32())
+        table = table.set_column(table.column_names.index(name), table.field(name), wrong)
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+        line[f"{prefix}sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (out / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ended = command("verify", out)
+    assert ended.code == 1
+    assert "is not what the agent gives now" in ended.err
+
+
+def test_an_agent_that_has_changed_is_named_as_what_differs(
+    command, run_inline, single_neurons, lava_copy
+):
+    out = run_inline(lava_copy, single_neurons(lava_copy))
+    (lava_copy / "agent.json").write_text('{"file": "policy.pt", "activation": "tanh"}')
+    (lava_copy / "policy.pt").write_bytes((lava_copy / "policy.pt").read_bytes() + b"\0")
+    ended = command("verify", out)
+    assert ended.code == 2 and "different: agent" in ended.err
+
+
+def test_a_moved_agent_is_found_with_the_option(command, run_inline, single_neurons, lava_copy):
+    out = run_inline(lava_copy, single_neurons(lava_copy))
+    moved = lava_copy.with_name("elsewhere")
+    for side in ("clean", "corrupted"):
+        name = f"activation_inputs/{side}_inputs.json"
+        (moved / name).parent.mkdir(parents=True, exist_ok=True)
+        (moved / name).write_bytes((lava_copy / name).read_bytes())
+    for name in ("agent.json", "policy.pt"):
+        (lava_copy / name).rename(moved / name)
+    ended = command("verify", out, "--agent_path", moved)
+    assert ended.code == 0, ended.err
+
+
+def test_a_run_with_continuous_or_two_actions_verifies_too(command, run_inline, single_neurons):
+    out = run_inline(CARTPOLE, single_neurons(CARTPOLE), "--source", "mean")
+    assert command("verify", out, "--sample", 3).code == 0
