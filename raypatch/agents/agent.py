@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raypatch.definitions import OUTPUT_LOGITS
+from raypatch.errors import AgentError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +49,10 @@ class Agent:
     loaded_as: str
     files: tuple[Path, ...]
     parameters: dict[str, int] = field(default_factory=dict)
+    # Shapes by key where an observation has several parts: they are packed into one row.
+    observation_parts: Mapping[str, tuple[int, ...]] | None = None
+    # What the user should know of how the agent was loaded.
+    notes: tuple[str, ...] = ()
 
     @property
     def neuron_counts(self) -> dict[str, int]:
@@ -63,6 +69,8 @@ def make_agent(
     loaded_as: str,
     files: tuple[Path, ...],
     discrete: bool = True,
+    observation_parts: Mapping[str, tuple[int, ...]] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Agent:
     """Probe a freshly built network with one observation and describe what it showed."""
     import torch
@@ -72,16 +80,32 @@ def make_agent(
     network.eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    with torch.no_grad():
-        output = network(observation)
+    origin = files[0] if files else loaded_as
+    try:
+        with torch.no_grad():
+            output = network(observation)
+        layers = find_layers(network, (observation,))
+    except Exception as error:  # layers that do not fit together, in the user's module or file
+        raise AgentError(
+            f"{origin}: the network does not take an observation of shape "
+            f"{list(observation.shape[1:])}: {one_line(error)}"
+        ) from None
+    if not isinstance(output, torch.Tensor) or output.dim() != 2 or not output.shape[1]:
+        shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise AgentError(
+            f"{origin}: the network gives {shape}, not one row of outputs an input; name the "
+            "action network with --agent_output"
+        )
     return Agent(
         network=network,
         observation_shape=tuple(observation.shape[1:]),
         output_size=output.shape[-1],
         output_kind=output_kind,
         discrete=discrete,
-        layers=find_layers(network, (observation,)),
+        layers=layers,
         loaded_as=loaded_as,
         files=files,
         parameters={name: p.numel() for name, p in network.named_parameters()},
+        observation_parts=observation_parts,
+        notes=notes,
     )

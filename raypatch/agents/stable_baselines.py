@@ -1,184 +1,127 @@
 """Stable-Baselines3 archives, read without unpickling anything.
 
 ``policy.pth`` is loaded as tensors only, ``data`` is JSON text, and the policy's class name
-comes from pickle opcodes that are never executed. The action network is rebuilt from the
-shapes of the weights, under the names it has inside the policy. Only a custom features
-extractor needs the user's code, and then ``--trust_agent_code`` loads the policy with
-Stable-Baselines3 itself.
+comes from pickle opcodes that are never executed. Which networks there are:
+:mod:`raypatch.agents.sb3_networks`. Only a class of the user's own needs code, and then
+``--trust_agent_code`` lets :mod:`raypatch.agents.sb3_trusted` load it with the library itself.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from raypatch.agents import sb3_networks as networks
 from raypatch.agents.activations import activation_by_text
 from raypatch.agents.agent import Agent, AgentOptions, make_agent
-from raypatch.agents.factories import importable
+from raypatch.agents.archives import check_archive, check_torch_file, read_member
+from raypatch.agents.normalisation import normalised
 from raypatch.agents.pickles import pickled_class
-from raypatch.agents.state_dict import linear_from, load_tensors, weight_layers
+from raypatch.agents.spaces import Space, read_space
+from raypatch.agents.state_dict import load_tensors
 from raypatch.errors import AgentError
 
-# One archive member may unpack to this much: the largest real policies are far smaller,
-# and a zip bomb stops here.
-MEMBER_LIMIT = 4 << 30
-Q_POLICIES = {"DQNPolicy"}
-ACTOR_CRITIC_POLICIES = {"ActorCriticPolicy"}
+# The library's policies by the module their class lives in.
+FAMILIES = {
+    "stable_baselines3.dqn.policies": networks.VALUE,
+    "stable_baselines3.common.policies": networks.ACTOR_CRITIC,
+    "stable_baselines3.sac.policies": networks.GAUSSIAN,
+    "stable_baselines3.td3.policies": networks.DETERMINISTIC,
+    "sb3_contrib.qrdqn.policies": networks.QUANTILE,
+    "sb3_contrib.tqc.policies": networks.GAUSSIAN,
+    "sb3_contrib.common.maskable.policies": networks.ACTOR_CRITIC,
+}
+SUPPORTED = "DQN, QRDQN, PPO, A2C, MaskablePPO, TRPO, SAC, TD3, DDPG, TQC"
+RECURRENT = "sb3_contrib.common.recurrent.policies"
+LIBRARIES = ("torch.", "stable_baselines3.", "sb3_contrib.", "builtins.")
+DEFAULT_QUANTILES, DEFAULT_CLIP_MEAN = 200, 2.0
 
 
 def load_zip(file: Path, options: AgentOptions) -> Agent:
-    """The action network of a DQN, PPO or A2C saved by Stable-Baselines3."""
+    """The action network of an agent saved by Stable-Baselines3 or its contrib package."""
+    check_archive(file, str(file))
     data = _read_data(file)
-    policy_class = _class_name(data, file)
+    module, policy_class = _policy_class(data, file)
+    if module == RECURRENT:
+        raise AgentError(
+            f"{file}: {policy_class} keeps a hidden state between steps, and what patching means "
+            "for it is not settled; recurrent policies are not supported"
+        )
     kwargs = data.get("policy_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise AgentError(f"{file}: policy_kwargs is {type(kwargs).__name__}, not an object")
-    if custom := _custom_class(kwargs):
-        if not options.trust_agent_code:
-            raise AgentError(
-                f"{file}: needs your class {custom!r}; allow running code from "
-                f"{file.parent} with --trust_agent_code, or export the policy's state dict"
-            )
-        return _load_trusted(file)
-    known = Q_POLICIES | ACTOR_CRITIC_POLICIES
-    if policy_class not in known:
+    own_policy = None if module.startswith(LIBRARIES) else f"{module}.{policy_class}"
+    custom = own_policy or _custom_class(kwargs)
+    if custom and not options.trust_agent_code:
         raise AgentError(
-            f"{file}: policy class {policy_class!r} is not supported; "
-            f"supported: {', '.join(sorted(known))}"
+            f"{file}: needs your class {custom!r}; allow running code from {file.parent} with "
+            "--trust_agent_code, or export the policy's state dict"
         )
-    state = load_tensors(io.BytesIO(_read_member(file, "policy.pth")), f"{file}: policy.pth")
-    shape = _observation_shape(data, file)
-    activation = _activation(kwargs, policy_class, file)
-    discrete = _is_discrete(data)
-    if policy_class in Q_POLICIES:
-        network: nn.Module = ValueNetwork(_sequential(state, "q_net.q_net", activation, file))
-        kind = "Q-values"
+    family = FAMILIES.get(module)
+    if family is None and not custom:
+        raise AgentError(
+            f"{file}: policy class {module}.{policy_class} is not supported; supported are "
+            f"{SUPPORTED}"
+        )
+    space = read_space(data.get("observation_space"), f"{file}: observation_space")
+    if custom:
+        from raypatch.agents.sb3_trusted import load_trusted_network
+
+        network, kind = load_trusted_network(file, space)
     else:
-        network = ActorNetwork(
-            _sequential(state, "mlp_extractor.policy_net", activation, file, output=False),
-            _linear(state, "action_net", file),
-        )
-        kind = "logits" if discrete else "mean"
+        assert family is not None
+        network, kind = _rebuilt(file, family, space, kwargs), family.output_kind
+    discrete, actions = _actions(data, file)
+    network, notes = normalised(network, file.parent, space)
+    with_code = "with the agent's code" if custom else "no code run"
     return make_agent(
         network,
-        torch.zeros(1, *shape),
-        output_kind=kind,
+        torch.zeros(1, *(space.shape or (space.size,))),
+        output_kind="mean" if kind == "logits" and actions == "Box" else kind,
         discrete=discrete,
-        loaded_as=f"Stable-Baselines3 {policy_class}, {file.name}, no code run",
+        loaded_as=f"Stable-Baselines3 {policy_class}, {file.name}, {with_code}",
         files=(file,),
+        observation_parts={key: part.shape for key, part in space.parts.items()} or None,
+        notes=notes,
     )
 
 
-# --------------------------------------------------------------------- rebuilt networks
-
-
-class ValueNetwork(nn.Module):
-    """``policy.q_net``: observation to Q-values."""
-
-    def __init__(self, q_net: nn.Module, features_extractor: nn.Module | None = None) -> None:
-        super().__init__()
-        self.features_extractor = features_extractor or nn.Flatten()
-        self.q_net = q_net
-
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.q_net(self.features_extractor(obs))
-
-
-class PolicyExtractor(nn.Module):
-    """The half of an ``MlpExtractor`` that leads to actions."""
-
-    def __init__(self, policy_net: nn.Module) -> None:
-        super().__init__()
-        self.policy_net = policy_net
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.policy_net(features)
-
-
-class ActorNetwork(nn.Module):
-    """``policy`` of an actor-critic on the path to its action logits."""
-
-    def __init__(
-        self,
-        policy_net: nn.Module,
-        action_net: nn.Module,
-        features_extractor: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.features_extractor = features_extractor or nn.Flatten()
-        self.mlp_extractor = PolicyExtractor(policy_net)
-        self.action_net = action_net
-
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.action_net(self.mlp_extractor(self.features_extractor(obs)))
-
-
-def _linear(state: dict[str, torch.Tensor], path: str, file: Path) -> nn.Linear:
-    weight = state.get(f"{path}.weight")
-    if weight is None or weight.ndim != 2:
-        raise AgentError(f"{file}: policy.pth has no linear layer {path!r}")
-    if not bool(torch.isfinite(weight).all()):
-        raise AgentError(f"{file}: {path}.weight holds NaN or infinity")
-    return linear_from(weight, state.get(f"{path}.bias"))
-
-
-def _sequential(
-    state: dict[str, torch.Tensor],
-    prefix: str,
-    activation: type[nn.Module],
+def _rebuilt(
     file: Path,
-    *,
-    output: bool = True,
-) -> nn.Sequential:
-    """Linear layers at the even positions below ``prefix``, an activation after each.
-
-    With ``output`` the last layer gives the outputs and has no activation after it.
-    """
-    paths = [path for path in weight_layers(state) if path.startswith(f"{prefix}.")]
-    if [path.removeprefix(f"{prefix}.") for path in paths] != [
-        str(2 * i) for i in range(len(paths))
-    ]:
-        raise AgentError(f"{file}: {prefix} is not a plain MLP: its layers are {', '.join(paths)}")
-    modules: list[nn.Module] = []
-    for path in paths:
-        modules += [_linear(state, path, file), activation()]
-    return nn.Sequential(*(modules[:-1] if output else modules))
-
-
-# -------------------------------------------------------------------- reading the archive
+    family: networks.Family,
+    space: Space,
+    kwargs: dict[str, Any],
+) -> networks.ActionNetwork:
+    content = read_member(file, "policy.pth")
+    origin = f"{file}: policy.pth"
+    check_torch_file(content, origin)
+    state = load_tensors(io.BytesIO(content), origin)
+    facts = networks.PolicyFacts(
+        observation_space=space,
+        activation=_activation(kwargs, family, file),
+        n_quantiles=_number(kwargs, "n_quantiles", DEFAULT_QUANTILES, file),
+        clip_mean=_number(kwargs, "clip_mean", DEFAULT_CLIP_MEAN, file),
+        normalize_images=bool(kwargs.get("normalize_images", True)),
+        origin=origin,
+    )
+    return networks.rebuild(family, state, facts)
 
 
-def _read_member(file: Path, name: str) -> bytes:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            info = archive.getinfo(name)
-            if info.file_size > MEMBER_LIMIT:
-                raise AgentError(f"{file}: {name} claims {info.file_size} bytes; refused")
-            with archive.open(info) as member:
-                return member.read(info.file_size)
-    except KeyError:
-        raise AgentError(f"{file}: no {name} inside; not a Stable-Baselines3 archive") from None
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        OSError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
-        raise AgentError(f"{file}: {name}: damaged archive ({error})") from None
+def _number(kwargs: dict[str, Any], key: str, default: Any, file: Path) -> Any:
+    value = kwargs.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise AgentError(f"{file}: policy_kwargs: {key} is {value!r}, not a number")
+    return type(default)(value)
 
 
 def _read_data(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(_read_member(file, "data"))
+        data = json.loads(read_member(file, "data"))
     except (ValueError, RecursionError) as error:
         raise AgentError(f"{file}: data is not JSON ({error})") from None
     if not isinstance(data, dict):
@@ -186,11 +129,11 @@ def _read_data(file: Path) -> dict[str, Any]:
     return data
 
 
-def _class_name(data: dict[str, Any], file: Path) -> str:
+def _policy_class(data: dict[str, Any], file: Path) -> tuple[str, str]:
     entry = data.get("policy_class")
     if not isinstance(entry, dict) or not isinstance(entry.get(":serialized:"), str):
         raise AgentError(f"{file}: data names no policy_class")
-    return pickled_class(entry[":serialized:"], f"{file}: policy_class")[1]
+    return pickled_class(entry[":serialized:"], f"{file}: policy_class")
 
 
 def _custom_class(kwargs: dict[str, Any]) -> str | None:
@@ -199,77 +142,19 @@ def _custom_class(kwargs: dict[str, Any]) -> str | None:
         if key.startswith(":") or not isinstance(value, str) or not value.startswith("<class '"):
             continue
         name = value.removeprefix("<class '").removesuffix("'>")
-        if not name.startswith(("torch.", "stable_baselines3.", "sb3_contrib.", "builtins.")):
+        if not name.startswith(LIBRARIES):
             return name
     return None
 
 
-def _activation(kwargs: dict[str, Any], policy_class: str, file: Path) -> type[nn.Module]:
+def _activation(kwargs: dict[str, Any], family: networks.Family, file: Path) -> type[nn.Module]:
     text = kwargs.get("activation_fn")
     if text is not None:
         return activation_by_text(str(text), str(file))
-    return nn.Tanh if policy_class in ACTOR_CRITIC_POLICIES else nn.ReLU
+    return nn.Tanh if family is networks.ACTOR_CRITIC else nn.ReLU
 
 
-def _observation_shape(data: dict[str, Any], file: Path) -> tuple[int, ...]:
-    space = data.get("observation_space")
-    shape = space.get("_shape") if isinstance(space, dict) else None
-    if not isinstance(shape, list) or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise AgentError(f"{file}: the observation space is not a Box with a readable shape")
-    return tuple(shape)
-
-
-def _is_discrete(data: dict[str, Any]) -> bool:
-    space = data.get("action_space")
-    return not (isinstance(space, dict) and "spaces.box" in str(space.get(":type:")))
-
-
-# ----------------------------------------------------------------- with the user's consent
-
-
-def _load_trusted(file: Path) -> Agent:
-    """Unpickle the archive as Stable-Baselines3 does; runs code the user has allowed."""
-    try:
-        from stable_baselines3.common.save_util import load_from_zip_file
-    except ImportError:
-        raise AgentError(
-            f"{file}: a custom class inside a zip needs Stable-Baselines3; "
-            "install it with: pip install 'raypatch[sb3]'"
-        ) from None
-    with importable(file.parent, Path.cwd()):
-        try:
-            data, params, _ = load_from_zip_file(str(file), device="cpu")
-            assert data is not None
-            policy = data["policy_class"](
-                data["observation_space"],
-                data["action_space"],
-                lambda _: 0.0,
-                **data.get("policy_kwargs", {}),
-            )
-            policy.load_state_dict(params["policy"])
-        except Exception as error:
-            raise AgentError(
-                f"{file}: the agent's own code failed to load: {type(error).__name__}: {error}"
-            ) from None
-    shape = data["observation_space"].shape
-    network, kind = _trusted_network(policy, file)
-    return make_agent(
-        network,
-        torch.zeros(1, *shape),
-        output_kind=kind,
-        discrete=hasattr(data["action_space"], "n"),
-        loaded_as=f"Stable-Baselines3 {type(policy).__name__}, {file.name}, with the agent's code",
-        files=(file,),
-    )
-
-
-def _trusted_network(policy: Any, file: Path) -> tuple[nn.Module, str]:
-    name = type(policy).__name__
-    if name in Q_POLICIES:
-        return ValueNetwork(policy.q_net.q_net, policy.q_net.features_extractor), "Q-values"
-    if name in ACTOR_CRITIC_POLICIES:
-        network = ActorNetwork(
-            policy.mlp_extractor.policy_net, policy.action_net, policy.pi_features_extractor
-        )
-        return network, "logits"
-    raise AgentError(f"{file}: policy class {name!r} is not supported")
+def _actions(data: dict[str, Any], file: Path) -> tuple[bool, str]:
+    """Whether the greedy action is the argmax of the outputs, and the kind of action space."""
+    space = read_space(data.get("action_space"), f"{file}: action_space")
+    return space.kind == "Discrete", space.kind

@@ -91,6 +91,17 @@ def weight_layers(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
+def finite(tensor: torch.Tensor, origin: str) -> None:
+    """Raises AgentError for NaN, infinity, and tensors that claim more than they hold."""
+    held = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > held:
+        raise AgentError(
+            f"{origin}: claims shape {list(tensor.shape)} but holds {held:,} bytes; refused"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise AgentError(f"{origin}: holds NaN or infinity")
+
+
 class ChainedMLP(nn.Module):
     """Linear layers in a row at the paths the state dict names, an activation between them."""
 
