@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from raypatch.errors import AgentError
 
 MANIFEST = "agent.json"
 MANIFEST_KEYS = ("file", "activation", "factory", "output")
-# Kinds in the order of the contract: each is (name for people, file patterns).
-WEIGHT_PATTERNS = ("*.pt", "*.pth")
+# File patterns in the order of the contract.
+PATTERNS = (("*.zip",), ("*.pt2",), ("*.ts",), ("*.safetensors",), ("*.pt", "*.pth"))
 
 
 def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: Any) -> Agent:
@@ -29,9 +30,28 @@ def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: 
         from raypatch.agents.stable_baselines import load_zip
 
         return load_zip(file, options)
+    if file.suffix == ".pt2":
+        from raypatch.agents.exported import load_exported
+
+        return load_exported(file)
+    if _is_script(file):
+        from raypatch.agents.torchscript import load_script
+
+        return load_script(file, options)
     from raypatch.agents.state_dict import load_state_dict_agent
 
     return load_state_dict_agent(file, options)
+
+
+def _is_script(file: Path) -> bool:
+    """TorchScript goes by ``.ts``, and by ``.pt`` too: its archive holds code."""
+    if file.suffix == ".ts":
+        return True
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 def read_layer_structure(path: str | Path, options: AgentOptions) -> tuple[dict[str, int], int]:
@@ -80,7 +100,7 @@ def _choose(directory: Path, options: AgentOptions) -> tuple[Path, AgentOptions]
         return _manifest(manifest, options)
     if (directory / "agent.zip").is_file():
         return directory / "agent.zip", options
-    for patterns in (("*.zip",), WEIGHT_PATTERNS):
+    for patterns in PATTERNS:
         found = sorted(file for pattern in patterns for file in directory.glob(pattern))
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
@@ -88,8 +108,8 @@ def _choose(directory: Path, options: AgentOptions) -> tuple[Path, AgentOptions]
         if found:
             return found[0], options
     raise AgentError(
-        f"{directory}: no agent here; expected agent.json, a Stable-Baselines3 *.zip, "
-        "or weights as *.pt or *.pth"
+        f"{directory}: no agent here; expected agent.json, a Stable-Baselines3 *.zip, an "
+        "exported *.pt2, a TorchScript *.ts, or weights as *.safetensors, *.pt or *.pth"
     )
 
 

@@ -1,7 +1,12 @@
-"""State dicts (``.pt``, ``.pth``): read safely, plain MLPs rebuilt where nothing is guessed."""
+"""State dicts (``.pt``, ``.pth``, ``.safetensors``), read safely.
+
+Plain MLPs are rebuilt from them where nothing is guessed; a factory builds anything else.
+"""
 
 from __future__ import annotations
 
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -11,7 +16,8 @@ from torch import nn
 
 from raypatch.agents.activations import activation_by_name
 from raypatch.agents.agent import Agent, AgentOptions, make_agent
-from raypatch.agents.factories import action_network, build_with_factory
+from raypatch.agents.archives import check_torch_file
+from raypatch.agents.factories import action_network, build_with_factory, importable
 from raypatch.agents.observations import trial_observation
 from raypatch.errors import AgentError
 
@@ -19,9 +25,14 @@ from raypatch.errors import AgentError
 def load_state_dict_agent(file: Path, options: AgentOptions) -> Agent:
     """An agent from a state dict: built by the user's factory, or, without one, of linear
     layers that chain by shape in the file's order."""
+    if options.agent_factory is None and options.trust_agent_code:
+        module = _pickled_module(file)
+        if module is not None:
+            return _module_agent(file, module, options, f"pickled module {file.name}, its code run")
     state = read_state_dict(file)
     if options.agent_factory is not None:
         return _built_agent(file, state, options)
+    state = _below(state, options.agent_output, file)
     if options.activation is None:
         raise AgentError(
             f"{file}: a state dict does not say its activation function; give --activation relu "
@@ -39,6 +50,49 @@ def load_state_dict_agent(file: Path, options: AgentOptions) -> Agent:
     )
 
 
+def _below(
+    state: dict[str, torch.Tensor], output: str | None, file: Path
+) -> dict[str, torch.Tensor]:
+    """The tensors of the submodule that is the action network, under its own names."""
+    if output is None:
+        return state
+    inside = {
+        name.removeprefix(f"{output}."): tensor
+        for name, tensor in state.items()
+        if name.startswith(f"{output}.")
+    }
+    if not inside:
+        roots = ", ".join(dict.fromkeys(name.partition(".")[0] for name in state))
+        raise AgentError(f"{file}: --agent_output {output!r} is not in it; there are: {roots}")
+    return inside
+
+
+def _pickled_module(file: Path) -> nn.Module | None:
+    """A whole module saved by ``torch.save``, unpickled with the user's consent; None for a
+    state dict."""
+    if file.suffix == ".safetensors":
+        return None
+    with importable(file.parent, Path.cwd()):
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=False)
+        except Exception as error:  # whatever the user's code raises
+            raise AgentError(
+                f"{file}: unpickling it failed: {type(error).__name__}: {error}"
+            ) from None
+    return content if isinstance(content, nn.Module) else None
+
+
+def _module_agent(file: Path, module: nn.Module, options: AgentOptions, loaded_as: str) -> Agent:
+    network = action_network(module, options.agent_output, str(file)).float()
+    return make_agent(
+        network,
+        trial_observation(network, file.parent),
+        output_kind="logits",
+        loaded_as=loaded_as,
+        files=(file,),
+    )
+
+
 def _built_agent(file: Path, state: dict[str, torch.Tensor], options: AgentOptions) -> Agent:
     assert options.agent_factory is not None
     module = build_with_factory(options.agent_factory, file.parent)
@@ -47,30 +101,50 @@ def _built_agent(file: Path, state: dict[str, torch.Tensor], options: AgentOptio
     except RuntimeError as error:
         first = " ".join(str(error).split())
         raise AgentError(f"{file}: does not fit --agent_factory's module: {first[:300]}") from None
-    network = action_network(module, options.agent_output, str(file)).float()
-    return make_agent(
-        network,
-        trial_observation(network, file.parent),
-        output_kind="logits",
-        loaded_as=f"state dict {file.name}, module by {options.agent_factory}",
-        files=(file,),
+    return _module_agent(
+        file, module, options, f"state dict {file.name}, module by {options.agent_factory}"
     )
 
 
 def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
     """A file's tensors by name; a pickled object is refused, never executed."""
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    check_torch_file(file, str(file))
     return load_tensors(file, str(file))
 
 
-def load_tensors(source: Path | BinaryIO, origin: str) -> dict[str, torch.Tensor]:
-    """Load a state dict, tensors only; one inside ``{"state_dict": ...}`` is found too."""
+def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors in the order of their layers' numbers: the format keeps no order of its own."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
+        state = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AgentError(f"{file}: not a readable safetensors file: {error}") from None
+    return {name: state[name] for name in sorted(state, key=_natural)}
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    parts = (part for part in re.split(r"(\d+)", name) if part)
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
+
+
+def load_tensors(source: Path | BinaryIO, origin: str) -> dict[str, torch.Tensor]:
+    """Load a state dict, tensors only; one inside ``{"state_dict": ...}`` is found too.
+
+    A file on disk is mapped into memory rather than read, where its format allows.
+    """
+    mapped = isinstance(source, Path) and zipfile.is_zipfile(source)
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a damaged file
         if "Weights only load failed" in str(error):
             raise AgentError(
                 f"{origin}: holds pickled objects, not just tensors, and loading them would run "
-                "code; save the state dict instead: torch.save(module.state_dict(), ...)"
+                "code; save the state dict instead: torch.save(module.state_dict(), ...), or "
+                "allow it with --trust_agent_code"
             ) from None
         raise AgentError(f"{origin}: not a readable torch file ({type(error).__name__})") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -163,8 +237,15 @@ def chained_mlp(
                 f"{origin}: {path!r} takes {weight.shape[1]} values but {previous!r} before it "
                 f"gives {width}; the layers do not chain, so the network cannot be guessed"
             )
-        if not bool(torch.isfinite(weight).all()):
-            raise AgentError(f"{origin}: {path}.weight holds NaN or infinity")
-        layers[path] = linear_from(weight, state.get(f"{path}.bias"))
+        bias = state.get(f"{path}.bias")
+        finite(weight, f"{origin}: {path}.weight")
+        if bias is not None:
+            finite(bias, f"{origin}: {path}.bias")
+            if bias.shape != weight.shape[:1]:
+                raise AgentError(
+                    f"{origin}: {path}.bias has shape {list(bias.shape)}, its weight "
+                    f"{list(weight.shape)}"
+                )
+        layers[path] = linear_from(weight, bias)
         width, previous = weight.shape[0], path
     return ChainedMLP(layers, activation)

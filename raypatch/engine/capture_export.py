@@ -52,10 +52,16 @@ def capture_export(network: nn.Module, args: Args) -> Graph:
     try:
         with _silence(), torch.no_grad():
             program = export(network, args, dynamic_shapes=tuple(map(free, args)), strict=False)
-            traced = program.run_decompositions({}).module()
+            traced = exported_graph_module(program)
     except Exception as error:  # user code runs under the exporter: anything may be raised
         raise CaptureError(f"torch.export: {first_line(error)}") from None
     return finished_graph(_nodes(traced, network), "torch.export")
+
+
+def exported_graph_module(program: Any) -> Any:
+    """An exported program as a graph module of functional aten operations."""
+    with _silence(), torch.no_grad():
+        return program.run_decompositions({}).module()
 
 
 @contextmanager

@@ -1,0 +1,254 @@
+"""Agents as plain PyTorch saves them: every format gives the module's own outputs and layers."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAVA
+from safetensors.torch import save_file
+from torch import nn
+
+import raypatch
+from raypatch.engine.reference import reference_outputs
+from raypatch.errors import AgentError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CLEANRL = """
+import torch
+from torch import nn
+
+class Agent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.critic = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.actor = nn.Sequential(
+            nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)
+        )
+        self.log_std = nn.Parameter(torch.zeros(1, 2))
+
+class Dueling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten())
+        self.value, self.advantage = nn.Linear(12, 1), nn.Linear(12, 3)
+
+    def forward(self, obs):
+        x = self.body(obs)
+        a = self.advantage(x)
+        return self.value(x) + a - a.mean(1, keepdim=True)
+
+def build():
+    return Agent()
+
+def dueling():
+    return Dueling()
+
+def broken():
+    raise RuntimeError("no such agent")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An agent's directory with a module of classes in CleanRL's shape."""
+    path = tmp_path / "agent"
+    path.mkdir()
+    (path / "agent_code.py").write_text(CLEANRL)
+    sys.path.insert(0, str(path))
+    yield path
+    sys.path.remove(str(path))
+    sys.modules.pop("agent_code", None)
+
+
+@pytest.fixture
+def cleanrl(folder):
+    import agent_code
+
+    torch.manual_seed(0)
+    return agent_code.Agent()
+
+
+def same_outputs(agent, module, shape, n=9):
+    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(agent.network(x), module(x), rtol=1e-5, atol=1e-6)
+    experiments = [{layer: [0]} for layer in agent.layers] + [{"output_logits": [1]}]
+    found = raypatch.patch(agent.network, experiments, x[:4], x[4:8])
+    truth = reference_outputs(agent.network, experiments, x[:4], x[4:8])
+    np.testing.assert_allclose(found, truth, atol=1e-5)
+    return found, x
+
+
+def test_a_cleanrl_agent_by_factory_and_output(folder, cleanrl):
+    torch.save(cleanrl.state_dict(), folder / "agent.pt")
+    agent = raypatch.load_agent(folder, agent_factory="agent_code:build", agent_output="actor")
+    assert list(agent.layers) == ["0", "2", "4"]
+    same_outputs(agent, cleanrl.actor, (4,))
+
+
+def test_a_cleanrl_state_dict_needs_no_code_with_an_activation(folder, cleanrl):
+    torch.save(cleanrl.state_dict(), folder / "agent.pt")
+    agent = raypatch.load_agent(folder, activation="tanh", agent_output="actor")
+    assert list(agent.layers) == ["0", "2", "4"]
+    same_outputs(agent, cleanrl.actor, (4,))
+
+
+def test_the_manifest_says_the_same_as_the_options(folder, cleanrl):
+    torch.save(cleanrl.state_dict(), folder / "weights.pth")
+    (folder / "agent.json").write_text(
+        json.dumps({"file": "weights.pth", "activation": "tanh", "output": "actor"})
+    )
+    same_outputs(raypatch.load_agent(folder), cleanrl.actor, (4,))
+
+
+def test_a_factory_in_a_manifest_needs_consent(folder, cleanrl):
+    torch.save(cleanrl.state_dict(), folder / "weights.pth")
+    manifest = {"file": "weights.pth", "factory": "agent_code:build", "output": "actor"}
+    (folder / "agent.json").write_text(json.dumps(manifest))
+    with pytest.raises(AgentError, match="--trust_agent_code"):
+        raypatch.load_agent(folder)
+    agent = raypatch.load_agent(folder, trust_agent_code=True)
+    same_outputs(agent, cleanrl.actor, (4,))
+
+
+def test_a_module_without_forward_asks_for_its_output_and_names_the_parts(folder, cleanrl):
+    torch.save(cleanrl.state_dict(), folder / "agent.pt")
+    with pytest.raises(AgentError, match="--agent_output, one of: critic, actor"):
+        raypatch.load_agent(folder, agent_factory="agent_code:build")
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [("agent_code", "module:function"), ("nowhere:build", "importing 'nowhere'"),
+     ("agent_code:nothing", "no function 'nothing'"), ("agent_code:broken", "no such agent"),
+     ("agent_code:CLEANRL", "no function"), ("builtins:dict", "gave dict, not a torch module"),
+     ("agent_code:dueling", "does not fit")],
+)  # fmt: skip
+def test_a_factory_that_does_not_work_is_named(folder, cleanrl, factory, message):
+    torch.save(cleanrl.state_dict(), folder / "agent.pt")
+    with pytest.raises(AgentError, match=message):
+        raypatch.load_agent(folder, agent_factory=factory)
+
+
+def test_safetensors_are_read_in_the_order_of_their_layers_numbers(tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6) for _ in range(12)]
+    module = nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())][:-1])
+    save_file(module.state_dict(), tmp_path / "policy.safetensors")
+    agent = raypatch.load_agent(tmp_path, activation="relu")
+    assert list(agent.layers) == [str(2 * i) for i in range(12)]
+    same_outputs(agent, module, (6,))
+
+
+def test_an_image_network_by_factory_takes_its_shape_from_the_inputs(folder):
+    import agent_code
+
+    torch.manual_seed(0)
+    module = agent_code.Dueling()
+    torch.save(module.state_dict(), folder / "agent.pt")
+    with pytest.raises(AgentError, match="shape is unknown"):
+        raypatch.load_agent(folder, agent_factory="agent_code:dueling")
+    (folder / "activation_inputs").mkdir()
+    inputs = {"a": {"input": np.zeros((1, 4, 4)).tolist()}}
+    (folder / "activation_inputs" / "clean_inputs.json").write_text(json.dumps(inputs))
+    agent = raypatch.load_agent(folder, agent_factory="agent_code:dueling")
+    same_outputs(agent, module, (1, 4, 4))
+
+
+def exported(module, obs, path):
+    free = ({0: torch.export.Dim.AUTO},)
+    torch.export.save(torch.export.export(module, (obs,), dynamic_shapes=free), path)
+
+
+def test_an_exported_program_runs_as_it_is_with_its_layers_names(folder):
+    import agent_code
+
+    torch.manual_seed(0)
+    module = agent_code.Dueling().eval()
+    exported(module, torch.randn(2, 1, 4, 4), folder / "agent.pt2")
+    agent = raypatch.load_agent(folder)
+    assert list(agent.layers) == ["body.0", "advantage", "value"]
+    found, x = same_outputs(agent, module, (1, 4, 4))
+    truth = reference_outputs(module, [{"body.0": [0]}], x[:4], x[4:8])
+    np.testing.assert_allclose(found[:1], truth, atol=1e-5)
+
+
+def test_a_program_exported_for_one_batch_size_is_refused_with_the_way_out(folder, cleanrl):
+    program = torch.export.export(cleanrl.actor, (torch.randn(1, 4),))
+    torch.export.save(program, folder / "agent.pt2")
+    with pytest.raises(AgentError, match="free batch dimension"):
+        raypatch.load_agent(folder)
+
+
+def test_a_scripted_and_a_traced_chain_are_rebuilt(tmp_path, cleanrl):
+    for name, script in (
+        ("scripted", torch.jit.script(cleanrl.actor)),
+        ("traced", torch.jit.trace(cleanrl.actor, torch.randn(1, 4))),
+    ):
+        path = tmp_path / name
+        path.mkdir()
+        script.save(path / "policy.ts")
+        agent = raypatch.load_agent(path)
+        assert list(agent.layers) == ["0", "2", "4"]
+        same_outputs(agent, cleanrl.actor, (4,))
+
+
+def test_the_example_agents_script_equals_its_state_dict(tmp_path):
+    path = tmp_path / "agent"
+    path.mkdir()
+    (path / "q_net.pt").write_bytes((LAVA / "q_net.ts").read_bytes())  # by content, not suffix
+    agent, other = raypatch.load_agent(path), raypatch.load_agent(LAVA)
+    assert list(agent.layers) == list(other.layers)
+    same_outputs(agent, other.network, (151,))
+
+
+def test_a_script_whose_layers_do_not_follow_one_another_points_to_export(tmp_path, folder):
+    import agent_code
+
+    script = torch.jit.trace(agent_code.Dueling(), torch.randn(1, 1, 4, 4))
+    script.save(tmp_path / "policy.ts")
+    with pytest.raises(AgentError, match=r"cannot be rebuilt: .*torch\.export\.save"):
+        raypatch.load_agent(tmp_path)
+
+
+class Skip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.two(self.one(x))
+
+
+def test_a_script_that_chains_but_computes_something_else_is_not_believed(tmp_path):
+    torch.jit.trace(Skip(), torch.randn(1, 4)).save(tmp_path / "policy.ts")
+    with pytest.raises(AgentError, match="other outputs than the script"):
+        raypatch.load_agent(tmp_path)
+
+
+def test_a_pickled_module_needs_consent(folder, cleanrl):
+    torch.save(cleanrl, folder / "agent.pt")
+    with pytest.raises(AgentError, match="--trust_agent_code"):
+        raypatch.load_agent(folder)
+    agent = raypatch.load_agent(folder, trust_agent_code=True, agent_output="actor")
+    same_outputs(agent, cleanrl.actor, (4,))
+
+
+def test_several_files_of_one_kind_are_listed_and_chosen_by_option(folder, cleanrl):
+    for name in ("a.pt", "b.pt"):
+        torch.save(cleanrl.state_dict(), folder / name)
+    with pytest.raises(AgentError, match=r"a\.pt, b\.pt; choose with --agent_file"):
+        raypatch.load_agent(folder, activation="tanh", agent_output="actor")
+    raypatch.load_agent(folder, agent_file="b.pt", activation="tanh", agent_output="actor")
+
+
+def test_the_first_kind_of_the_contracts_order_is_taken(folder, cleanrl):
+    torch.save(cleanrl.state_dict(), folder / "a.pt")
+    save_file(cleanrl.actor.state_dict(), folder / "b.safetensors")
+    agent = raypatch.load_agent(folder, activation="tanh")
+    assert "b.safetensors" in agent.loaded_as
