@@ -179,7 +179,15 @@ def test_an_exported_program_runs_as_it_is_with_its_layers_names(folder):
 
 
 def test_a_program_exported_for_one_batch_size_is_refused_with_the_way_out(folder, cleanrl):
-    program = torch.export.export(cleanrl.actor, (torch.randn(1, 4),))
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.actor = cleanrl.actor
+
+        def forward(self, obs):
+            return self.actor(obs.reshape(obs.shape[0], 4) * 1.0)
+
+    program = torch.export.export(Fixed(), (torch.randn(1, 2, 2),))
     torch.export.save(program, folder / "agent.pt2")
     with pytest.raises(AgentError, match="free batch dimension"):
         raypatch.load_agent(folder)

@@ -73,8 +73,29 @@ def read_member(file: Path, name: str) -> bytes:
         raise AgentError(f"{file}: {name}: damaged archive ({error})") from None
 
 
+def is_archive(source: Path | BinaryIO) -> bool:
+    """Whether something is a zip archive; a damaged end of one makes it none."""
+    try:
+        return zipfile.is_zipfile(source)
+    except DAMAGE:
+        return False
+
+
 def check_torch_file(source: Path | bytes, origin: str) -> None:
     """Refuse a torch file whose archive is not fit to be read; older formats are no archives."""
     stream: Path | BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else source
-    if zipfile.is_zipfile(stream):
+    if is_archive(stream):
         check_archive(stream, origin)
+
+
+def repacked(members: dict[str, bytes]) -> io.BytesIO:
+    """A fresh archive of these members.
+
+    Two readers may disagree on what a crafted archive holds; of this one they cannot.
+    """
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    stream.seek(0)
+    return stream

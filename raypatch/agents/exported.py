@@ -7,7 +7,6 @@ operations become modules again, under the names their weights have.
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from raypatch.agents.agent import Agent, make_agent
-from raypatch.agents.archives import check_archive
+from raypatch.agents.archives import check_archive, read_member, repacked
 from raypatch.agents.pickles import refuse_code
 from raypatch.agents.state_dict import add_submodule, finite
 from raypatch.engine.capture_export import exported_graph_module
@@ -28,12 +27,11 @@ CONVOLUTIONS: dict[str, type[Any]] = {
 
 def load_exported(file: Path) -> Agent:
     """The agent in a ``.pt2`` archive, no code run."""
-    for name in check_archive(file, str(file)):
-        with zipfile.ZipFile(file) as archive:
-            content = archive.read(name)
+    members = {name: read_member(file, name) for name in check_archive(file, str(file))}
+    for name, content in members.items():
         refuse_code(content, f"{file}: {name}")
     try:
-        program = torch.export.load(file)
+        program = torch.export.load(repacked(members))
         traced = exported_graph_module(program)
     except Exception as error:  # torch raises many kinds for a damaged archive
         raise AgentError(f"{file}: not a readable exported program: {one_line(error)}") from None

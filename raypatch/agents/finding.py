@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raypatch.agents.agent import Agent, AgentOptions
+from raypatch.agents.archives import DAMAGE
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.errors import AgentError
 
@@ -50,7 +51,7 @@ def _is_script(file: Path) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
             return any("/code/" in name for name in archive.namelist())
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except DAMAGE:
         return False
 
 

@@ -9,6 +9,7 @@ import pickletools
 import zipfile
 from collections.abc import Iterator
 
+from raypatch.agents.archives import check_archive, is_archive
 from raypatch.errors import AgentError
 
 # What a saved tensor needs, and nothing that does anything else.
@@ -65,11 +66,11 @@ def refuse_code(content: bytes, origin: str) -> None:
     Looks at bare pickles and at those inside a torch archive.
     """
     stream = io.BytesIO(content)
-    if zipfile.is_zipfile(stream):
-        with zipfile.ZipFile(stream) as archive:
-            for name in archive.namelist():
-                if name.endswith(".pkl"):
-                    refuse_code(archive.read(name), f"{origin}: {name}")
+    if is_archive(stream):
+        for name in check_archive(stream, origin):
+            with zipfile.ZipFile(stream) as archive:
+                inner = archive.read(name)
+            refuse_code(inner, f"{origin}: {name}")
         return
     try:
         names = list(global_names(content))

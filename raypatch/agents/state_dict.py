@@ -6,7 +6,6 @@ Plain MLPs are rebuilt from them where nothing is guessed; a factory builds anyt
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +15,7 @@ from torch import nn
 
 from raypatch.agents.activations import activation_by_name
 from raypatch.agents.agent import Agent, AgentOptions, make_agent
-from raypatch.agents.archives import check_torch_file
+from raypatch.agents.archives import check_torch_file, is_archive
 from raypatch.agents.factories import action_network, build_with_factory, importable
 from raypatch.agents.observations import trial_observation
 from raypatch.errors import AgentError
@@ -136,7 +135,7 @@ def load_tensors(source: Path | BinaryIO, origin: str) -> dict[str, torch.Tensor
 
     A file on disk is mapped into memory rather than read, where its format allows.
     """
-    mapped = isinstance(source, Path) and zipfile.is_zipfile(source)
+    mapped = isinstance(source, Path) and is_archive(source)
     try:
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a damaged file

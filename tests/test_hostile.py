@@ -1,0 +1,326 @@
+"""Files made to harm: nothing runs, memory stays bounded, one line says what is wrong."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CARTPOLE, LAVA
+from torch import nn
+
+import raypatch
+from raypatch.errors import AgentError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Payload:
+    """Unpickling this makes a file."""
+
+    def __init__(self, flag):
+        self.flag = str(flag)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.flag}",)
+
+
+@pytest.fixture
+def flag(tmp_path):
+    """A file that exists only if something was executed."""
+    path = tmp_path / "executed"
+    yield path
+    assert not path.exists()
+
+
+def repacked(source: Path, target: Path, changes: dict[str, bytes], **kwargs) -> Path:
+    """A copy of an archive with some members replaced or added."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", **kwargs) as new:
+        for name in old.namelist():
+            new.writestr(name, changes.pop(name, old.read(name)))
+        for name, content in changes.items():
+            new.writestr(name, content)
+    return target
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "agent"
+    path.mkdir()
+    return path
+
+
+def refused(folder, match="", **options) -> str:
+    with pytest.raises(AgentError, match=match) as caught:
+        raypatch.load_agent(folder, **options)
+    text = str(caught.value)
+    assert text and len(text.splitlines()) == 1 and len(text) < 1500
+    return text
+
+
+MEMBERS = [
+    "data", "policy.pth", "policy.optimizer.pth", "pytorch_variables.pth", "system_info.txt",
+    "_stable_baselines3_version",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("form", ["pickle", "torch"])
+def test_a_payload_in_any_member_of_an_sb3_zip_never_runs(folder, flag, member, form):
+    stream = io.BytesIO()
+    if form == "torch":
+        torch.save({"q_net.q_net.0.weight": Payload(flag)}, stream)
+    else:
+        pickle.dump(Payload(flag), stream)
+    repacked(CARTPOLE / "agent.zip", folder / "agent.zip", {member: stream.getvalue()})
+    if member in ("data", "policy.pth"):
+        refused(folder)
+    else:  # nothing else is read
+        raypatch.load_agent(folder)
+
+
+@pytest.mark.parametrize(
+    "key", ["policy_class", "observation_space", "action_space", "policy_kwargs", "lr_schedule"]
+)
+def test_a_payload_in_any_serialised_value_of_data_never_runs(folder, flag, key):
+    data = json.loads(zipfile.ZipFile(CARTPOLE / "agent.zip").read("data"))
+    entry = data.get(key) if isinstance(data.get(key), dict) else {}
+    payload = base64.b64encode(pickle.dumps(Payload(flag))).decode()
+    data[key] = {**entry, ":serialized:": payload}
+    repacked(CARTPOLE / "agent.zip", folder / "agent.zip", {"data": json.dumps(data).encode()})
+    if key == "policy_class":
+        refused(folder)
+    else:
+        raypatch.load_agent(folder)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pth"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_payload_in_a_torch_file_never_runs(folder, flag, suffix, legacy):
+    content = {"0.weight": torch.zeros(2, 2), "x": Payload(flag)}
+    torch.save(content, folder / f"a.{suffix}", _use_new_zipfile_serialization=not legacy)
+    refused(folder, "pickled objects|not a readable", activation="relu")
+
+
+def test_a_bare_pickle_under_any_suffix_never_runs(folder, flag):
+    for suffix in ("pt", "pth", "ts", "pt2", "zip", "safetensors"):
+        path = folder / f"a.{suffix}"
+        path.write_bytes(pickle.dumps(Payload(flag)))
+        refused(folder, activation="relu")
+        path.unlink()
+
+
+def exported(path):
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    free = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(module, (torch.randn(2, 4),), dynamic_shapes=free)
+    torch.export.save(program, path)
+
+
+def test_a_payload_in_any_member_of_an_exported_program_never_runs(folder, flag, tmp_path):
+    good = tmp_path / "good.pt2"
+    exported(good)
+    stream = io.BytesIO()
+    torch.save(Payload(flag), stream)
+    for name in zipfile.ZipFile(good).namelist():
+        for payload in (
+            stream.getvalue(),
+            pickle.dumps(Payload(flag)),
+            pickle.dumps(Payload(flag), 0),
+        ):
+            repacked(good, folder / "agent.pt2", {name: payload})
+            refused(folder, "which is no tensor's|Exception|refused")
+
+
+def test_a_zip_bomb_is_refused_before_it_unpacks(folder):
+    with zipfile.ZipFile(folder / "agent.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data", b"{}")
+        with archive.open("policy.pth", "w", force_zip64=True) as member:
+            for _ in range(512):
+                member.write(bytes(1 << 20))
+    assert (folder / "agent.zip").stat().st_size < 1 << 20
+    refused(folder, "zip bomb")
+
+
+def test_a_bomb_inside_policy_pth_is_refused_before_it_unpacks(folder):
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
+        archive.writestr("archive/data/0", bytes(256 << 20))
+    repacked(CARTPOLE / "agent.zip", folder / "agent.zip", {"policy.pth": inner.getvalue()})
+    refused(folder, "zip bomb")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("../../evil.py", "leads out"), ("/etc/cron.d/evil", "absolute"), ("a/../../b", "leads out"),
+     ("C:\\evil", "absolute"), ("..\\evil", "leads out")],
+)  # fmt: skip
+def test_names_that_leave_the_archive_are_refused(folder, name, reason):
+    repacked(CARTPOLE / "agent.zip", folder / "agent.zip", {name: b"x"})
+    refused(folder, reason)
+
+
+def test_symbolic_links_and_names_given_twice_are_refused(folder):
+    link = zipfile.ZipInfo("policy.pth")
+    link.external_attr = 0o120777 << 16
+    shutil.copy(CARTPOLE / "agent.zip", folder / "agent.zip")
+    with zipfile.ZipFile(folder / "agent.zip", "a") as archive, pytest.warns(UserWarning):
+        archive.writestr(link, "/etc/passwd")
+    refused(folder, "symbolic link")
+    shutil.copy(CARTPOLE / "agent.zip", folder / "agent.zip")
+    with zipfile.ZipFile(folder / "agent.zip", "a") as archive, pytest.warns(UserWarning):
+        archive.writestr("data", b"{}")
+    refused(folder, "there twice")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not an archive", b"\x1f\x8b" * 50])
+def test_wrong_magic_is_one_line(folder, content):
+    for suffix in ("zip", "pt", "pt2", "ts", "safetensors"):
+        path = folder / f"a.{suffix}"
+        path.write_bytes(content)
+        refused(folder, activation="relu")
+        path.unlink()
+
+
+def test_a_tensor_that_claims_more_than_it_holds_is_refused(folder):
+    huge = torch.zeros(1).expand(1 << 20, 1 << 14)  # 64 GiB by its shape, four bytes held
+    torch.save({"0.weight": huge, "0.bias": torch.zeros(1 << 20)}, folder / "a.pt")
+    refused(folder, "claims shape", activation="relu")
+
+
+def test_a_huge_header_in_safetensors_is_refused(folder):
+    (folder / "a.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    refused(folder, "safetensors", activation="relu")
+    header = json.dumps(
+        {"0.weight": {"dtype": "F32", "shape": [1 << 30, 1 << 30], "data_offsets": [0, 4]}}
+    ).encode()
+    (folder / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    refused(folder, "safetensors", activation="relu")
+
+
+def test_nan_weights_name_the_tensor(folder):
+    good = zipfile.ZipFile(LAVA / "agent.zip")
+    assert good.namelist()
+    state = torch.load(LAVA / "policy.pt", weights_only=True)
+    name = [n for n in state if n.endswith("weight")][1]
+    state[name][0, 0] = float("nan")
+    torch.save(state, folder / "a.pt")
+    assert name in refused(folder, "NaN or infinity", activation="relu")
+
+
+def test_deep_json_and_strange_values_in_data_are_one_line(folder):
+    data = json.loads(zipfile.ZipFile(CARTPOLE / "agent.zip").read("data"))
+    for key, value in [
+        ("policy_kwargs", [1]), ("policy_kwargs", {"net_arch": "x", "activation_fn": 5}),
+        ("observation_space", None), ("observation_space", {":type:": "x"}),
+        ("observation_space", {**data["observation_space"], "_shape": [1 << 40]}),
+        ("observation_space", {**data["observation_space"], "_shape": [7]}),
+        ("action_space", 3), ("policy_class", {}), ("policy_class", {":serialized:": "!!"}),
+    ]:  # fmt: skip
+        content = json.dumps({**data, key: value}).encode()
+        repacked(CARTPOLE / "agent.zip", folder / "agent.zip", {"data": content})
+        refused(folder)
+    repacked(CARTPOLE / "agent.zip", folder / "agent.zip", {"data": b"[" * 100_000})
+    refused(folder, "not JSON")
+
+
+def test_memory_stays_bounded_whatever_is_claimed(folder, tmp_path):
+    """The largest process size while three hostile files are refused, against a good load."""
+    huge = torch.zeros(1).expand(1 << 20, 1 << 14)
+    bombs = [tmp_path / str(i) for i in range(3)]
+    for bomb in bombs:
+        bomb.mkdir()
+    torch.save({"0.weight": huge}, bombs[0] / "a.pt")
+    with zipfile.ZipFile(bombs[1] / "agent.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data", bytes(1 << 30))
+    header = json.dumps(
+        {"0.weight": {"dtype": "F32", "shape": [1 << 33], "data_offsets": [0, 1 << 35]}}
+    )
+    (bombs[2] / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    program = (
+        "import resource, sys, raypatch\n"
+        "from raypatch.errors import AgentError\n"
+        "for path in sys.argv[1:]:\n"
+        "    try:\n"
+        "        raypatch.load_agent(path, activation='relu')\n"
+        "    except AgentError:\n"
+        "        pass\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", program, *map(str, paths)], check=True,
+                           capture_output=True, text=True).stdout)
+        for paths in ([LAVA], bombs)
+    ]  # fmt: skip
+    assert peaks[1] < peaks[0] + (200 << 10)  # KiB
+
+
+def mutated(draw: random.Random, content: bytes) -> bytes:
+    changed = bytearray(content)
+    for _ in range(draw.randint(1, 4)):
+        action, at = draw.randrange(6), draw.randrange(len(changed) or 1)
+        if action == 0:
+            del changed[at:]
+        elif action in (1, 2) and changed:
+            changed[min(at, len(changed) - 1)] ^= 1 << draw.randrange(8)
+        elif action == 3:
+            changed[at : at + draw.randrange(1, 64)] = draw.randbytes(draw.randrange(64))
+        elif action == 4 and len(changed) > 80:  # the directory at the end says what there is
+            place = len(changed) - draw.randrange(1, 80)
+            changed[place] = draw.randrange(256)
+        else:
+            other = draw.randrange(len(changed) or 1)
+            changed[at : at + 16] = changed[other : other + 16]
+    return bytes(changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "n_cases"),
+    [("sb3", 900), ("pt", 600), ("ts", 250), ("safetensors", 250), ("pt2", 100)],
+)
+def test_mutated_archives_are_read_or_refused_and_nothing_runs(
+    folder, flag, tmp_path, kind, n_cases
+):
+    suffix = "zip" if kind == "sb3" else kind
+    path, draw = folder / f"agent.{suffix}", random.Random(kind)
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    if kind == "sb3":
+        # Small, so that mutations hit what is read.
+        members = zipfile.ZipFile(CARTPOLE / "agent.zip")
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in ("data", "policy.pth"):
+                archive.writestr(name, members.read(name))
+    elif kind == "pt":
+        torch.save(module.state_dict(), path)
+    elif kind == "ts":
+        torch.jit.script(module).save(path)
+    elif kind == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(module.state_dict(), path)
+    else:
+        exported(path)
+    good = path.read_bytes()
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(n_cases):
+        path.write_bytes(mutated(draw, good))
+        try:
+            raypatch.load_agent(folder, activation="relu")
+            outcomes["read"] += 1
+        except AgentError as error:
+            assert len(str(error).splitlines()) == 1
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > n_cases // 4
