@@ -9,7 +9,6 @@ agents, for each ``--save`` mode.
 from __future__ import annotations
 
 import argparse
-import pickle
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from raypatch.definitions import Experiments
 from raypatch.engine.patcher import Patcher
 from raypatch.metrics import DEFAULT_METRICS
 from raypatch.results import layout, schema, tables
+from raypatch.shipping import pack
 from raypatch.worker import Item, Worker, WorkerSpec
 
 
@@ -31,7 +31,7 @@ def make_worker(case, save: str, folder: str) -> tuple[Worker, Experiments]:
     sides = {"clean": case.source.numpy(), "corrupted": case.target.numpy()}
     n_outputs = case.network(case.target[:1]).shape[1]
     spec = WorkerSpec(
-        patcher=pickle.dumps(patcher), sides=sides, directions=("denoising", "noising"),
+        patcher=pack(patcher), sides=sides, directions=("denoising", "noising"),
         source_kind="pair", seed=0, discrete=True,
         columns=schema.Columns(n_outputs, DEFAULT_METRICS, save), metadata={},
         compression="lz4", output_dir=folder,

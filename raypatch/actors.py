@@ -23,6 +23,7 @@ from raypatch.errors import RaypatchError, RunError, one_line
 from raypatch.pool import Dispatch, Failed, Send, TooManyLosses
 
 if TYPE_CHECKING:
+    from raypatch.shipping import Shipment
     from raypatch.worker import Item, Outcome, Quarantined, WorkerSpec
 
 EARLY_ACTORS = 2
@@ -189,9 +190,11 @@ class RayBackend:
             return int(resources.get("GPU", 0.0) / self.options.gpus_per_actor)
         return int(resources.get("CPU", 1.0))
 
-    def pickled(self, value: Any, folders: Sequence[Path]) -> bytes:
-        """Bytes for actors that do not have the user's code: what was imported from these
+    def packed(self, value: Any, folders: Sequence[Path]) -> Shipment:
+        """The value for actors that do not have the user's code: what was imported from these
         folders travels by value."""
+        from raypatch.shipping import pack
+
         self.wait_started()
         cloudpickle: Any = self._ray.cloudpickle
 
@@ -207,7 +210,7 @@ class RayBackend:
         for module in modules:
             cloudpickle.register_pickle_by_value(module)
         try:
-            return cloudpickle.dumps(value)
+            return pack(value, cloudpickle.CloudPickler)
         finally:
             for module in modules:
                 cloudpickle.unregister_pickle_by_value(module)
@@ -512,11 +515,11 @@ class InlineBackend:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def pickled(self, value: Any, folders: Sequence[Path]) -> bytes:
-        """Bytes for a worker in this very process, which has all code at hand."""
-        import pickle
+    def packed(self, value: Any, folders: Sequence[Path]) -> Shipment:
+        """The value for a worker in this very process, which has all code at hand."""
+        from raypatch.shipping import pack
 
-        return pickle.dumps(value)
+        return pack(value)
 
     def wait_started(self) -> None:
         """Settle the device."""

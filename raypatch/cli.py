@@ -104,6 +104,9 @@ RUN_OPTIONS = [
         "--direction", metavar="WHICH", help="both, denoising or noising.  [default: both]"
     ),
     click.option("--source", metavar="KIND", help="pair, zero, mean or resample.  [default: pair]"),
+    click.option(
+        "--source_activations", metavar="FILE", help="Recorded source values, <id>_<layer>.npz."
+    ),
     click.option("--seed", type=int, help="Of resampling and verification.  [default: 0]"),
     click.option("--metrics", metavar="LIST", help="all, or names with commas; see docs."),
     click.option("--save", metavar="MODE", help="full, metrics or summary.  [default: full]"),

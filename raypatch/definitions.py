@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -110,6 +110,10 @@ class Experiments:
             cells - cells[0],
             self.neurons[cells[0] : cells[-1]].copy(),
         )
+
+    def used_layers(self) -> list[str]:
+        """Layers that any experiment patches, in the order of ``layer_names``."""
+        return [self.layer_names[i] for i in np.unique(self.layers)]
 
     def take(self, indices: np.ndarray) -> Experiments:
         """These experiments, in this order, as a run of their own."""
@@ -389,6 +393,12 @@ def check_experiments(raw: Any, layers: Mapping[str, int], origin: str) -> Exper
     if checker.count:
         raise InputError(checker.report(origin))
     return packed
+
+
+def layer_resolver(layers: Mapping[str, int]) -> Callable[[str], str | None]:
+    """Maps a name, perhaps with the policy's prefix, to the agent's own; None for no layer."""
+    checker = _Checker(layers)
+    return lambda name: checker.resolve("", name, quiet=True)
 
 
 class _Checker:

@@ -13,9 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raypatch.agents.agent import Agent, AgentOptions
-from raypatch.definitions import Experiments, experiment_name, read_definition
+from raypatch.definitions import (
+    OUTPUT_LOGITS,
+    Experiments,
+    experiment_name,
+    layer_resolver,
+    read_definition,
+)
 from raypatch.errors import InputError, Interrupted, RunError
-from raypatch.inputs import SIDES, Inputs, read_inputs
+from raypatch.inputs import (
+    SIDES,
+    Inputs,
+    ObservationShape,
+    find_inputs,
+    read_activations,
+    read_inputs,
+)
 from raypatch.interruption import Interruption, signals_caught
 from raypatch.progress import Progress
 from raypatch.results import layout
@@ -25,6 +38,7 @@ if TYPE_CHECKING:
     from raypatch.actors import InlineBackend, RayBackend
     from raypatch.engine.patcher import Patcher
     from raypatch.results.reader import Results
+    from raypatch.shipping import Shipment
     from raypatch.sweep import Range
     from raypatch.verification import Verifier
     from raypatch.worker import Item, Quarantined, WorkerSpec
@@ -53,6 +67,7 @@ class RunConfig:
     trust_agent_code: bool = False
     direction: str = "both"
     source: str = "pair"
+    source_activations: str | None = None
     seed: int = 0
     metrics: str | None = None
     save: str = "full"
@@ -110,6 +125,11 @@ def check_config(config: RunConfig) -> None:
     for name in ("gpus_per_actor", "watchdog_s"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name}: {getattr(config, name)} is not above 0")
+    if config.source_activations is not None and config.direction == "both":
+        raise InputError(
+            "--source_activations holds the activations of one side: give --direction denoising "
+            "where they are those of the clean inputs, noising where of the corrupted ones"
+        )
     for name in ("definition_file", "agent_path"):
         if not Path(getattr(config, name)).exists():
             raise InputError(f"--{name} {getattr(config, name)}: no such file or directory")
@@ -194,8 +214,10 @@ class Job:
         self.wanted = self._range()
         paths = self._input_paths()
         ids = config.input_ids.split(",") if config.input_ids else None
-        self.inputs = read_inputs(paths, self.agent.observation_shape, input_ids=ids)
+        shape = ObservationShape(self.agent.observation_shape, self.agent.observation_parts)
+        self.inputs = read_inputs(paths, shape, input_ids=ids)
         self.directions = self._directions()
+        self.given = self._given_activations()
 
     def _range(self) -> Range:
         from raypatch.sweep import Range
@@ -213,13 +235,34 @@ class Job:
     def _input_paths(self) -> dict[str, Path]:
         folder = Path(self.config.agent_path) / INPUTS_FOLDER
         given = {side: getattr(self.config, f"{side}_inputs") for side in SIDES}
-        paths = {side: Path(given[side] or folder / f"{side}_inputs.json") for side in SIDES}
+        paths = {side: Path(given[side] or find_inputs(folder, side)) for side in SIDES}
+        if self.config.source_activations is not None:
+            from raypatch.worker import TARGET_SIDE
+
+            side = TARGET_SIDE[self.config.direction]
+            return {side: paths[side]}
         if self.config.source == "pair":
             return paths
         found = {side: path for side, path in paths.items() if given[side] or path.is_file()}
         if not found:
             raise InputError(f"{paths['clean']}: no such input file; give --clean_inputs")
         return found
+
+    def _given_activations(self) -> dict[str, Any]:
+        """Recorded source values of every layer the definition patches."""
+        path = self.config.source_activations
+        if path is None:
+            return {}
+        shapes = {name: layer.output_shape for name, layer in self.agent.layers.items()}
+        shapes[OUTPUT_LOGITS] = (self.agent.output_size,)
+        used = self.experiments.used_layers()
+        needed = {name: shapes[name] for name in used}
+        resolve = layer_resolver(self.agent.neuron_counts)
+        return read_activations(Path(path), self.inputs.ids, needed, resolve)
+
+    @property
+    def _source_kind(self) -> str:
+        return "given" if self.config.source_activations is not None else self.config.source
 
     def _directions(self) -> tuple[str, ...]:
         from raypatch.worker import TARGET_SIDE
@@ -293,7 +336,10 @@ class Job:
             "n_experiments": len(self.experiments),
             "layers": self.agent.neuron_counts,
             "directions": list(self.directions),
-            "source": config.source,
+            "source": self._source_kind,
+            "source_activations": sweep.sha256_of(
+                *(part for name in sorted(self.given) for part in (name.encode(), self.given[name]))
+            ),
             "seed": config.seed,
             "metrics": list(self.metrics),
             "save": config.save,
@@ -380,8 +426,9 @@ class Job:
         """One line on what is about to run."""
         config, left = self.config, sum(map(len, self.ranges))
         resumed = f", {self.n_committed:,} already committed" if self.n_committed else ""
+        notes = "".join(f"note: {note}\n" for note in self.agent.notes)
         return (
-            f"{self.agent.loaded_as}\n"
+            f"{self.agent.loaded_as}\n{notes}"
             f"{left:,} experiments x {len(self.inputs)} pairs x {len(self.directions)} "
             f"directions = {left * self.passes_each:,} passes{resumed}; "
             f"{self.patcher.path}, {config.dtype} on {self.backend.device}"
@@ -455,7 +502,7 @@ class Job:
 
         return Verifier(
             self.agent.network, self.experiments, self.inputs.sides, self.directions,
-            self.config.source, self.config.seed, self.config.dtype,
+            self._source_kind, self.config.seed, self.config.dtype, self.given,
         )  # fmt: skip
 
     def worker_spec(self) -> WorkerSpec:
@@ -465,10 +512,11 @@ class Job:
 
         config = self.config
         return WorkerSpec(
-            patcher=self._pickled_patcher(),
+            patcher=self._packed_patcher(),
             sides=self.inputs.sides,
             directions=self.directions,
-            source_kind=config.source,
+            source_kind=self._source_kind,
+            given=self.given,
             seed=config.seed,
             discrete=self.agent.discrete,
             columns=Columns(self.agent.output_size, self.metrics, config.save),
@@ -485,11 +533,11 @@ class Job:
             device=self.backend.device,
         )
 
-    def _pickled_patcher(self) -> bytes:
+    def _packed_patcher(self) -> Shipment:
         """The captured network; what is left of the user's own code in it travels by value."""
         folders = [Path(self.config.agent_path).resolve(), Path.cwd()]
         try:
-            return self.backend.pickled(self.patcher, folders)
+            return self.backend.packed(self.patcher, folders)
         except Exception as error:
             raise InputError(
                 f"--agent_path {self.config.agent_path}: the network cannot be sent to actors "

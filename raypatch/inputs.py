@@ -1,9 +1,16 @@
-"""Pairs of clean and corrupted inputs, matched by id and checked (design 4)."""
+"""Pairs of clean and corrupted inputs, matched by id and checked (design 4).
+
+A file is JSON (``{id: {"input": [...]}}`` or ``{id: [...]}``), ``.npz`` (``ids`` and
+``inputs``, or ``inputs.<key>`` for observations of several parts), ``.npy`` (the rows, with
+their numbers as ids), or Arrow or Parquet (columns ``input_id`` and ``input``).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +20,20 @@ import numpy as np
 from raypatch.errors import InputError
 
 SIDES = ("clean", "corrupted")
+SUFFIXES = (".json", ".npz", ".npy", ".arrow", ".parquet")
+UNREADABLE = (ValueError, OSError, KeyError, EOFError, RecursionError, zipfile.BadZipFile)
+
+
+@dataclass(frozen=True)
+class ObservationShape:
+    """What one observation looks like to the agent.
+
+    ``parts`` gives the shape of each key where an observation has several; it is then
+    packed into one row, key after key, and ``shape`` is that row's.
+    """
+
+    shape: tuple[int, ...]
+    parts: Mapping[str, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -30,9 +51,15 @@ class Inputs:
         return len(self.ids)
 
 
+def find_inputs(folder: Path, side: str) -> Path:
+    """The inputs of a side in a folder, whichever format they have; JSON where there are none."""
+    found = [folder / f"{side}_inputs{suffix}" for suffix in SUFFIXES]
+    return next((path for path in found if path.is_file()), found[0])
+
+
 def read_inputs(
     paths: dict[str, Path],
-    observation_shape: Sequence[int],
+    observation: ObservationShape,
     *,
     input_ids: Sequence[str] | None = None,
 ) -> Inputs:
@@ -41,7 +68,7 @@ def read_inputs(
     Raises InputError naming the id at fault: on one side only, wrong shape, not a number,
     NaN or infinity. Order is that of the first file.
     """
-    raw = {side: _read_json(path) for side, path in paths.items()}
+    raw = {side: read_observations(path) for side, path in paths.items()}
     first = next(iter(raw))
     for side, other in ((first, s) for s in list(raw)[1:]):
         for one, two in ((side, other), (other, side)):
@@ -61,39 +88,137 @@ def read_inputs(
         if len(set(input_ids)) != len(input_ids):
             raise InputError(f"--input_ids: an id is given twice in {','.join(input_ids)}")
         ids = tuple(input_ids)
-    shape = tuple(observation_shape)
     sides = {
-        side: np.stack([_observation(values[key], shape, key, paths[side]) for key in ids])
+        side: np.stack(
+            [_observation(values[key], observation, f"{paths[side]}: input {key!r}") for key in ids]
+        )
         for side, values in raw.items()
     }
     return Inputs(ids, sides, tuple(paths.values()))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+# ------------------------------------------------------------------------------ formats
+
+
+def read_observations(path: Path) -> Mapping[str, Any]:
+    """Observations by id as the file holds them, not checked yet."""
     if not path.is_file():
         raise InputError(f"{path}: no such input file")
+    reader = _READERS.get(path.suffix, _read_json)
+    try:
+        found = reader(path)
+    except InputError:
+        raise
+    except UNREADABLE as error:
+        raise InputError(
+            f"{path}: not readable inputs: {' '.join(str(error).split())[:300]}"
+        ) from None
+    if not found:
+        raise InputError(f"{path}: holds no inputs")
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(content, dict) or not content:
         raise InputError(f'{path}: inputs are a non-empty object: {{"id": {{"input": [...]}}}}')
-    return content
+    return {key: _unwrapped(value, f"{path}: input {key!r}") for key, value in content.items()}
 
 
-def _observation(value: Any, shape: tuple[int, ...], key: str, path: Path) -> np.ndarray:
-    if isinstance(value, dict):
-        if "input" not in value:
-            raise InputError(f'{path}: input {key!r} has no "input"')
-        value = value["input"]
-    where = f"{path}: input {key!r}"
+def _unwrapped(value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "input" not in value:
+        raise InputError(f'{where} has no "input"')
+    return value["input"]
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as content:
+        names = [name for name in content.files if name == "inputs" or name.startswith("inputs.")]
+        if "ids" not in content.files or not names:
+            raise InputError(
+                f"{path}: an .npz of inputs holds 'ids' and 'inputs'; this one "
+                f"{', '.join(content.files)[:200]}"
+            )
+        ids = [str(key) for key in np.atleast_1d(content["ids"])]
+        arrays = {name.removeprefix("inputs").lstrip("."): content[name] for name in names}
+    short = next((name for name, array in arrays.items() if array.shape[:1] != (len(ids),)), None)
+    if short is not None or len(set(ids)) != len(ids):
+        raise InputError(f"{path}: 'ids' are not one for each row, all different")
+    if "" in arrays:
+        return dict(zip(ids, arrays[""]))
+    return {key: {part: a[i] for part, a in arrays.items()} for i, key in enumerate(ids)}
+
+
+def _read_npy(path: Path) -> dict[str, Any]:
+    rows = np.load(path, allow_pickle=False)
+    if rows.ndim < 2:
+        raise InputError(f"{path}: shape {list(rows.shape)}; inputs are one row each")
+    return {str(i): row for i, row in enumerate(rows)}
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        if path.suffix == ".parquet":
+            table = pyarrow.parquet.read_table(path)
+        else:
+            with pa.memory_map(str(path)) as file:
+                table = pa.ipc.open_file(file).read_all()
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: not a readable {path.suffix[1:]} file: {error}") from None
+    if not {"input_id", "input"} <= set(table.column_names):
+        raise InputError(
+            f"{path}: a table of inputs has the columns input_id and input; this one "
+            f"{', '.join(table.column_names)[:200]}"
+        )
+    ids = [str(key) for key in table["input_id"].to_pylist()]
+    if len(set(ids)) != len(ids):
+        raise InputError(f"{path}: an input_id is there twice")
+    return dict(zip(ids, table["input"].to_pylist()))
+
+
+_READERS = {
+    ".npz": _read_npz, ".npy": _read_npy, ".arrow": _read_table, ".parquet": _read_table,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ checking
+
+
+def _observation(value: Any, observation: ObservationShape, where: str) -> np.ndarray:
+    parts = observation.parts
+    if parts is None or not isinstance(value, Mapping):
+        return _array(value, observation.shape, where)
+    missing = next((key for key in parts if key not in value), None)
+    unknown = next((key for key in value if key not in parts), None)
+    if missing is not None or unknown is not None:
+        fault = f"has no {missing!r}" if missing is not None else f"has an unknown {unknown!r}"
+        raise InputError(f"{where}: {fault}; the agent takes {', '.join(parts)}")
+    return np.concatenate(
+        [_array(value[key], shape, f"{where}: {key!r}").ravel() for key, shape in parts.items()]
+    )
+
+
+def _array(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
+    if isinstance(value, Mapping):
+        raise InputError(f"{where}: holds several parts; the agent takes one array")
     try:
         array = np.asarray(value, np.float64)
     except (TypeError, ValueError):
         raise InputError(
             f"{where}: holds something that is not a number, or ragged lists"
         ) from None
-    if array.shape != shape and not (array.ndim == 1 and array.size == np.prod(shape)):
+    if len(shape) == 3 and array.shape == (*shape[1:], shape[0]) and array.shape != shape:
+        array = array.transpose(2, 0, 1)  # images with their channels last
+    flat = array.ndim <= 1 and array.size == math.prod(shape)
+    if array.shape != shape and not flat:
         raise InputError(f"{where}: shape {list(array.shape)}, but the agent takes {list(shape)}")
     with np.errstate(over="ignore"):
         array = array.reshape(shape).astype(np.float32)
@@ -106,3 +231,45 @@ def _observation(value: Any, shape: tuple[int, ...], key: str, path: Path) -> np
 def _some(ids: Sequence[str], limit: int = 5) -> str:
     more = f" and {len(ids) - limit} more" if len(ids) > limit else ""
     return ", ".join(ids[:limit]) + more
+
+
+# -------------------------------------------------------------------- cached activations
+
+
+def read_activations(
+    path: Path, ids: Sequence[str], layers: Mapping[str, tuple[int, ...]], resolve: Any
+) -> dict[str, np.ndarray]:
+    """Source values from a file in the original's layout: keys ``<id>_<layer>``.
+
+    ``layers`` maps what is needed to the shape of one activation; ``resolve`` turns a name
+    in the file into the agent's own, or None. Returns float32 ``[inputs, *shape]`` a layer.
+    Raises InputError naming the key that is missing or of another shape.
+    """
+    if not path.is_file():
+        raise InputError(f"--source_activations {path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            by_place = {}
+            for key in content.files:
+                owner = max((i for i in ids if key.startswith(f"{i}_")), key=len, default=None)
+                layer = None if owner is None else resolve(key[len(owner) + 1 :])
+                if layer in layers:
+                    by_place[layer, owner] = key
+            found = {}
+            for layer, shape in layers.items():
+                rows = []
+                for name in ids:
+                    if (layer, name) not in by_place:
+                        raise InputError(
+                            f"--source_activations {path}: no '{name}_{layer}', which the "
+                            "definition needs"
+                        )
+                    key = by_place[layer, name]
+                    value = content[key]
+                    if value.shape == (1, *shape):
+                        value = value[0]
+                    rows.append(_array(value, shape, f"--source_activations {path}: {key!r}"))
+                found[layer] = np.stack(rows)
+    except UNREADABLE as error:
+        raise InputError(f"--source_activations {path}: not readable: {error}") from None
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class Verifier:
     source_kind: str
     seed: int
     dtype: str
+    given: Mapping[str, np.ndarray] = field(default_factory=dict)
     checked: int = 0
     largest_difference: float = 0.0
     largest_relative: float = 0.0
@@ -58,7 +60,9 @@ class Verifier:
             for direction, found in zip(self.directions, outputs):
                 target = torch.from_numpy(self.sides[TARGET_SIDE[direction]])
                 other = [v for side, v in self.sides.items() if side != TARGET_SIDE[direction]]
-                source = torch.from_numpy(other[0]) if other else None
+                source: Any = torch.from_numpy(other[0]) if other else None
+                if self.source_kind == "given":
+                    source = {name: torch.from_numpy(v) for name, v in self.given.items()}
                 expected = reference_outputs(
                     self.network, [experiment], source, target,
                     kind=self.source_kind, seed=self.seed,

@@ -6,7 +6,6 @@ Knows the engine and the file formats, not Ray.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from raypatch.metrics import Baselines, MetricTable, first_argmax, summarise
 from raypatch.results import layout, schema, tables
 from raypatch.results.store import open_store
 from raypatch.results.tables import ItemArrays
+from raypatch.shipping import Shipment, unpack
 
 # Which side of a pair is the target in each direction; the other one is the source.
 TARGET_SIDE = {"denoising": "corrupted", "noising": "clean"}
@@ -31,7 +31,7 @@ TARGET_SIDE = {"denoising": "corrupted", "noising": "clean"}
 class WorkerSpec:
     """All a worker needs; plain data and pickled bytes, no files of the agent."""
 
-    patcher: bytes
+    patcher: Shipment
     sides: Mapping[str, np.ndarray]
     directions: tuple[str, ...]
     source_kind: str
@@ -45,6 +45,8 @@ class WorkerSpec:
     beacon: str = ""
     # Experiments whose outputs go back to the driver for verification.
     samples: frozenset[int] = frozenset()
+    # Recorded activations by layer, for the source kind "given".
+    given: Mapping[str, np.ndarray] = field(default_factory=dict)
     device: str = "cpu"
 
 
@@ -112,7 +114,7 @@ class Worker:
         self.spec = spec
         self.store = open_store(spec.output_dir)
         self.sees_output = self._sees_output()
-        self.patcher: Patcher = pickle.loads(spec.patcher).to(spec.device)
+        self.patcher: Patcher = unpack(spec.patcher).to(spec.device)
         self.runs = [prepare_direction(self.patcher, spec, d) for d in spec.directions]
         self.tables = [self._metric_table(d, run) for d, run in zip(spec.directions, self.runs)]
         self.baseline_actions = torch.stack(
@@ -233,5 +235,9 @@ def prepare_direction(patcher: Patcher, spec: WorkerSpec, direction: str) -> Pat
     """Run both sides of one direction unpatched."""
     target = torch.from_numpy(spec.sides[TARGET_SIDE[direction]])
     other = next((v for side, v in spec.sides.items() if side != TARGET_SIDE[direction]), None)
-    source = torch.from_numpy(other) if spec.source_kind == "pair" and other is not None else None
+    source: Any = None
+    if spec.source_kind == "pair" and other is not None:
+        source = torch.from_numpy(other)
+    elif spec.source_kind == "given":
+        source = {name: torch.from_numpy(value) for name, value in spec.given.items()}
     return patcher.prepare(source, target, kind=spec.source_kind, seed=spec.seed)  # type: ignore[arg-type]

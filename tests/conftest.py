@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import Phase, settings
 
 from raypatch import cli
 
@@ -92,3 +93,13 @@ def outputs_of(results) -> np.ndarray:
 def pytest_addoption(parser):
     parser.addoption("--chaos_runs", type=int, default=2, help="runs of the chaos suite")
     parser.addoption("--chaos_kills", type=int, default=4, help="kills in each of them")
+
+
+# The same cases every time; shrinking a failure of the engine takes minutes, so it is left to
+# `pytest --hypothesis-profile=shrink`.
+settings.register_profile(
+    "steady", derandomize=True, deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)  # fmt: skip
+settings.register_profile("shrink", deadline=None)
+settings.load_profile("steady")

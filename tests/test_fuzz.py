@@ -16,7 +16,7 @@ from conftest import LAVA
 import raypatch
 from raypatch.definitions import read_definition
 from raypatch.errors import InputError, RaypatchError
-from raypatch.inputs import read_inputs
+from raypatch.inputs import ObservationShape, read_inputs
 
 STRANGE = [
     None, True, False, 0, -1, 1.5, 1e308, 10**30, "", "all", "x", "\ud800", "\0", [], {}, [[]], [{}],
@@ -102,7 +102,7 @@ def test_mutated_inputs_are_read_or_refused_in_one_line(tmp_path, seed):
             content = mutated(draw, good) if side == "clean" else json.dumps(good).encode()
             path.write_bytes(content)
         try:
-            assert read_inputs(paths, (4,)).sides["clean"].shape[1:] == (4,)
+            assert read_inputs(paths, ObservationShape((4,))).sides["clean"].shape[1:] == (4,)
         except InputError as error:
             refused += 1
             assert str(error) and len(str(error).splitlines()) == 1

@@ -182,10 +182,11 @@ def test_an_actor_that_cannot_start_ends_the_run_at_once_in_one_line():
     from raypatch.actors import PoolOptions, RayBackend
     from raypatch.errors import RunError
     from raypatch.results.schema import Columns
+    from raypatch.shipping import Shipment
     from raypatch.worker import Item, WorkerSpec
 
     spec = WorkerSpec(
-        patcher=b"not a pickle", sides={}, directions=("denoising",), source_kind="zero", seed=0,
+        patcher=Shipment(b"not a pickle", []), sides={}, directions=("denoising",), source_kind="zero", seed=0,
         discrete=True, columns=Columns(2, (), "summary"), metadata={}, compression="lz4",
         output_dir="/nowhere",
     )  # fmt: skip

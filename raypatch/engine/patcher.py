@@ -21,6 +21,7 @@ from raypatch.engine.reference import cast
 from raypatch.engine.sources import (
     SOURCE_KINDS,
     Fill,
+    GivenFill,
     MeanFill,
     SourceKind,
     resample_order,
@@ -97,7 +98,7 @@ class Patcher:
         """Run both sides once; what comes back patches any experiments on these inputs."""
         if kind not in SOURCE_KINDS:
             raise InputError(f"source kind {kind!r}: valid: {', '.join(SOURCE_KINDS)}")
-        if target is None or (kind == "pair" and source is None):
+        if target is None or (kind in ("pair", "given") and source is None):
             raise InputError("patching needs target inputs, and source inputs for kind 'pair'")
         target_args = cast(as_args(target), self.dtype, self.device)
         n_inputs = _count(target_args)
@@ -117,6 +118,8 @@ class Patcher:
             fill: Fill | None = {"zero": zero_fill, "mean": None}.get(kind)
             if kind == "mean":
                 fill = self._means(target_args, n_inputs)
+            if kind == "given":
+                fill = GivenFill(source)
             return PatchRun(self, engine, source_args, target_args, fill)
 
     def to(self, device: torch.device | str) -> Patcher:
@@ -322,8 +325,12 @@ class PatchRun:
         if self._kept is not None:
             return self._kept
         source, target = self._parts[part]
+        fill = self._fill
+        if isinstance(fill, GivenFill):
+            first = sum(_count(earlier) for _, earlier in self._parts[:part])
+            fill = fill.part(first, first + _count(target))
         with torch.no_grad():
-            return self._engine.prepare(source, target, self._fill)
+            return self._engine.prepare(source, target, fill)
 
     def _evaluate(self, prepared: Prepared | StackedPrepared, group: Any, out: Tensor) -> None:
         """One group, with smaller batches after running out of memory; the size is kept."""
@@ -365,7 +372,8 @@ def patch(
     ``source`` and ``target`` are ``[inputs, ...]`` tensors, or tuples of them for a forward
     with several arguments. ``kind`` "zero" and "mean" patch in zeros or the neuron's mean
     over the targets; "resample" takes another target as the source (seeded). Those need no
-    ``source``.
+    ``source``. With "given" the source is no input: it maps layers to recorded activations
+    ``[inputs, ...]``.
 
     Returns ``[experiments, inputs, outputs]``, equal to plain forward hooks up to floating
     point reassociation. Raises InputError for experiments or inputs that do not fit.

@@ -48,7 +48,8 @@ def reference_outputs(
 ) -> Tensor:
     """Patched outputs ``[experiments, inputs, outputs]``, one forward an experiment.
 
-    ``source`` is not used for the kinds ``zero``, ``mean`` and ``resample``.
+    ``source`` is not used for the kinds ``zero``, ``mean`` and ``resample``; for ``given`` it
+    maps layers to activations.
     """
     network = copy.deepcopy(network).to("cpu", dtype).eval()
     target = cast(as_args(target), dtype)
@@ -60,6 +61,11 @@ def reference_outputs(
     elif kind == "resample":
         order = resample_order(len(own[OUTPUT_LOGITS][0]), seed)
         values = record_activations(network, tuple(x[order] for x in target), names)
+    elif kind == "given":
+        values = {
+            name: [source[name].to(dtype).reshape(calls[0].shape) if name in source else calls[0]]
+            for name, calls in own.items()
+        }
     elif kind == "mean":
         values = _means(network, target, own)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Layer, number of its call and its activation [inputs, ...] to the values to patch in.
 Fill = Callable[[str, int, Tensor], Tensor]
-SourceKind = Literal["pair", "zero", "mean", "resample"]
+SourceKind = Literal["pair", "zero", "mean", "resample", "given"]
 SOURCE_KINDS: tuple[str, ...] = get_args(SourceKind)
 
 
@@ -31,6 +31,25 @@ def resample_order(n_inputs: int, seed: int) -> Tensor:
 def zero_fill(layer: str, call: int, activation: Tensor) -> Tensor:
     """Zero ablation: every patched neuron becomes 0."""
     return torch.zeros_like(activation)
+
+
+@dataclass(frozen=True)
+class GivenFill:
+    """Activations recorded elsewhere: ``values`` holds ``[inputs, ...]`` a layer.
+
+    A layer without values gives NaN: whoever patches it sees that at once.
+    """
+
+    values: Mapping[str, Tensor]
+
+    def part(self, first: int, last: int) -> GivenFill:
+        """The values of inputs ``first`` to ``last``."""
+        return GivenFill({name: value[first:last] for name, value in self.values.items()})
+
+    def __call__(self, layer: str, call: int, activation: Tensor) -> Tensor:
+        if layer not in self.values:
+            return torch.full_like(activation, torch.nan)
+        return self.values[layer].to(activation).reshape(activation.shape)
 
 
 @dataclass(frozen=True)
