@@ -221,6 +221,29 @@ def inspect(agent_dir: str, as_json: bool, **given: Any) -> None:
 
 
 @cli.command()
+@click.option("--env", required=True, metavar="ID", help="Of gymnasium.make, as CartPole-v1.")
+@click.option("--agent_path", required=True, metavar="DIR", help="Directory of the agent.")
+@click.option("--pairs", required=True, type=int, metavar="N", help="How many to write.")
+@click.option(
+    "--corruption",
+    default="other_state",
+    show_default=True,
+    metavar="KIND",
+    help="other_state, shuffle, noise, zero, mean or module:function.",
+)
+@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--differing", is_flag=True, help="Only pairs whose greedy actions differ.")
+@click.option("--output_dir", metavar="DIR", help="Default: activation_inputs of the agent.")
+@click.option("--overwrite", is_flag=True, help="Replace inputs that are there.")
+@with_options(AGENT_OPTIONS)
+def collect(**given: Any) -> None:
+    """Pairs of inputs from the agent playing in its environment."""
+    from raypatch.collecting import collect_pairs, show_collected
+
+    show_collected(collect_pairs(**given))
+
+
+@cli.command()
 @click.argument("output_dir")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(output_dir: str, as_json: bool) -> None:

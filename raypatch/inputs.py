@@ -90,7 +90,10 @@ def read_inputs(
         ids = tuple(input_ids)
     sides = {
         side: np.stack(
-            [_observation(values[key], observation, f"{paths[side]}: input {key!r}") for key in ids]
+            [
+                check_observation(values[key], observation, f"{paths[side]}: input {key!r}")
+                for key in ids
+            ]
         )
         for side, values in raw.items()
     }
@@ -192,7 +195,8 @@ _READERS = {
 # ------------------------------------------------------------------------------ checking
 
 
-def _observation(value: Any, observation: ObservationShape, where: str) -> np.ndarray:
+def check_observation(value: Any, observation: ObservationShape, where: str) -> np.ndarray:
+    """One observation as float32 in the agent's shape; InputError names what does not fit."""
     parts = observation.parts
     if parts is None or not isinstance(value, Mapping):
         return _array(value, observation.shape, where)

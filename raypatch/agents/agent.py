@@ -43,6 +43,8 @@ class Agent:
     output_kind: str
     # Actions are the argmax of the outputs; False for continuous actions.
     discrete: bool
+    # Continuous actions are the tanh of the outputs, stretched over the action space.
+    squashed: bool
     # In the order of the forward pass; without output_logits.
     layers: dict[str, Layer]
     # One line for people: format, algorithm, file.
@@ -69,6 +71,7 @@ def make_agent(
     loaded_as: str,
     files: tuple[Path, ...],
     discrete: bool = True,
+    squashed: bool = False,
     observation_parts: Mapping[str, tuple[int, ...]] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Agent:
@@ -102,6 +105,7 @@ def make_agent(
         output_size=output.shape[-1],
         output_kind=output_kind,
         discrete=discrete,
+        squashed=squashed,
         layers=layers,
         loaded_as=loaded_as,
         files=files,

@@ -84,6 +84,7 @@ def load_zip(file: Path, options: AgentOptions) -> Agent:
         torch.zeros(1, *(space.shape or (space.size,))),
         output_kind="mean" if kind == "logits" and actions == "Box" else kind,
         discrete=discrete,
+        squashed=kind == "mean" and actions == "Box",
         loaded_as=f"Stable-Baselines3 {policy_class}, {file.name}, {with_code}",
         files=(file,),
         observation_parts={key: part.shape for key, part in space.parts.items()} or None,
