@@ -208,6 +208,7 @@ def _bytes(text: str) -> int:
 @cli.command()
 @click.argument("agent_dir")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--write_manifest", is_flag=True, help="Keep these options as agent.json there.")
 @with_options(AGENT_OPTIONS)
 def inspect(agent_dir: str, as_json: bool, **given: Any) -> None:
     """Layers of an agent, how it was loaded and how it will be patched."""

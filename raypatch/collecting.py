@@ -94,7 +94,7 @@ def collect_pairs(
             kept["corrupted"].append(corrupted[at])
         if len(kept_ids) == pairs:
             break
-    player.env.close()
+    player.close()
     if not kept_ids:
         raise InputError(
             f"--differing: none of {n_drawn} pairs changes the greedy action; choose another "
@@ -117,7 +117,7 @@ class _Player:
                 "raypatch collect needs gymnasium: pip install 'raypatch[collect]'"
             ) from None
         try:
-            self.env = gymnasium.make(env)
+            self.env: Any = gymnasium.make(env)
         except Exception as error:  # unknown names, missing extras, faults of the environment
             raise InputError(f"--env {env}: {one_line(error)}") from None
         self.agent, self.seed, self.episode, self.step = agent, seed, -1, 0
@@ -142,6 +142,9 @@ class _Player:
             self._done = bool(terminated or truncated)
             self.step += 1
         return ids, np.stack(states)
+
+    def close(self) -> None:
+        self.env.close()
 
     def _state(self, obs: Any) -> np.ndarray:
         from raypatch.inputs import ObservationShape, check_observation

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
-def inspect_agent(path: str, **options: Any) -> dict[str, Any]:
+def inspect_agent(path: str, *, write_manifest: bool = False, **options: Any) -> dict[str, Any]:
     """Facts of an agent as plain data; ``options`` are those of loading."""
     import torch
 
-    from raypatch.agents import AgentOptions, load_agent
+    from raypatch.agents import AgentOptions, finding, load_agent
     from raypatch.engine.patcher import Patcher
 
-    agent = load_agent(path, AgentOptions(**options))
+    agent_options = AgentOptions(**options)
+    agent = load_agent(path, agent_options)
+    if write_manifest:
+        finding.write_manifest(Path(path), agent.files[0], agent_options)
     patcher = Patcher(agent.network)
     # Two different inputs, so that a trial of the fast path has something to tell apart.
     trial = torch.linspace(0, 1, 2).view(2, *[1] * len(agent.observation_shape))
     patcher.prepare(target=trial.expand(2, *agent.observation_shape).contiguous(), kind="zero")
     return {
         "loaded_as": agent.loaded_as,
+        "notes": list(agent.notes),
         "files": [str(file) for file in agent.files],
         "observation_shape": list(agent.observation_shape),
+        "observation_parts": {k: list(v) for k, v in (agent.observation_parts or {}).items()},
         "outputs": agent.output_size,
         "output_kind": agent.output_kind,
         "actions": "discrete" if agent.discrete else "continuous",
@@ -48,6 +54,8 @@ def show_agent(facts: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     console.print(facts["loaded_as"], markup=False)
+    for note in facts["notes"]:
+        console.print(f"note: {note}", markup=False)
     console.print(
         f"observation {facts['observation_shape']} -> {facts['outputs']} {facts['output_kind']} "
         f"({facts['actions']} actions), {facts['parameters']:,} parameters",

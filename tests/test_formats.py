@@ -260,3 +260,86 @@ def test_the_first_kind_of_the_contracts_order_is_taken(folder, cleanrl):
     save_file(cleanrl.actor.state_dict(), folder / "b.safetensors")
     agent = raypatch.load_agent(folder, activation="tanh")
     assert "b.safetensors" in agent.loaded_as
+
+
+def test_inspect_writes_a_manifest_that_loads_the_same(folder, cleanrl, command):
+    torch.save(cleanrl.state_dict(), folder / "weights.pt")
+    ended = command(
+        "inspect", folder, "--activation", "tanh", "--agent_output", "actor", "--write_manifest"
+    )
+    assert ended.code == 0, ended.err
+    assert json.loads((folder / "agent.json").read_text()) == {
+        "file": "weights.pt", "activation": "tanh", "output": "actor",
+    }  # fmt: skip
+    same_outputs(raypatch.load_agent(folder), cleanrl.actor, (4,))
+    again = command("inspect", folder, "--write_manifest")
+    assert again.code == 2 and "exists already" in again.err
+
+
+def test_running_statistics_beside_an_agent_are_noticed_and_used_from_a_safe_form(tmp_path):
+    import shutil
+
+    from conftest import CARTPOLE
+
+    folder = tmp_path / "zoo"
+    (folder / "CartPole-v1").mkdir(parents=True)
+    shutil.copy(CARTPOLE / "agent.zip", folder / "best_model.zip")
+    plain = raypatch.load_agent(folder)
+    assert plain.notes == ()
+    (folder / "CartPole-v1" / "vecnormalize.pkl").write_bytes(b"never read")
+    (note,) = raypatch.load_agent(folder).notes
+    assert "observations were normalised" in note and "numpy.savez" in note
+    mean, var = np.array([0.1, -0.2, 0.0, 0.4]), np.array([1.0, 4.0, 0.25, 9.0])
+    np.savez(folder / "vecnormalize.npz", mean=mean, var=var, epsilon=1e-8, clip_obs=1.5)
+    agent = raypatch.load_agent(folder)
+    assert "are normalised with" in agent.notes[0]
+    assert list(agent.layers) == list(plain.layers)
+    x = torch.randn(50, 4) * 3
+    normal = ((x - torch.tensor(mean)) / torch.tensor(var + 1e-8).sqrt()).clamp(-1.5, 1.5).float()
+    with torch.no_grad():
+        torch.testing.assert_close(agent.network(x), plain.network(normal))
+    experiments = [{layer: [0]} for layer in agent.layers]
+    found = raypatch.patch(agent.network, experiments, x[:5], x[5:10])
+    truth = reference_outputs(agent.network, experiments, x[:5], x[5:10])
+    np.testing.assert_allclose(found, truth, atol=1e-5)
+    np.savez(folder / "vecnormalize.npz", mean=mean[:2], var=var)
+    with pytest.raises(AgentError, match="mean has shape"):
+        raypatch.load_agent(folder)
+
+
+def test_an_old_policy_with_shared_layers_and_old_names_of_spaces_is_read(tmp_path):
+    import base64
+    import io
+    import zipfile
+
+    state, torch_rng = {}, torch.Generator().manual_seed(0)
+    shapes = {
+        "mlp_extractor.shared_net.0": (6, 3), "mlp_extractor.policy_net.0": (5, 6),
+        "mlp_extractor.value_net.0": (4, 6), "action_net": (2, 5), "value_net": (1, 4),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        state[f"{name}.weight"] = torch.randn(shape, generator=torch_rng)
+        state[f"{name}.bias"] = torch.randn(shape[0], generator=torch_rng)
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    name = b"cstable_baselines3.common.policies\nActorCriticPolicy\n."
+    pickle_text = base64.b64encode(name).decode()
+    data = {
+        "policy_class": {":type:": "<class 'abc.ABCMeta'>", ":serialized:": pickle_text},
+        "observation_space": {
+            ":type:": "<class 'gym.spaces.box.Box'>", "dtype": "float32", "shape": [3],
+            "low": "[-1. -1. -1.]", "high": "[1. 1. 1.]",
+        },
+        "action_space": {":type:": "<class 'gym.spaces.discrete.Discrete'>", "n": 2},
+        "policy_kwargs": {},
+    }  # fmt: skip
+    with zipfile.ZipFile(tmp_path / "old.zip", "w") as archive:
+        archive.writestr("data", json.dumps(data))
+        archive.writestr("policy.pth", stream.getvalue())
+    agent = raypatch.load_agent(tmp_path)
+    x = torch.randn(4, 3)
+    hidden = x
+    for layer in ("mlp_extractor.shared_net.0", "mlp_extractor.policy_net.0"):
+        hidden = torch.tanh(hidden @ state[f"{layer}.weight"].T + state[f"{layer}.bias"])
+    expected = hidden @ state["action_net.weight"].T + state["action_net.bias"]
+    torch.testing.assert_close(agent.network(x), expected)

@@ -26,6 +26,10 @@ def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: 
     """
     options = options or AgentOptions(**fields)
     directory = _existing_directory(path)
+    if (module := _rl_module(directory, options)) is not None:
+        from raypatch.agents.rllib import load_rl_module
+
+        return load_rl_module(module, options)
     file, options = _choose(directory, options)
     if file.suffix == ".zip":
         from raypatch.agents.stable_baselines import load_zip
@@ -42,6 +46,34 @@ def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: 
     from raypatch.agents.state_dict import load_state_dict_agent
 
     return load_state_dict_agent(file, options)
+
+
+def _rl_module(directory: Path, options: AgentOptions) -> Path | None:
+    """An RLlib checkpoint, where neither the user nor a manifest names another file."""
+    if options.agent_file or (directory / MANIFEST).is_file():
+        return None
+    from raypatch.agents.rllib import find_rl_module
+
+    return find_rl_module(directory)
+
+
+def write_manifest(directory: Path, file: Path, options: AgentOptions) -> Path:
+    """Write ``agent.json`` for a file and the options it was loaded with.
+
+    Raises AgentError where there is one already, or the file needs none.
+    """
+    path = directory / MANIFEST
+    if path.exists():
+        raise AgentError(f"{path}: exists already; it is left as it is")
+    content = {
+        "file": str(file.relative_to(directory)),
+        "activation": options.activation,
+        "factory": options.agent_factory,
+        "output": options.agent_output,
+    }
+    text = json.dumps({key: value for key, value in content.items() if value is not None})
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
 
 
 def _is_script(file: Path) -> bool:
@@ -66,8 +98,10 @@ def read_layer_structure(path: str | Path, options: AgentOptions) -> tuple[dict[
         return counts, counts.pop(OUTPUT_LOGITS)
     except AgentError:
         directory = _existing_directory(path)
+        if _rl_module(directory, options) is not None:
+            raise
         file, _ = _choose(directory, options)
-        if file.suffix == ".zip":
+        if file.suffix in (".zip", ".pt2", ".ts"):
             raise
         from raypatch.agents.state_dict import read_state_dict, weight_layers
 
