@@ -1,7 +1,10 @@
-"""Ranking: which experiments move the outputs most."""
+"""Ranking: which experiments move the outputs most, and how sure that is."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,32 +12,82 @@ import numpy as np
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.errors import InputError
 from raypatch.results.reader import Results
+from raypatch.results.schema import STATISTICS
 
 DEFAULT_METRIC = "kl_divergence"
 BOTH = "both"
+COMBINATIONS = ("average", "maximum")
+RESAMPLES, CONFIDENCE = 2000, 0.95
+
+
+@dataclass
+class Moments:
+    """Mean and spread of values that come in parts, and the range of their extremes.
+
+    ``low`` and ``high`` are the smallest minimum and the largest maximum over inputs, the
+    bounds of the original summary's min-max normalisation.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    low: float = np.inf
+    high: float = -np.inf
+
+    def add(self, values: np.ndarray, lows: np.ndarray, highs: np.ndarray) -> None:
+        """Chan's parallel update of mean and sum of squared deviations."""
+        values = values[~np.isnan(values)]
+        if not len(values):
+            return
+        n, mean = len(values), float(values.mean())
+        shift, total = mean - self.mean, self.count + n
+        self.squares += float(((values - mean) ** 2).sum()) + shift**2 * self.count * n / total
+        self.mean += shift * n / total
+        self.count = total
+        self.low = min(self.low, float(np.nanmin(lows)))
+        self.high = max(self.high, float(np.nanmax(highs)))
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation."""
+        return float(np.sqrt(self.squares / self.count)) if self.count else 0.0
+
+    def standardised(self, value: float) -> float:
+        """Z-score among all experiments; the plain difference where they are all equal."""
+        return (value - self.mean) / (self.std or 1.0)
+
+    def normalised(self, value: float) -> float:
+        """0 at the smallest value of any input, 1 at the largest; 0.5 where they are equal."""
+        if self.high == self.low:
+            return 0.5
+        return (value - self.low) / (self.high - self.low)
 
 
 def rank(
     results: Results,
     metric: str = DEFAULT_METRIC,
     *,
+    statistic: str = "mean",
     direction: str = BOTH,
+    combine: str = "average",
     top: int | None = 10,
+    bottom: bool = False,
     layer: str | None = None,
     internal_only: bool = False,
+    bootstrap: bool = False,
 ) -> list[dict[str, Any]]:
-    """Experiments by the mean of a metric over the inputs, strongest first.
+    """Experiments by a statistic of a metric over the inputs, largest first.
 
-    ``both`` averages the directions. ``layer`` keeps experiments that patch it;
-    ``internal_only`` leaves out those that patch ``output_logits``. Each row holds rank,
-    experiment_index, name, the metric's mean, and action_changed_rate (None for continuous
-    actions). Experiments for which the metric is undefined are left out. Reads part by part,
-    in bounded memory for any ``top`` that is not None.
+    ``direction`` "both" combines the two by ``combine`` "average" or "maximum". ``bottom``
+    gives the smallest first. ``layer`` keeps experiments that patch it; ``internal_only``
+    leaves out those that patch ``output_logits``. Each row holds rank, experiment_index,
+    name, ``<metric>_<statistic>``, z_score and normalised (among all experiments that are
+    ranked), action_changed_rate (None for continuous actions) and, with ``bootstrap``,
+    ci_low and ci_high: the 95 % percentile interval over resampled inputs, None where a run
+    kept no rows. Experiments for which the metric is undefined are left out. Reads part by
+    part, in bounded memory for any ``top`` that is not None.
     """
-    if metric not in results.metrics:
-        raise InputError(
-            f"--metric: {metric!r} was not computed; this run holds {', '.join(results.metrics)}"
-        )
+    _check(results, metric, statistic, combine)
     chosen = _directions(results, direction)
     layers = results.sweep["identity"]["layers"]
     if layer is not None and layer not in layers and layer != OUTPUT_LOGITS:
@@ -42,33 +95,122 @@ def rank(
             f"--layer: unknown layer {layer!r}; valid: {', '.join(layers)}, output_logits"
         )
     wanted = _layer_filter(results, layer, internal_only)
-    best = np.empty((0, 3))
-    for part in results.summary_parts(
-        ["experiment_index", "direction", "action_changed_rate", f"{metric}_mean"]
-    ):
-        n_directions = len(results.directions)
-        ids = part["experiment_index"].to_numpy()[::n_directions]
-        keep = [results.directions.index(d) for d in chosen]
-        value = _averaged(part[f"{metric}_mean"], n_directions, keep)
-        rate = _averaged(part["action_changed_rate"], n_directions, keep)
-        rows = np.column_stack([ids, value, rate])[~np.isnan(value)]
-        if wanted is not None:
-            rows = rows[np.isin(rows[:, 0], wanted)]
-        best = np.concatenate([best, rows])
-        best = best[np.lexsort((best[:, 0], -best[:, 1]))][:top]
-    found = results.describe([int(i) for i in best[:, 0]])
+    best, moments = np.empty((0, 3)), Moments()
+    sign = 1.0 if bottom else -1.0
+    for part in _parts(results, metric, statistic, chosen, combine):
+        kept = slice(None) if wanted is None else np.isin(part.ids, wanted)
+        moments.add(part.values[kept], part.lows[kept], part.highs[kept])
+        rows = np.column_stack([part.ids, part.values, part.rates])[kept]
+        best = np.concatenate([best, rows[~np.isnan(rows[:, 1])]])
+        best = best[np.lexsort((best[:, 0], sign * best[:, 1]))][:top]
+    indices = [int(i) for i in best[:, 0]]
+    names = results.describe(indices)["name"].to_pylist()
+    intervals = {}
+    if bootstrap and results.has_rows:
+        intervals = _intervals(results, metric, statistic, chosen, combine, indices)
     return [
         {
             "rank": place,
-            "experiment_index": int(index),
+            "experiment_index": index,
             "name": name,
-            f"{metric}_mean": float(value),
+            f"{metric}_{statistic}": float(value),
+            "z_score": moments.standardised(float(value)),
+            "normalised": moments.normalised(float(value)),
             "action_changed_rate": None if np.isnan(rate) else float(rate),
+            **(
+                dict(zip(("ci_low", "ci_high"), intervals.get(index, (None, None))))
+                if bootstrap
+                else {}
+            ),
         }
-        for place, ((index, value, rate), name) in enumerate(
-            zip(best, found["name"].to_pylist()), 1
-        )
+        for place, (index, name, (_, value, rate)) in enumerate(zip(indices, names, best), 1)
     ]
+
+
+def _check(results: Results, metric: str, statistic: str, combine: str) -> None:
+    if metric not in results.metrics:
+        raise InputError(
+            f"--metric: {metric!r} was not computed; this run holds {', '.join(results.metrics)}"
+        )
+    if statistic not in STATISTICS:
+        raise InputError(f"--statistic: {statistic!r} is not one of {', '.join(STATISTICS)}")
+    if combine not in COMBINATIONS:
+        raise InputError(f"--combine: {combine!r} is not one of {', '.join(COMBINATIONS)}")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part's experiments: index, combined statistic, extremes, share of flips."""
+
+    ids: np.ndarray
+    values: np.ndarray
+    lows: np.ndarray
+    highs: np.ndarray
+    rates: np.ndarray = field(repr=False)
+
+
+def _parts(
+    results: Results, metric: str, statistic: str, chosen: Sequence[str], combine: str
+) -> Iterator[_Part]:
+    columns = list(dict.fromkeys(f"{metric}_{s}" for s in (statistic, "min", "max")))
+    n_directions = len(results.directions)
+    keep = [results.directions.index(d) for d in chosen]
+    for part in results.summary_parts(["experiment_index", "action_changed_rate", *columns]):
+        by_name = {
+            name: part[name].to_numpy().astype(np.float64).reshape(-1, n_directions)[:, keep]
+            for name in ("action_changed_rate", *columns)
+        }
+        yield _Part(
+            part["experiment_index"].to_numpy()[::n_directions],
+            combined(by_name[f"{metric}_{statistic}"], combine),
+            combined(by_name[f"{metric}_min"], combine),
+            combined(by_name[f"{metric}_max"], combine),
+            combined(by_name["action_changed_rate"], "average"),
+        )
+
+
+def combined(values: np.ndarray, how: str) -> np.ndarray:
+    """``[experiments, directions]`` to one value each, leaving out NaN."""
+    defined = ~np.isnan(values)
+    count = defined.sum(1)
+    if how == "maximum":
+        highest = np.where(defined, values, -np.inf).max(1, initial=-np.inf)
+        return np.where(count > 0, highest, np.nan)
+    total = np.where(defined, values, 0.0).sum(1)
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+_REDUCTIONS: dict[str, Any] = {
+    "mean": np.nanmean, "std": np.nanstd, "min": np.nanmin, "max": np.nanmax,
+}  # fmt: skip
+
+
+def _intervals(
+    results: Results, metric: str, statistic: str, chosen: Sequence[str], combine: str,
+    indices: Sequence[int],
+) -> dict[int, tuple[float, float]]:  # fmt: skip
+    """Percentile bootstrap (Efron 1979) over inputs, the same draws for every experiment."""
+    n_inputs = len(results.sweep["input_ids"])
+    draws = np.random.default_rng(0).integers(n_inputs, size=(RESAMPLES, n_inputs))
+    reduce = _REDUCTIONS[statistic]
+    found = {}
+    tail = 100 * (1 - CONFIDENCE) / 2
+    for index, rows in results.rows_of(indices, [metric]).items():
+        values = rows[metric].to_numpy(zero_copy_only=False).astype(np.float64)
+        by_direction = values.reshape(len(results.directions), n_inputs)
+        resampled = []
+        for name in chosen:
+            one = by_direction[results.directions.index(name)]
+            if not np.isnan(one).all():
+                with warnings.catch_warnings():
+                    # A draw of nothing but undefined inputs is undefined itself.
+                    warnings.simplefilter("ignore", RuntimeWarning)
+                    resampled.append(reduce(one[draws], axis=1))
+        if resampled:
+            both = combined(np.stack(resampled, 1), combine)
+            low, high = np.nanpercentile(both, [tail, 100 - tail])
+            found[index] = (float(low), float(high))
+    return found
 
 
 def _directions(results: Results, direction: str) -> tuple[str, ...]:
@@ -79,14 +221,6 @@ def _directions(results: Results, direction: str) -> tuple[str, ...]:
             f"--direction: {direction!r} was not run; valid: {', '.join(results.directions)}"
         )
     return (direction,)
-
-
-def _averaged(column: Any, n_directions: int, keep: list[int]) -> np.ndarray:
-    values = column.to_numpy().astype(np.float64).reshape(-1, n_directions)[:, keep]
-    defined = ~np.isnan(values)
-    count = defined.sum(1)
-    total = np.where(defined, values, 0.0).sum(1)
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
 def _layer_filter(results: Results, layer: str | None, internal_only: bool) -> np.ndarray | None:
@@ -106,3 +240,41 @@ def _layer_filter(results: Results, layer: str | None, internal_only: bool) -> n
         return np.setdiff1d(all_ids, hits.to_numpy())
     assert isinstance(hits, pa.Array)
     return hits.to_numpy()
+
+
+def single_neurons(batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a batch of ``experiments.arrow``: the experiments that patch one neuron of one layer.
+
+    Gives their indices (int64), layer names (object) and neurons (int64).
+    """
+    import pyarrow.compute as pc
+
+    layers, neurons = batch["layers"], batch["neurons"]
+    ids = batch["experiment_index"].to_numpy()
+    one = np.asarray(pc.list_value_length(layers)) == 1
+    rows = np.flatnonzero(one)
+    lists = pc.list_flatten(pc.take(neurons, rows))
+    alone = np.asarray(pc.list_value_length(lists)) == 1
+    rows = rows[alone]
+    numbers = pc.list_flatten(pc.filter(lists, alone))
+    names = pc.list_flatten(pc.take(layers, rows))
+    return ids[rows], names.to_numpy(zero_copy_only=False), numbers.to_numpy().astype(np.int64)
+
+
+def single_neuron_effects(
+    results: Results, metric: str, direction: str, statistic: str
+) -> dict[str, np.ndarray]:
+    """See :meth:`raypatch.results.reader.Results.effect_matrix`."""
+    _check(results, metric, statistic, "average")
+    chosen = _directions(results, direction)
+    sizes = results.sweep["identity"]["layers"]
+    found = {layer: np.full(size, np.nan) for layer, size in sizes.items()}
+    values = {
+        int(index): value
+        for part in _parts(results, metric, statistic, chosen, "average")
+        for index, value in zip(part.ids, part.values)
+    }
+    for batch in results.experiment_batches():
+        for index, layer, neuron in zip(*single_neurons(batch)):
+            found[layer][neuron] = values.get(int(index), np.nan)
+    return found

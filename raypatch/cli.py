@@ -279,21 +279,150 @@ def verify(output_dir: str, **given: Any) -> None:
 @cli.command()
 @click.argument("output_dir")
 @click.option("--metric", default="kl_divergence", show_default=True)
-@click.option("--direction", default="both", show_default=True, help="both averages the two.")
+@click.option("--statistic", default="mean", show_default=True, help="mean, std, min or max.")
+@click.option("--direction", default="both", show_default=True, help="Or one of the two.")
+@click.option(
+    "--combine", default="average", show_default=True, help="Both directions: average or maximum."
+)
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1))
+@click.option("--bottom", is_flag=True, help="The weakest first.")
 @click.option("--layer", help="Only experiments that patch this layer.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def rank(
-    output_dir: str, metric: str, direction: str, top: int, layer: str | None, as_json: bool
-) -> None:
-    """The experiments that move the outputs most."""
-    rows = _open(output_dir).rank(metric, direction=direction, top=top, layer=layer)
+@click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")
+def rank(output_dir: str, metric: str, as_json: bool, as_csv: bool, **options: Any) -> None:
+    """The experiments that move the outputs most, and how sure that is."""
+    rows = _open(output_dir).rank(metric, bootstrap=True, **options)
     if as_json:
         click.echo(json.dumps(rows, indent=2))
+    elif as_csv:
+        _echo_csv(rows)
     else:
         from raypatch.ending import show_ranking
 
-        show_ranking(rows, metric)
+        show_ranking(rows, metric, options["statistic"])
+
+
+def _echo_csv(rows: list[dict[str, Any]]) -> None:
+    import csv
+
+    writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+@cli.command()
+@click.argument("output_dir")
+@click.option("--format", "form", required=True, type=click.Choice(["json", "parquet", "csv"]))
+@click.option(
+    "--by",
+    type=click.Choice(["experiment", "input"]),
+    default="experiment",
+    show_default=True,
+    help="json: one file an experiment, or an input.",
+)
+@click.option("--output", required=True, metavar="PATH", help="A new directory.")
+def export(output_dir: str, form: str, by: str, output: str) -> None:
+    """Results as Parquet, CSV, or JSON in the original tool's layouts."""
+    from raypatch.exporting import export as write
+
+    click.echo(f"written to {write(_open(output_dir), form, by, output)}")
+
+
+@cli.command()
+@click.argument("output_dir")
+@click.option("--output", metavar="FILE", help="Default: <name>_report.html here.")
+@click.option("--screen", metavar="FILE", help="Estimates of raypatch screen, to compare.")
+def report(output_dir: str, output: str | None, screen: str | None) -> None:
+    """One self-contained HTML page: heat maps, distributions, the strongest neurons."""
+    from raypatch.reporting.page import write_report
+
+    results = _open(output_dir)
+    target = output or f"{output_dir.rstrip('/').rpartition('/')[2]}_report.html"
+    click.echo(f"written to {write_report(results, target, screen)}")
+
+
+@cli.command()
+@click.argument("output_dir")
+@click.option("--metric", default="kl_divergence", show_default=True)
+@click.option("--output", default="plots", show_default=True, metavar="DIR")
+@click.option(
+    "--format", "form", type=click.Choice(["png", "svg", "pdf"]), default="png", show_default=True
+)
+def plot(output_dir: str, metric: str, output: str, form: str) -> None:
+    """Figures for papers: heat maps, distributions by layer, denoising against noising."""
+    from raypatch.reporting.figures import write_figures
+
+    for path in write_figures(_open(output_dir), metric, output, form):
+        click.echo(f"written to {path}")
+
+
+# ------------------------------------------------------------------------------ searches
+
+
+SEARCH_OPTIONS = [
+    click.option("--agent_path", required=True, metavar="DIR", help="Directory of the agent."),
+    click.option("--clean_inputs", metavar="FILE", help="Default: in the agent's directory."),
+    click.option("--corrupted_inputs", metavar="FILE", help="Default: in the agent's directory."),
+    click.option("--direction", default="both", show_default=True),
+    *AGENT_OPTIONS,
+]
+
+
+@cli.command()
+@click.option("--metric", required=True, help="What makes a coalition strong.")
+@click.option("--candidates", default=20, show_default=True, help="Tried at each step.")
+@click.option("--max_size", default=30, show_default=True, help="Neurons at most.")
+@click.option("--combine", default="mean", show_default=True, help="Directions: mean or max.")
+@click.option(
+    "--against",
+    default="baseline",
+    show_default=True,
+    help="Choose by the effect on the baseline, or on the current coalition's outputs.",
+)
+@click.option("--monotone", is_flag=True, help="Stop where no candidate makes it stronger.")
+@click.option("--output_dir", default="coalition", show_default=True, metavar="DIR")
+@click.option("--overwrite", is_flag=True, help="Start anew.")
+@with_options(SEARCH_OPTIONS)
+def coalition(
+    metric: str,
+    candidates: int,
+    combine: str,
+    against: str,
+    monotone: bool,
+    direction: str,
+    output_dir: str,
+    **given: Any,
+) -> None:
+    """Greedy search for neurons that move the outputs together; resumes where it stopped."""
+    from raypatch.coalition import SearchOptions, Step, find_coalition
+
+    def show(step: Step) -> None:
+        flips = "" if step.flips is None else f", {step.flips} greedy actions changed"
+        click.echo(
+            f"{step.size:3}  {step.layer}_neuron_{step.neuron}  {metric} {step.score:.4g}{flips}"
+        )
+
+    options = SearchOptions(metric, candidates, direction, combine, against, monotone)
+    steps = find_coalition(output_dir=output_dir, options=options, on_step=show, **given)
+    click.echo(f"{len(steps)} neurons; steps, definition and curve in {output_dir}")
+
+
+@cli.command()
+@click.option("--top", default=100, show_default=True, help="Neurons to verify by real patches.")
+@click.option("--output", default="Definitions/screen_experiment.json", show_default=True)
+@click.option("--estimates", default="screen_estimates.json", show_default=True, metavar="FILE")
+@with_options(SEARCH_OPTIONS)
+def screen(top: int, output: str, estimates: str, **given: Any) -> None:
+    """Guess every neuron's effect from gradients; writes a definition of the strongest."""
+    from raypatch.screening import screen as guess
+
+    found = guess(top=top, output=output, estimates=estimates, **given)
+    n_neurons = sum(map(len, found.values()))
+    click.echo(
+        f"the strongest {min(top, n_neurons)} of {n_neurons} neurons by estimate written to "
+        f"{output}, all estimates to {estimates}\nNext: raypatch run with that definition, then "
+        f"raypatch report DIR --screen {estimates}"
+    )
 
 
 def _open(output_dir: str) -> Results:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from raypatch.agents.agent import Agent, AgentOptions
 from raypatch.definitions import (
     OUTPUT_LOGITS,
@@ -32,7 +34,14 @@ from raypatch.inputs import (
 from raypatch.interruption import Interruption, signals_caught
 from raypatch.progress import Progress
 from raypatch.results import layout
-from raypatch.results.schema import COMPRESSIONS, DIRECTIONS, FORMAT_VERSION, SAVE_MODES, Columns
+from raypatch.results.schema import (
+    COMPRESSIONS,
+    DIRECTIONS,
+    FORMAT_VERSION,
+    SAVE_MODES,
+    TARGET_SIDE,
+    Columns,
+)
 
 if TYPE_CHECKING:
     from raypatch.actors import InlineBackend, RayBackend
@@ -237,8 +246,6 @@ class Job:
         given = {side: getattr(self.config, f"{side}_inputs") for side in SIDES}
         paths = {side: Path(given[side] or find_inputs(folder, side)) for side in SIDES}
         if self.config.source_activations is not None:
-            from raypatch.worker import TARGET_SIDE
-
             side = TARGET_SIDE[self.config.direction]
             return {side: paths[side]}
         if self.config.source == "pair":
@@ -265,8 +272,6 @@ class Job:
         return "given" if self.config.source_activations is not None else self.config.source
 
     def _directions(self) -> tuple[str, ...]:
-        from raypatch.worker import TARGET_SIDE
-
         asked = DIRECTIONS if self.config.direction == "both" else (self.config.direction,)
         possible = tuple(d for d in asked if TARGET_SIDE[d] in self.inputs.sides)
         if not possible:
@@ -312,12 +317,20 @@ class Job:
         """Unpatched outputs by side; also settles how the network is captured."""
         import torch
 
-        return {
+        found = {
             side: self.patcher.prepare(
                 target=torch.from_numpy(values), kind="zero"
             ).baseline.numpy()
             for side, values in self.inputs.sides.items()
         }
+        for side, outputs in found.items():
+            bad = np.flatnonzero(~np.isfinite(outputs).all(1))
+            if len(bad):
+                raise InputError(
+                    f"{side} input {self.inputs.ids[bad[0]]!r}: the agent's own output holds NaN "
+                    "or infinity; leave this input out (--input_ids), or check the agent"
+                )
+        return found
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides the numbers and files; no time, machine or actor count."""

@@ -109,23 +109,26 @@ def show_ending(results: Results) -> None:
     console.print(f"\nNext: {command}", markup=False, soft_wrap=True)
 
 
-def show_ranking(rows: list[dict[str, Any]], metric: str) -> None:
-    """Print a ranking."""
+def show_ranking(rows: list[dict[str, Any]], metric: str, statistic: str = "mean") -> None:
+    """Print a ranking; the columns are those the rows have."""
     from rich.table import Table
 
     table = Table(box=None)
     table.add_column("rank", justify="right")
     table.add_column("experiment", overflow="fold")
-    table.add_column(metric, justify="right")
+    table.add_column(metric if statistic == "mean" else f"{metric} {statistic}", justify="right")
+    with_interval = any(row.get("ci_low") is not None for row in rows)
+    if with_interval:
+        table.add_column("95% interval", justify="right")
+    table.add_column("z", justify="right")
     table.add_column("action flips", justify="right")
     for row in rows:
         rate = row["action_changed_rate"]
-        table.add_row(
-            str(row["rank"]),
-            row["name"],
-            f"{row[f'{metric}_mean']:.4g}",
-            "-" if rate is None else f"{rate:.1%}",
-        )
+        cells = [str(row["rank"]), row["name"], f"{row[f'{metric}_{statistic}']:.4g}"]
+        if with_interval:
+            low, high = row["ci_low"], row["ci_high"]
+            cells.append("-" if low is None else f"{low:.3g} to {high:.3g}")
+        table.add_row(*cells, f"{row['z_score']:+.2f}", "-" if rate is None else f"{rate:.1%}")
     _console().print(table)
 
 

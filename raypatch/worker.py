@@ -19,12 +19,10 @@ from raypatch.engine.patcher import Patcher, PatchRun
 from raypatch.errors import RaypatchError
 from raypatch.metrics import Baselines, MetricTable, first_argmax, summarise
 from raypatch.results import layout, schema, tables
+from raypatch.results.schema import TARGET_SIDE
 from raypatch.results.store import open_store
 from raypatch.results.tables import ItemArrays
 from raypatch.shipping import Shipment, unpack
-
-# Which side of a pair is the target in each direction; the other one is the source.
-TARGET_SIDE = {"denoising": "corrupted", "noising": "clean"}
 
 
 @dataclass(frozen=True)
@@ -191,6 +189,9 @@ class Worker:
         plan = self.runs[0].plan(experiments)
         for number, run in enumerate(self.runs):
             outputs[:, number] = run(plan)
+        # The sum of finite numbers is cheap to test and almost never infinite itself.
+        if not bool(outputs.sum().isfinite()) and not bool(outputs.isfinite().all()):
+            raise ValueError("patched outputs hold NaN or infinity; metrics need finite logits")
         return outputs
 
     def _arrays(self, item: Item, outputs: torch.Tensor) -> ItemArrays:

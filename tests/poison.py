@@ -25,9 +25,13 @@ class Fragile(nn.Module):
     def forward(self, obs):
         one = self.first(obs)
         two = self.second(torch.tanh(one))
-        if bool(((one[:, 3] == 0) & (two[:, 1] == 0)).any()):
+        poisoned = (one[:, 3] == 0) & (two[:, 1] == 0)
+        output = self.last(torch.tanh(two))
+        if bool(poisoned.any()):
+            if self.harm is None:
+                return output.masked_fill(poisoned[:, None], float("inf"))
             self.harm()
-        return self.last(torch.tanh(two))
+        return output
 
 
 def raises():
@@ -63,3 +67,20 @@ def killing():
 
 def eating():
     return Fragile(eats)
+
+
+def overflowing():
+    return Fragile(None)
+
+
+class Steep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, obs):
+        return self.last(self.first(obs) * 1e25)
+
+
+def steep():
+    return Steep()

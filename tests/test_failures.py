@@ -134,3 +134,28 @@ def test_an_experiment_that_exhausts_memory_is_killed_by_rays_monitor_and_quaran
     assert ended.returncode == 3, ended.stderr
     results = check_all_but_the_poison(out)
     assert "memory" in results.failures[0].error.lower()
+
+
+def test_infinite_outputs_are_quarantined_not_measured(fragile, command, tmp_path):
+    out = tmp_path / "out"
+    ended = command(*words(fragile, out, "overflowing", "--backend", "inline"))
+    assert ended.code == 3, ended.err
+    results = check_all_but_the_poison(out)
+    assert "NaN or infinity" in results.failures[0].error
+
+
+def test_an_input_with_infinite_outputs_is_named_before_anything_is_written(
+    fragile, command, tmp_path
+):
+    from poison import steep
+
+    agent, definition = fragile
+    torch.save(steep().state_dict(), agent / "policy.pt")
+    definition.write_text('[{"first": [1]}]')
+    path = agent / "activation_inputs" / "clean_inputs.json"
+    inputs = json.loads(path.read_text())
+    inputs["obs_2"] = [1e20] * 4
+    path.write_text(json.dumps(inputs))
+    ended = command(*words(fragile, tmp_path / "out", "steep", "--backend", "inline"))
+    assert ended.code == 2 and "clean input 'obs_2'" in ended.err, ended.err
+    assert not (tmp_path / "out").exists()

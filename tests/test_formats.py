@@ -343,3 +343,24 @@ def test_an_old_policy_with_shared_layers_and_old_names_of_spaces_is_read(tmp_pa
         hidden = torch.tanh(hidden @ state[f"{layer}.weight"].T + state[f"{layer}.bias"])
     expected = hidden @ state["action_net.weight"].T + state["action_net.bias"]
     torch.testing.assert_close(agent.network(x), expected)
+
+
+@pytest.mark.slow
+def test_loading_a_large_checkpoint_costs_its_size_about_once(tmp_path):
+    import subprocess
+
+    size = 192 << 20
+    state = {f"{2 * i}.weight": torch.zeros(4096, 4096) for i in range(3)}
+    torch.save(state, tmp_path / "large.pt")
+    program = (
+        "import resource, sys, raypatch\n"
+        "raypatch.load_agent(sys.argv[1], activation='relu')\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "raypatch.load_agent(sys.argv[2], activation='relu')\n"
+        "print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(LAVA), str(tmp_path)], capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert int(found.stdout) < 1.5 * size

@@ -158,7 +158,7 @@ def packed(agent, space, samples) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_patches_equal_those_of_the_librarys_own_network(tmp_path, name):
+def test_outputs_and_patches_equal_those_of_the_librarys_own_network(tmp_path, name, monkeypatch):
     algorithm, policy_name, observation, action, kwargs = CASES[name]
     model = make(algorithm, policy_name, observation, action, **kwargs)
     model.save(tmp_path / f"{name}.zip")
@@ -178,10 +178,15 @@ def test_outputs_and_patches_equal_those_of_the_librarys_own_network(tmp_path, n
     with torch.no_grad():
         found = agent.network(x)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    wide = agent.network.double()
+    # The library casts observations to float32; here they stay what they are.
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    expected = policy_output(policy.double(), many)
+    monkeypatch.undo()
     with torch.no_grad():
-        torch.testing.assert_close(wide(x.double()).float(), expected, rtol=1e-4, atol=1e-5)
-    wide.float()
+        found = agent.network.double()(x.double())
+    assert found.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    agent.network.float()
     sizes = {layer: facts.neurons for layer, facts in agent.layers.items()}
     experiments = [{layer: [0, n - 1] if n > 1 else [0]} for layer, n in sizes.items()]
     experiments += [{layer: "all"} for layer in sizes]

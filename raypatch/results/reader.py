@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.ipc
@@ -88,11 +89,64 @@ class Results:
 
         return rank(self, metric, **options)
 
-    def summary_parts(self, columns: list[str]) -> Iterator[pa.Table]:
-        """Summary tables part by part, in the order of experiments."""
+    @property
+    def has_rows(self) -> bool:
+        """Whether the run kept rows, not summaries only."""
+        return bool(self.sweep["identity"]["save"] != "summary")
+
+    def rows_of(self, indices: Sequence[int], columns: list[str]) -> dict[int, pa.Table]:
+        """Rows of some experiments, in the order of direction and input; others are not read
+        into memory for longer than their part."""
+        wanted, found = set(indices), {}
         for receipt in self.receipts:
-            with self.store.open(f"{layout.SUMMARY}/{receipt.part}") as source:
-                yield pa.ipc.open_file(source).read_all().select(columns)
+            inside = sorted(i for i in wanted if receipt.first <= i < receipt.last)
+            if not inside:
+                continue
+            with self.store.open(f"{layout.SHARDS}/{receipt.part}") as source:
+                table = pa.ipc.open_file(source).read_all().select(["experiment_index", *columns])
+            ids = table["experiment_index"].to_numpy()
+            for index in inside:
+                first, last = np.searchsorted(ids, [index, index + 1])
+                found[index] = table.slice(first, last - first).select(columns)
+        return found
+
+    def row_parts(self, columns: list[str] | None) -> Iterator[pa.Table]:
+        """Rows part by part, in the order of experiments; ``columns`` None for all."""
+        return self._tables(layout.SHARDS, columns)
+
+    def _tables(self, folder: str, columns: list[str] | None) -> Iterator[pa.Table]:
+        for receipt in self.receipts:
+            with self.store.open(f"{folder}/{receipt.part}") as source:
+                table = pa.ipc.open_file(source).read_all()
+                yield table if columns is None else table.select(columns)
+
+    def summary_schema(self) -> pa.Schema:
+        """Schema of the summary's parts."""
+        return self._dataset(layout.SUMMARY).schema
+
+    def experiment_batches(self) -> Iterator[pa.RecordBatch]:
+        """``experiments.arrow`` batch by batch."""
+        with self.store.open(layout.EXPERIMENTS) as source:
+            reader = pa.ipc.open_file(source)
+            for number in range(reader.num_record_batches):
+                yield reader.get_batch(number)
+
+    def effect_matrix(
+        self, metric: str = "kl_divergence", direction: str | None = None, statistic: str = "mean"
+    ) -> dict[str, np.ndarray]:
+        """A metric's statistic by layer: float64 ``[neurons]``, from the experiments that patch
+        a single neuron; NaN for neurons that were not patched alone or where it is undefined.
+
+        ``direction`` None averages the directions. Raises InputError for a metric or
+        direction that was not run.
+        """
+        from raypatch.analysis import BOTH, single_neuron_effects
+
+        return single_neuron_effects(self, metric, direction or BOTH, statistic)
+
+    def summary_parts(self, columns: list[str] | None) -> Iterator[pa.Table]:
+        """Summary tables part by part, in the order of experiments."""
+        return self._tables(layout.SUMMARY, columns)
 
     def describe(self, indices: list[int]) -> pa.Table:
         """Rows of ``experiments.arrow`` at these indices, without reading the rest."""

@@ -11,6 +11,8 @@ import pyarrow as pa
 
 FORMAT_VERSION = 1
 DIRECTIONS = ("denoising", "noising")
+# Which side of a pair is the target in each direction; the other one is the source.
+TARGET_SIDE = {"denoising": "corrupted", "noising": "clean"}
 SAVE_MODES = ("full", "metrics", "summary")
 COMPRESSIONS = ("none", "lz4", "zstd")
 STATISTICS = ("mean", "std", "min", "max")

@@ -1,0 +1,275 @@
+"""``raypatch export``: a run's results in other formats, part by part, memory flat.
+
+Parquet and CSV hold rows and summary. JSON comes in the original tool's two layouts, so that
+scripts written for it keep working: one file an experiment, or one file an input, in a folder
+a direction, and ``patching_summary_<direction>.json`` beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from raypatch.analysis import Moments
+from raypatch.errors import InputError
+from raypatch.results.reader import Results
+from raypatch.results.schema import TARGET_SIDE
+
+FORMATS = ("json", "parquet", "csv")
+LAYOUTS = ("experiment", "input")
+
+
+def export(results: Results, form: str, by: str, output: str) -> Path:
+    """Write a run's results below ``output``, a new directory that appears whole.
+
+    Raises InputError where the run did not keep what the format needs, or the directory
+    exists.
+    """
+    target = Path(output)
+    if target.exists():
+        raise InputError(f"--output {output}: exists; choose a new directory")
+    if not results.receipts:
+        raise InputError(f"{results.path}: nothing is committed yet")
+    if form == "json" and results.sweep["identity"]["save"] != "full":
+        raise InputError(
+            f"{results.path}: was run with --save {results.sweep['identity']['save']}; the json "
+            "layouts hold the patched outputs, so they need --save full"
+        )
+    with _appearing(target) as folder:
+        if form == "json":
+            writer = _by_experiment if by == "experiment" else _by_input
+            for direction in results.directions:
+                (folder / direction).mkdir()
+            writer(results, folder)
+            for direction in results.directions:
+                _write_summary_json(results, direction, folder)
+        else:
+            write = _write_parquet if form == "parquet" else _write_csv
+            write(folder, "summary", results.summary_parts(None), results.summary_schema())
+            if results.has_rows:
+                write(folder, "rows", results.row_parts(None), results.dataset().schema)
+    return target
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name only when everything is in it."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_parquet(folder: Path, name: str, parts: Iterator[pa.Table], schema: pa.Schema) -> None:
+    with pyarrow.parquet.ParquetWriter(folder / f"{name}.parquet", schema) as writer:
+        for part in parts:
+            writer.write_table(part)
+
+
+def _write_csv(folder: Path, name: str, parts: Iterator[pa.Table], schema: pa.Schema) -> None:
+    flat = _flattened(schema.empty_table())
+    with pyarrow.csv.CSVWriter(folder / f"{name}.csv", flat.schema) as writer:
+        for part in parts:
+            writer.write_table(_flattened(part))
+
+
+def _flattened(table: pa.Table) -> pa.Table:
+    """``patched_output`` as one column a logit: CSV has no lists."""
+    if "patched_output" not in table.column_names:
+        return table
+    place = table.column_names.index("patched_output")
+    lists = table["patched_output"].combine_chunks()
+    size = lists.type.list_size
+    values = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
+    table = table.remove_column(place)
+    for number in range(size):
+        column = pa.array(np.ascontiguousarray(values[:, number]))
+        table = table.add_column(place + number, f"patched_output_{number}", column)
+    return table
+
+
+# --------------------------------------------------------------------- original layouts
+
+
+def _by_experiment(results: Results, folder: Path) -> None:
+    """``<direction>/<name>.json``: input id to what the patch did to it."""
+    names = _Names()
+    for index, name, spec, rows in _experiments(results):
+        unique = names.unique(name, index)
+        for direction, by_input in rows.items():
+            content = {
+                key: {
+                    **entry["results"],
+                    "patch_configuration": spec,
+                    "patch_analysis": entry["patch_analysis"],
+                }
+                for key, entry in by_input.items()
+            }
+            (folder / direction / f"{unique}.json").write_text(json.dumps(content, indent=2))
+
+
+def _by_input(results: Results, folder: Path) -> None:
+    """``<direction>/<input>.json``: experiment name to configuration, results and analysis."""
+    names, files = _Names(), _Names()
+    ids = results.sweep["input_ids"]
+    safe = {
+        key: files.unique("".join(c if c.isalnum() else "_" for c in key), number)
+        for number, key in enumerate(ids)
+    }
+    opened: set[Path] = set()
+    for index, name, spec, rows in _experiments(results):
+        unique = json.dumps(names.unique(name, index))
+        for direction, by_input in rows.items():
+            for key, entry in by_input.items():
+                path = folder / direction / f"{safe[key]}.json"
+                content = json.dumps({"patch_configuration": spec, **entry}, indent=2)
+                # One file at a time: there may be more inputs than files a process may hold.
+                with path.open("a") as file:
+                    file.write(f"{',' if path in opened else '{'}\n{unique}: {content}")
+                opened.add(path)
+    for path in opened:
+        with path.open("a") as file:
+            file.write("\n}\n")
+
+
+class _Names:
+    """Names made unique by the experiment's index where one comes twice."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def unique(self, name: str, index: int) -> str:
+        found = name if name not in self._seen else f"{name}_{index}"
+        self._seen.add(found)
+        return found
+
+
+def _experiments(
+    results: Results,
+) -> Iterator[tuple[int, str, dict[str, Any], dict[str, dict[str, dict[str, Any]]]]]:
+    """Index, name, spec, and by direction and input id what the original stores."""
+    baselines = _baselines(results)
+    ids, directions = results.sweep["input_ids"], results.directions
+    each = len(ids) * len(directions)
+    described = _described(results)
+    for part in results.row_parts(None):
+        outputs = part["patched_output"].combine_chunks().flatten().to_numpy()
+        outputs = outputs.reshape(len(part), -1).astype(float)
+        metrics = {name: part[name].to_pylist() for name in results.metrics}
+        actions = part["patched_action"].to_pylist()
+        changed = part["action_changed"].to_pylist()
+        indices = part["experiment_index"].to_numpy()
+        for start in range(0, len(part), each):
+            index = int(indices[start])
+            name, spec = described(index)
+            found: dict[str, dict[str, dict[str, Any]]] = {}
+            for d, direction in enumerate(directions):
+                first = start + d * len(ids)
+                found[direction] = {
+                    key: {
+                        "results": {
+                            **baselines[TARGET_SIDE[direction]][i],
+                            # The original keeps the batch of one around outputs.
+                            "patched_output": [outputs[first + i].tolist()],
+                            "patched_action": actions[first + i],
+                            "patched_layers": list(spec),
+                            "action_changed": changed[first + i],
+                        },
+                        "patch_analysis": {m: metrics[m][first + i] for m in metrics},
+                    }
+                    for i, key in enumerate(ids)
+                }
+            yield index, name, spec, found
+
+
+def _baselines(results: Results) -> dict[str, list[dict[str, Any]]]:
+    table = results.baselines
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        found.setdefault(row["side"], []).append(
+            {"baseline_output": [row["output"]], "baseline_action": row["action"]}
+        )
+    return found
+
+
+def _described(results: Results) -> Any:
+    """A function from an experiment's index to its name and spec, reading batches in order."""
+    batches = results.experiment_batches()
+    held: dict[str, Any] = {"first": 0, "rows": []}
+
+    def described(index: int) -> tuple[str, dict[str, Any]]:
+        while index >= held["first"] + len(held["rows"]):
+            held["first"] += len(held["rows"])
+            held["rows"] = next(batches).to_pylist()
+        row = held["rows"][index - held["first"]]
+        return row["name"], {
+            layer: neurons or "all" for layer, neurons in zip(row["layers"], row["neurons"])
+        }
+
+    return described
+
+
+def _write_summary_json(results: Results, direction: str, folder: Path) -> None:
+    """``patching_summary_<direction>.json`` as the original's summary script writes it."""
+    n_directions, at = len(results.directions), results.directions.index(direction)
+    moments = {metric: Moments() for metric in results.metrics}
+    for part in results.summary_parts(None):
+        for metric, found in moments.items():
+            mean, low, high = (
+                part[f"{metric}_{s}"].to_numpy().astype(float)[at::n_directions]
+                for s in ("mean", "min", "max")
+            )
+            found.add(mean, low, high)
+    described, names = _described(results), _Names()
+    # The one metric that is undefined for some inputs: where both sides act alike.
+    actions = [[row["baseline_action"] for row in rows] for rows in _baselines(results).values()]
+    defined = {}
+    if len(actions) == 2:
+        defined["logit_diff_recovered"] = sum(a != b for a, b in zip(*actions))
+    with (folder / f"patching_summary_{direction}.json").open("w") as file:
+        separator = "{"
+        for part in results.summary_parts(None):
+            for row in part.slice(at).to_pylist()[::n_directions]:
+                name = names.unique(described(row["experiment_index"])[0], row["experiment_index"])
+                n_inputs = row["n_inputs"]
+                metrics = {
+                    metric: _metric_summary(row, metric, found, defined.get(metric, n_inputs))
+                    for metric, found in moments.items()
+                    if row[f"{metric}_mean"] is not None
+                }
+                entry = {"metrics": metrics, "input_count": n_inputs}
+                file.write(f"{separator}\n{json.dumps(name)}: {json.dumps(entry, indent=2)}")
+                separator = ","
+        file.write("\n}\n")
+
+
+def _metric_summary(
+    row: dict[str, Any], metric: str, moments: Moments, n_defined: int
+) -> dict[str, Any]:
+    mean = row[f"{metric}_mean"]
+    return {
+        "mean": mean,
+        "std_dev": row[f"{metric}_std"],
+        "min": row[f"{metric}_min"],
+        "max": row[f"{metric}_max"],
+        "count": n_defined,
+        "standardized_value": moments.standardised(mean),
+        "normalized_value": moments.normalised(mean),
+        "global_mean": moments.mean,
+        "global_std_dev": moments.std,
+        "global_min": moments.low,
+        "global_max": moments.high,
+    }

@@ -1,0 +1,116 @@
+"""``raypatch plot``: static figures for papers, colour-blind safe, with units on the axes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raypatch.errors import InputError
+from raypatch.reporting.gather import Gathered, gather, ordered_layers
+from raypatch.results.reader import Results
+
+FORMATS = ("png", "svg", "pdf")
+COLOURS = "cividis"
+
+
+def write_figures(results: Results, metric: str, output: str, form: str) -> list[Path]:
+    """Heat maps by direction, distributions by layer, denoising against noising.
+
+    Raises InputError without matplotlib, or for a metric that was not computed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+    except ImportError:
+        raise InputError("raypatch plot needs matplotlib: pip install 'raypatch[report]'") from None
+    if metric not in results.metrics:
+        raise InputError(
+            f"--metric: {metric!r} was not computed; this run holds {', '.join(results.metrics)}"
+        )
+    if not results.receipts:
+        raise InputError(f"{results.path}: nothing is committed yet")
+    found = gather(results)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn: dict[str, Any] = {"distributions": _distributions(found, metric)}
+    for direction in found.directions:
+        figure = _heat_map(found, metric, direction)
+        if figure is not None:
+            drawn[f"heatmap_{direction}"] = figure
+    if len(found.directions) == 2:
+        drawn["scatter"] = _scatter(found, metric)
+    written = []
+    for name, figure in drawn.items():
+        path = folder / f"{metric}_{name}.{form}"
+        # No date in the file: the same results give the same bytes.
+        metadata = {"Date": None} if form == "svg" else {}
+        figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
+        written.append(path)
+    import matplotlib.pyplot
+
+    matplotlib.pyplot.close("all")
+    return written
+
+
+def _label(found: Gathered, metric: str) -> str:
+    unit = found.units.get(metric, "1")
+    return metric.replace("_", " ") + (f" ({unit})" if unit != "1" else "")
+
+
+def _heat_map(found: Gathered, metric: str, direction: str) -> Any:
+    from matplotlib import pyplot
+
+    by_layer = found.heat[metric][direction]
+    layers = [n for n in ordered_layers(by_layer) if not np.isnan(by_layer[n]).all()]
+    if not layers:
+        return None
+    width = max(len(by_layer[layer]) for layer in layers)
+    grid = np.full((len(layers), width), np.nan)
+    for row, layer in enumerate(layers):
+        grid[row, : len(by_layer[layer])] = by_layer[layer]
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(layers)))
+    image = axes.imshow(grid, aspect="auto", cmap=COLOURS, interpolation="nearest")
+    axes.set_yticks(range(len(layers)), layers)
+    axes.set_xlabel("neuron")
+    axes.set_title(direction)
+    figure.colorbar(image, ax=axes, label=_label(found, metric))
+    return figure
+
+
+def _distributions(found: Gathered, metric: str) -> Any:
+    from matplotlib import pyplot
+
+    layers = ordered_layers(found.effects)
+    m, n_directions = found.metrics.index(metric), len(found.directions)
+    figure, every = pyplot.subplots(
+        1, n_directions, figsize=(4.5 * n_directions, 1 + 0.5 * len(layers)), sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    for d, (axes, direction) in enumerate(zip(every[0], found.directions)):
+        columns = [found.effects[layer][:, m * n_directions + d] for layer in layers]
+        axes.boxplot(
+            [column[~np.isnan(column)] for column in columns], orientation="horizontal",
+            flierprops={"markersize": 2, "markeredgecolor": "#00527c"},
+            medianprops={"color": "#00527c"},
+        )  # fmt: skip
+        axes.set_yticks(range(1, len(layers) + 1), layers)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel(_label(found, metric))
+        axes.set_title(direction)
+    every[0][0].invert_yaxis()  # shared: the first layer on top in all
+    return figure
+
+
+def _scatter(found: Gathered, metric: str) -> Any:
+    from matplotlib import pyplot
+
+    first = 1 + found.metrics.index(metric) * 2
+    figure, axes = pyplot.subplots(figsize=(5, 5))
+    axes.scatter(found.scatter[:, first], found.scatter[:, first + 1], s=9, alpha=0.5, c="#00527c")
+    x_label, y_label = (f"{d}: {_label(found, metric)}" for d in found.directions)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return figure

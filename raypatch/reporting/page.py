@@ -1,0 +1,144 @@
+"""``raypatch report``: one self-contained HTML page; nothing is loaded from anywhere."""
+
+from __future__ import annotations
+
+import html
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raypatch.errors import InputError
+from raypatch.progress import duration, short_number
+from raypatch.reporting.gather import Gathered, gather, ordered_layers
+from raypatch.results.reader import Results
+
+MAX_CELLS = 256
+MAX_LAYERS = 80
+SIGNIFICANT = 4
+
+
+def write_report(results: Results, output: str, screen: str | None = None) -> Path:
+    """Write the page; raises InputError without plotly or without committed results."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise InputError("raypatch report needs plotly: pip install 'raypatch[report]'") from None
+    if not results.receipts:
+        raise InputError(f"{results.path}: nothing is committed yet")
+    found = gather(results)
+    data = _data(results, found)
+    if screen is not None:
+        from raypatch.screening import compared
+
+        data["screen"] = compared(results, screen)
+    template = resources.files("raypatch.reporting").joinpath("template.html").read_text("utf-8")
+    content = (
+        template.replace("{{title}}", html.escape(Path(results.path).name or results.path))
+        .replace("{{facts}}", _facts(results))
+        # No text of the user's can end the script it stands in.
+        .replace("{{data}}", json.dumps(data, allow_nan=False).replace("</", "<\\/"))
+        .replace("{{plotly}}", get_plotlyjs())
+    )
+    target = Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(target)
+    return target
+
+
+def _data(results: Results, found: Gathered) -> dict[str, Any]:
+    columns = [f"{m}|{d}" for m in found.metrics for d in found.directions]
+    layers = ordered_layers(next(iter(next(iter(found.heat.values())).values())))
+    return {
+        "metrics": list(found.metrics),
+        "directions": list(found.directions),
+        "units": found.units,
+        "layers": layers[:MAX_LAYERS],
+        "heat": {
+            m: {d: _heat(found.heat[m][d], layers[:MAX_LAYERS]) for d in found.directions}
+            for m in found.metrics
+        },
+        "effects": {
+            layer: {c: _listed(rows[:, i]) for i, c in enumerate(columns)}
+            for layer, rows in found.effects.items()
+        },
+        "scatter": {
+            "names": found.scatter_names,
+            "columns": {c: _listed(found.scatter[:, 1 + i]) for i, c in enumerate(columns)},
+        },
+        "top": found.top,
+        "strips": {
+            m: {index: _listed(values) for index, values in strips.items()}
+            for m, strips in found.strips.items()
+        },
+        "input_ids": results.sweep["input_ids"][:200],
+        "flips": {d: counts.tolist() for d, counts in found.flips.items()},
+        "n_experiments": found.n_experiments,
+    }
+
+
+def _heat(by_layer: dict[str, np.ndarray], layers: list[str]) -> dict[str, Any]:
+    """Values and neurons by layer and cell; wide layers show the strongest neuron of each cell."""
+    z, neurons, ranks = [], [], []
+    joined = np.concatenate([by_layer[layer] for layer in layers])
+    order = np.full(len(joined), -1)
+    defined = np.flatnonzero(~np.isnan(joined))
+    order[defined[np.argsort(-np.abs(joined[defined]), kind="stable")]] = np.arange(len(defined))
+    start = 0
+    for layer in layers:
+        values = by_layer[layer]
+        places = np.arange(len(values))
+        if len(values) > MAX_CELLS:
+            cells = np.array_split(places, MAX_CELLS)
+            strength = np.where(np.isnan(values), -1, np.abs(values))
+            places = np.array([cell[np.argmax(strength[cell])] for cell in cells])
+        z.append(_listed(values[places]))
+        neurons.append(places.tolist())
+        ranks.append([int(r) + 1 for r in order[start + places]])
+        start += len(values)
+    return {"z": z, "neurons": neurons, "ranks": ranks}
+
+
+def _listed(values: Any) -> list[float | None]:
+    """Numbers of a few digits: a page is read, not computed with."""
+    return [
+        None if not np.isfinite(v) else float(f"{v:.{SIGNIFICANT}g}")
+        for v in np.asarray(values, np.float64)
+    ]
+
+
+def _facts(results: Results) -> str:
+    record, runs = results.sweep, results.sweep["runs"]
+    rows = sum(receipt.rows for receipt in results.receipts)
+    facts = {
+        "agent": record["agent"]["loaded_as"],
+        "network": f"{record['agent']['engine']}; outputs: {record['n_outputs']}",
+        "experiments": f"{record['identity']['n_experiments']:,} of {record['definition_file']}",
+        "pairs": f"{len(record['input_ids']):,}, {' and '.join(results.directions)}, "
+        f"source: {record['identity']['source']}",
+        "state": "complete" if results.complete else "not complete yet",
+        "rows": f"{rows:,}",
+        "precision": f"{record['precision']} on {record['device']}",
+    }
+    if runs:
+        last = max(runs, key=lambda run: run["passes"])
+        facts["speed"] = (
+            f"{last['passes']:,} passes in {duration(last['seconds'])}, "
+            f"{short_number(last['passes_per_second'])} passes/s, {last['actors']} actors"
+        )
+        checked = sum(run["verification"]["checked"] for run in runs)
+        largest = max(run["verification"]["largest_difference"] for run in runs)
+        facts["verified"] = (
+            f"{checked} experiments against the float64 reference, largest difference {largest:.1e}"
+        )
+    facts["quarantined"] = str(len(results.failures))
+    for failure in results.failures[:5]:
+        facts[failure.name] = failure.error
+    return "".join(
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>"
+        for key, value in facts.items()
+    )

@@ -1,0 +1,140 @@
+"""``raypatch screen``: attribution patching, a guess of every neuron's effect at once.
+
+Two forwards and one backward a direction (Nanda 2023, "Attribution patching"): the change
+of the baseline action's logit when a neuron takes its source value is, to first order,
+``(source - target) * d logit / d activation``. It is a guess: what it ranks high is written
+as a definition to verify by real patches, and the report shows where it fails.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raypatch.definitions import OUTPUT_LOGITS, write_definition
+from raypatch.engine.layers import Layer, hooked
+from raypatch.errors import InputError
+from raypatch.inprocess import Bench
+from raypatch.results.reader import Results
+from raypatch.results.schema import TARGET_SIDE
+
+METRIC = "top_logit_delta_magnitude"
+
+
+def screen(
+    agent_path: str, output: str, estimates: str, top: int, **bench_options: Any
+) -> dict[str, list[float]]:
+    """Write the ``top`` neurons by estimated effect as a definition, all estimates as JSON.
+
+    The estimate is the mean over inputs and directions of the absolute first-order change of
+    the baseline action's logit. Raises InputError for continuous actions.
+    """
+    if top < 1:
+        raise InputError(f"--top: {top} is below 1")
+    bench = Bench(agent_path, **bench_options)
+    if not bench.agent.discrete:
+        raise InputError("raypatch screen needs discrete actions; this agent's are continuous")
+    found: dict[str, list[np.ndarray]] = {}
+    for direction in bench.directions:
+        target = TARGET_SIDE[direction]
+        source = next(side for side in bench.sides if side != target)
+        for layer, values in attribute(
+            bench.agent.network, bench.agent.layers, bench.sides[source], bench.sides[target]
+        ).items():
+            found.setdefault(layer, []).append(np.abs(values).mean(0))
+    means = {layer: np.mean(values, axis=0) for layer, values in found.items()}
+    neurons = [(layer, i) for layer, values in means.items() for i in range(len(values))]
+    order = np.argsort(-np.concatenate(list(means.values())), kind="stable")[:top]
+    write_definition([{neurons[i][0]: [neurons[i][1]]} for i in order], output)
+    record = {layer: values.tolist() for layer, values in means.items()}
+    path = Path(estimates)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"metric": METRIC, "estimates": record}), encoding="utf-8")
+    return record
+
+
+def attribute(
+    network: nn.Module, layers: dict[str, Layer], source: Tensor, target: Tensor
+) -> dict[str, np.ndarray]:
+    """First-order changes of the baseline action's logit, float64 ``[inputs, neurons]`` a layer.
+
+    Positions of a feature map or sequence are added up, as a patch replaces them together.
+    """
+    with torch.no_grad():
+        from_source = _activations(network, layers, source)
+    with torch.enable_grad():
+        on_target = _activations(network, layers, target.clone().requires_grad_(True))
+        output = on_target.pop(OUTPUT_LOGITS)
+        top = output.gather(1, output.argmax(1, keepdim=True))
+        gradients = torch.autograd.grad(top.sum(), list(on_target.values()), allow_unused=True)
+    found = {}
+    for (name, activation), gradient in zip(on_target.items(), gradients):
+        if gradient is None:  # not on the path to the outputs
+            gradient = torch.zeros_like(activation)
+        change = ((from_source[name] - activation) * gradient).detach().double()
+        by_neuron = change.movedim(layers[name].axis, 1).flatten(2) if change.dim() > 2 else change
+        found[name] = (by_neuron.sum(2) if by_neuron.dim() > 2 else by_neuron).numpy()
+    return found
+
+
+def _activations(network: nn.Module, layers: dict[str, Layer], obs: Tensor) -> dict[str, Tensor]:
+    """Outputs of the layers and of the network, in the graph where gradients are on."""
+    taken: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Any:
+        def record(_: int, output: Tensor) -> Tensor:
+            # A copy goes on, so that no in-place activation changes what was taken.
+            taken[name] = output
+            return output.clone()
+
+        return record
+
+    with hooked(network, {name: recorder(name) for name in layers}):
+        taken[OUTPUT_LOGITS] = network(obs)
+    return taken
+
+
+def compared(results: Results, path: str) -> dict[str, Any]:
+    """Estimates beside the effects of real patches, with Spearman's correlation by layer."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        estimates = {layer: np.array(v, float) for layer, v in record["estimates"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--screen {path}: not estimates of raypatch screen: {error}") from None
+    truth = results.effect_matrix(METRIC)
+    layers = []
+    for layer, guesses in estimates.items():
+        if layer not in truth or truth[layer].shape != guesses.shape:
+            raise InputError(f"--screen {path}: layer {layer!r} is not the run's")
+        known = np.flatnonzero(~np.isnan(truth[layer]))
+        if len(known):
+            a, b = truth[layer][known], guesses[known]
+            layers.append(
+                {
+                    "layer": layer,
+                    "names": [f"{layer}_neuron_{i}" for i in known],
+                    "truth": a.tolist(),
+                    "estimate": b.tolist(),
+                    "correlation": rank_correlation(a, b),
+                }
+            )
+    if not layers:
+        raise InputError(f"--screen {path}: the run patches none of its neurons alone")
+    return {"metric": METRIC, "layers": layers}
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's rho, ties sharing their mean rank; None where one side does not vary."""
+    ranks = [_ranks(values) - (len(values) - 1) / 2 for values in (a, b)]
+    scale = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
+    return float((ranks[0] * ranks[1]).sum() / scale) if scale else None
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[places]

@@ -1,0 +1,230 @@
+"""Ranking, effect matrices and exports against numbers computed from the rows themselves."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from conftest import CARTPOLE, LAVA
+from scipy import stats
+
+import raypatch
+from raypatch.analysis import Moments, rank
+from raypatch.errors import InputError
+from raypatch.exporting import export
+from raypatch.screening import rank_correlation
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def lava_run(tmp_path_factory):
+    """A finished single-neuron sweep of the example agent."""
+    from raypatch import cli
+
+    folder = tmp_path_factory.mktemp("analysis")
+    definition = folder / "d.json"
+    cli.main(["generate", "--type", "single_neuron", "--agent_path", str(LAVA), "--output",
+              str(definition)])  # fmt: skip
+    return raypatch.run(
+        agent_path=str(LAVA), definition_file=str(definition), output_dir=str(folder / "out"),
+        backend="inline",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def values(lava_run):
+    """``[experiments, directions, inputs]`` by metric, from the rows."""
+    table = lava_run.dataset().to_table()
+    shape = (-1, 2, len(lava_run.sweep["input_ids"]))
+    return {m: table[m].to_numpy().astype(np.float64).reshape(shape) for m in lava_run.metrics} | {
+        "changed": table["action_changed"].to_numpy().reshape(shape)
+    }
+
+
+REDUCE = {"mean": np.nanmean, "std": np.nanstd, "min": np.nanmin, "max": np.nanmax}
+
+
+@pytest.mark.parametrize("statistic", REDUCE)
+@pytest.mark.parametrize("direction", ["both", "denoising", "noising"])
+@pytest.mark.parametrize("combine", ["average", "maximum"])
+@pytest.mark.parametrize("bottom", [False, True])
+def test_the_ranking_is_that_of_the_rows(lava_run, values, statistic, direction, combine, bottom):
+    metric = "logit_difference_norm"
+    chosen = {"both": [0, 1], "denoising": [0], "noising": [1]}[direction]
+    by_direction = REDUCE[statistic](values[metric][:, chosen], axis=2)
+    expected = by_direction.mean(1) if combine == "average" else by_direction.max(1)
+    rows = rank(
+        lava_run, metric, statistic=statistic, direction=direction, combine=combine, top=25,
+        bottom=bottom,
+    )  # fmt: skip
+    found = [row[f"{metric}_{statistic}"] for row in rows]
+    order = np.sort(expected) if bottom else -np.sort(-expected)
+    np.testing.assert_allclose(found, order[:25], rtol=1e-5, atol=1e-7)
+    for row in rows:
+        index = row["experiment_index"]
+        flips = values["changed"][index, chosen].mean()
+        assert row["action_changed_rate"] == pytest.approx(flips, abs=1e-6)
+        assert row["z_score"] == pytest.approx(
+            (expected[index] - expected.mean()) / expected.std(), abs=1e-3
+        )
+
+
+def test_bootstrap_intervals_agree_with_scipys(lava_run, values):
+    metric = "logit_difference_norm"
+    rows = rank(lava_run, metric, top=5, bootstrap=True)
+    for row in rows:
+        per_input = values[metric][row["experiment_index"]].mean(0)
+        other = stats.bootstrap(
+            (per_input,), np.mean, method="percentile", n_resamples=4000, random_state=1
+        ).confidence_interval
+        width = other.high - other.low
+        assert row["ci_low"] == pytest.approx(other.low, abs=0.15 * width)
+        assert row["ci_high"] == pytest.approx(other.high, abs=0.15 * width)
+        assert row["ci_low"] <= row[f"{metric}_mean"] <= row["ci_high"]
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    rng = np.random.default_rng(0)
+    whole = rng.normal(3, 2, 1000)
+    whole[::50] = np.nan
+    moments = Moments()
+    for part in np.split(whole, [1, 17, 500]):
+        moments.add(part, part - 1, part + 1)
+    assert moments.mean == pytest.approx(np.nanmean(whole))
+    assert moments.std == pytest.approx(np.nanstd(whole))
+    assert (moments.low, moments.high) == (np.nanmin(whole) - 1, np.nanmax(whole) + 1)
+
+
+def test_the_effect_matrix_holds_every_single_neuron(lava_run, values):
+    matrix = lava_run.effect_matrix("kl_divergence", "noising")
+    flat = np.concatenate([matrix[layer] for layer in matrix])
+    np.testing.assert_allclose(flat, values["kl_divergence"][:, 1].mean(1), rtol=1e-5, atol=1e-9)
+    assert matrix["q_net.0"].shape == (64,)
+    with pytest.raises(InputError, match="was not computed"):
+        lava_run.effect_matrix("nonsense")
+
+
+def test_rank_as_csv_and_json_say_the_same(command, lava_run):
+    as_json = json.loads(command("rank", lava_run.path, "--json").out)
+    as_csv = list(csv.DictReader(io.StringIO(command("rank", lava_run.path, "--csv").out)))
+    assert [row["name"] for row in as_csv] == [row["name"] for row in as_json]
+    for one, two in zip(as_csv, as_json):
+        assert float(one["ci_low"]) == two["ci_low"] and float(one["z_score"]) == two["z_score"]
+
+
+# ------------------------------------------------------------------------------- exports
+
+
+def test_parquet_and_csv_hold_the_same_rows_as_the_shards(lava_run, tmp_path):
+    table = lava_run.dataset().to_table()
+    export(lava_run, "parquet", "experiment", str(tmp_path / "p"))
+    back = pyarrow.parquet.read_table(tmp_path / "p" / "rows.parquet")
+    assert back.equals(table.replace_schema_metadata(back.schema.metadata))
+    summary = pyarrow.parquet.read_table(tmp_path / "p" / "summary.parquet")
+    assert summary.to_pydict() == lava_run.summary().to_pydict()
+    export(lava_run, "csv", "experiment", str(tmp_path / "c"))
+    import pandas
+
+    frame = pandas.read_csv(tmp_path / "c" / "rows.csv")
+    assert len(frame) == len(table)
+    outputs = frame[[f"patched_output_{i}" for i in range(3)]].to_numpy()
+    np.testing.assert_allclose(outputs, np.stack(table["patched_output"].to_pylist()), rtol=1e-6)
+    np.testing.assert_allclose(frame["kl_divergence"], table["kl_divergence"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["experiment", "input"])
+def test_the_originals_layouts_hold_the_same_numbers(lava_run, values, tmp_path, by):
+    folder = export(lava_run, "json", by, str(tmp_path / by))
+    ids = lava_run.sweep["input_ids"]
+    names = lava_run.experiments["name"].to_pylist()
+    outputs = np.stack(lava_run.dataset().to_table()["patched_output"].to_pylist())
+    outputs = outputs.reshape(len(names), 2, len(ids), -1)
+    for d, direction in enumerate(("denoising", "noising")):
+        files = {p.stem: json.loads(p.read_text()) for p in (folder / direction).iterdir()}
+        assert len(files) == (len(names) if by == "experiment" else len(ids))
+        for e, name in enumerate(names):
+            for i, key in enumerate(ids):
+                entry = files[name][key] if by == "experiment" else files[key][name]["results"]
+                np.testing.assert_array_equal(
+                    np.float32(entry["patched_output"][0]), outputs[e, d, i]
+                )
+                assert entry["action_changed"] == bool(values["changed"][e, d, i])
+        summary = json.loads((folder / f"patching_summary_{direction}.json").read_text())
+        means = [summary[name]["metrics"]["kl_divergence"]["mean"] for name in names]
+        np.testing.assert_allclose(
+            means, values["kl_divergence"][:, d].mean(1), rtol=1e-5, atol=1e-9
+        )
+
+
+def keys_of(value, path=""):
+    """Paths of keys in a JSON value; of a list, those of its first element."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from ([f"{path}/{key}"] if not isinstance(inner, (dict, list)) else
+                        [f"{path}/{key}", *keys_of(inner, f"{path}/{key}")])  # fmt: skip
+    elif isinstance(value, list) and value:
+        yield from keys_of(value[0], f"{path}[]")
+
+
+@pytest.mark.parametrize("by", ["experiment", "input", "summary"])
+def test_the_layouts_keys_are_those_of_the_golden_files(run_inline, tmp_path, by):
+    definition = tmp_path / "d.json"
+    definition.write_text('[{"q_net.0": [5]}]')
+    out = run_inline(LAVA, definition, "--input_ids", "lava_ahead_03", "--metrics", "kl_divergence")
+    layout = "experiment" if by == "summary" else by
+    folder = export(raypatch.open_results(out), "json", layout, str(tmp_path / "e"))
+    path = {
+        "experiment": folder / "noising" / "q_net.0_neuron_5.json",
+        "input": folder / "noising" / "lava_ahead_03.json",
+        "summary": folder / "patching_summary_noising.json",
+    }[by]
+    golden = json.loads((GOLDEN / f"{by}.json").read_text())
+    assert set(keys_of(json.loads(path.read_text()))) == set(keys_of(golden))
+
+
+def test_an_experiment_given_twice_gets_a_name_of_its_own(run_inline, tmp_path):
+    definition = tmp_path / "d.json"
+    definition.write_text('[{"q_net.0": [5]}, {"q_net.0": [5]}]')
+    folder = export(
+        raypatch.open_results(run_inline(LAVA, definition)), "json", "experiment",
+        str(tmp_path / "e"),
+    )  # fmt: skip
+    assert sorted(p.name for p in (folder / "noising").iterdir()) == [
+        "q_net.0_neuron_5.json", "q_net.0_neuron_5_1.json",
+    ]  # fmt: skip
+
+
+def test_exports_that_cannot_be_made_are_refused_and_leave_nothing(command, run_inline, tmp_path):
+    definition = tmp_path / "d.json"
+    definition.write_text('[{"q_net.0": [5]}]')
+    out = run_inline(LAVA, definition, "--save", "metrics")
+    ended = command("export", out, "--format", "json", "--output", tmp_path / "e")
+    assert ended.code == 2 and "need --save full" in ended.err
+    (tmp_path / "there").mkdir()
+    ended = command("export", out, "--format", "csv", "--output", tmp_path / "there")
+    assert ended.code == 2 and "exists" in ended.err
+    assert not (tmp_path / "e").exists() and not list(tmp_path.glob(".*partial"))
+
+
+def test_a_summary_run_exports_its_summary_and_ranks_without_intervals(
+    command, run_inline, single_neurons, tmp_path
+):
+    out = run_inline(CARTPOLE, single_neurons(CARTPOLE), "--save", "summary")
+    assert command("export", out, "--format", "parquet", "--output", tmp_path / "e").code == 0
+    assert [p.name for p in (tmp_path / "e").iterdir()] == ["summary.parquet"]
+    assert json.loads(command("rank", out, "--json").out)[0]["ci_low"] is None
+    assert "interval" not in command("rank", out).out
+
+
+def test_rank_correlation_is_spearmans():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 6, 40).astype(float)
+    b = a + rng.integers(0, 4, 40)
+    assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert rank_correlation(np.ones(4), np.arange(4.0)) is None

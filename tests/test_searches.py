@@ -1,0 +1,192 @@
+"""Coalitions against a brute-force greedy search; the attribution screen against real patches."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import CARTPOLE, LAVA
+from torch import nn
+
+import raypatch
+from raypatch.coalition import SearchOptions, find_coalition
+from raypatch.engine.layers import find_layers
+from raypatch.engine.reference import reference_outputs
+from raypatch.inprocess import Bench
+from raypatch.screening import attribute
+
+
+@pytest.fixture(scope="module")
+def lava():
+    return Bench(str(LAVA))
+
+
+def kl_and_flips(bench, spec):
+    """Mean KL over both directions and inputs, and changed actions, from plain float64 hooks."""
+    total, flips = [], 0
+    for target, source in (("corrupted", "clean"), ("clean", "corrupted")):
+        b = bench.agent.network.double()(bench.sides[target].double())
+        p = reference_outputs(bench.agent.network, [spec], bench.sides[source], bench.sides[target])
+        bench.agent.network.float()
+        log_b, log_p = b.log_softmax(1), p[0].log_softmax(1)
+        total.append(float((log_b.exp() * (log_b - log_p)).sum(1).mean()))
+        flips += int((b.argmax(1) != p[0].argmax(1)).sum())
+    return np.mean(total), flips
+
+
+def test_the_search_equals_a_brute_force_greedy_one(lava, tmp_path):
+    options = SearchOptions("kl_divergence", candidates=6)
+    steps = find_coalition(str(LAVA), str(tmp_path / "c"), options, max_size=4)
+    neurons = lava.neurons()
+    single = {n: kl_and_flips(lava, {n[0]: [n[1]]})[0] for n in neurons}
+    ranked = sorted(neurons, key=lambda n: -single[n])
+    held = [ranked[0]]
+    while len(held) < 4:
+        rest = [n for n in ranked if n not in held][:6]
+
+        def spec(extra, held=held):
+            found = {}
+            for layer, neuron in [*held, extra]:
+                found.setdefault(layer, []).append(neuron)
+            return found
+
+        held.append(max(rest, key=lambda n: kl_and_flips(lava, spec(n))[0]))
+    assert [(s.layer, s.neuron) for s in steps] == held
+    for n, step in enumerate(steps, 1):
+        found = {}
+        for layer, neuron in held[:n]:
+            found.setdefault(layer, []).append(neuron)
+        score, flips = kl_and_flips(lava, found)
+        assert step.score == pytest.approx(score, rel=1e-3) and step.flips == flips
+
+
+@pytest.mark.parametrize("against", ["baseline", "current"])
+@pytest.mark.parametrize("combine", ["mean", "max"])
+def test_a_monotone_search_never_gets_weaker_nor_flips_less(tmp_path, against, combine):
+    options = SearchOptions("kl_divergence", combine=combine, against=against, monotone=True)
+    steps = find_coalition(str(LAVA), str(tmp_path / "c"), options, max_size=12)
+    assert len(steps) > 3
+    for one, two in itertools.pairwise(steps):
+        assert two.score > one.score and two.flips >= one.flips
+    assert steps[-1].flips > steps[0].flips
+
+
+def _single_flips():
+    bench = Bench(str(LAVA))
+    return bench.flips(bench.outputs([{layer: [i]} for layer, i in bench.neurons()]))
+
+
+def test_the_coalition_flips_at_least_as_many_actions_as_the_best_single_neuron(tmp_path):
+    options = SearchOptions("kl_divergence", monotone=True)
+    steps = find_coalition(str(LAVA), str(tmp_path / "c"), options, max_size=12)
+    assert steps[-1].flips >= max(_single_flips())
+
+
+def test_an_interrupted_search_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
+    options = SearchOptions("kl_divergence", candidates=5)
+    whole = find_coalition(str(LAVA), str(tmp_path / "whole"), options, max_size=6)
+    find_coalition(str(LAVA), str(tmp_path / "parts"), options, max_size=3)
+    with (tmp_path / "parts" / "steps.jsonl").open("a") as file:
+        file.write('{"size": 4, "lay')  # torn by a crash
+    assert find_coalition(str(LAVA), str(tmp_path / "parts"), options, max_size=6) == whole
+    for name in ("steps.jsonl", "definition.json"):
+        one, two = ((tmp_path / f / name).read_text() for f in ("whole", "parts"))
+        assert one == two
+
+
+def test_another_searchs_directory_is_refused_with_what_differs(command, tmp_path):
+    words = ("coalition", "--agent_path", LAVA, "--output_dir", tmp_path / "c", "--max_size", 2)
+    assert command(*words, "--metric", "kl_divergence").code == 0
+    ended = command(*words, "--metric", "logit_difference_norm")
+    assert ended.code == 2 and "different: metric" in ended.err
+    assert command(*words, "--metric", "logit_difference_norm", "--overwrite").code == 0
+
+
+def test_what_a_search_writes_can_be_run(command, run_inline, tmp_path):
+    words = ("coalition", "--agent_path", LAVA, "--output_dir", tmp_path / "c", "--max_size", 3)
+    ended = command(*words, "--metric", "kl_divergence")
+    assert ended.code == 0 and "3 neurons; steps, definition and curve" in ended.out
+    results = raypatch.open_results(run_inline(LAVA, tmp_path / "c" / "definition.json"))
+    steps = [json.loads(x) for x in (tmp_path / "c" / "steps.jsonl").read_text().splitlines()]
+    rows = sorted(results.rank("kl_divergence"), key=lambda row: row["experiment_index"])
+    np.testing.assert_allclose(
+        [row["kl_divergence_mean"] for row in rows], [s["score"] for s in steps], rtol=1e-3
+    )
+    assert (tmp_path / "c" / "curve.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(("--metric", "x"), "unknown metric"), (("--candidates", 0), "below 1"),
+     (("--combine", "x"), "not one of mean, max"), (("--direction", "x"), "--direction")],
+)  # fmt: skip
+def test_bad_search_options_are_one_line(command, tmp_path, more, message):
+    words = ["coalition", "--agent_path", LAVA, "--output_dir", tmp_path / "c"]
+    words += [] if "--metric" in more else ["--metric", "kl_divergence"]
+    ended = command(*words, *more)
+    assert ended.code == 2 and message in ended.err and len(ended.err.strip().splitlines()) == 1
+    assert not (tmp_path / "c").exists()
+
+
+# -------------------------------------------------------------------------------- screen
+
+
+def test_for_a_linear_network_the_estimate_is_the_effect():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 6), nn.Identity(), nn.Linear(6, 3))
+    source, target = torch.randn(5, 4), torch.randn(5, 4)
+    found = attribute(network, find_layers(network, (target,)), source, target)
+    action = network(target).argmax(1)
+    for i in range(6):
+        patched = reference_outputs(network, [{"0": [i]}], source, target)[0]
+        change = patched - network(target).double()
+        expected = change.gather(1, action[:, None])[:, 0].detach()
+        np.testing.assert_allclose(found["0"][:, i], expected, atol=1e-6)
+
+
+def test_small_changes_of_a_convolution_are_estimated_to_first_order():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 4)
+    )
+    target = torch.randn(6, 1, 4, 4)
+    source = target + 1e-2 * torch.randn_like(target)
+    found = attribute(network, find_layers(network, (target,)), source, target)
+    action = network(target).argmax(1)
+    for layer, neuron in (("0", 1), ("3", 4)):
+        patched = reference_outputs(network, [{layer: [neuron]}], source, target)[0]
+        change = (patched - network(target).double()).gather(1, action[:, None])[:, 0].detach()
+        np.testing.assert_allclose(found[layer][:, neuron], change, rtol=0.1, atol=2e-5)
+
+
+def test_the_screen_writes_a_definition_that_runs_and_a_comparison(
+    command, run_inline, single_neurons, tmp_path
+):
+    definition, estimates = tmp_path / "d.json", tmp_path / "e.json"
+    ended = command(
+        "screen", "--agent_path", LAVA, "--top", 30, "--output", definition, "--estimates",
+        estimates,
+    )  # fmt: skip
+    assert ended.code == 0 and "the strongest 30 of 195" in ended.out
+    assert len(json.loads(definition.read_text())) == 30
+    out = run_inline(LAVA, definition)
+    ended = command("report", out, "--screen", estimates, "--output", tmp_path / "r.html")
+    assert ended.code == 0, ended.err
+    from raypatch.screening import compared
+
+    whole = run_inline(LAVA, single_neurons(LAVA), out=tmp_path / "whole")
+    found = compared(raypatch.open_results(whole), str(estimates))
+    assert [len(layer["truth"]) for layer in found["layers"]] == [64, 64, 64, 3]
+    assert all(layer["correlation"] > 0.5 for layer in found["layers"])
+    bad = command("report", out, "--screen", definition, "--output", tmp_path / "x.html")
+    assert bad.code == 2 and not (tmp_path / "x.html").exists()
+
+
+def test_a_search_for_cartpole_grows_by_one_neuron_a_step(tmp_path):
+    steps = find_coalition(
+        str(CARTPOLE), str(tmp_path / "c"), SearchOptions("logit_difference_norm"), max_size=5
+    )
+    assert [s.size for s in steps] == [1, 2, 3, 4, 5]
