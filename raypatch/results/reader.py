@@ -150,13 +150,18 @@ class Results:
 
     def describe(self, indices: list[int]) -> pa.Table:
         """Rows of ``experiments.arrow`` at these indices, without reading the rest."""
+        wanted = np.asarray(indices, np.int64)
         with self.store.open(layout.EXPERIMENTS) as source:
             reader = pa.ipc.open_file(source)
-            rows = []
-            for index in indices:
-                batch = reader.get_batch(index // schema.BATCH_ROWS)
-                rows.append(batch.slice(index % schema.BATCH_ROWS, 1))
-            return pa.Table.from_batches(rows, schema=reader.schema)
+            found, order = [reader.schema.empty_table()], []
+            for number in np.unique(wanted // schema.BATCH_ROWS):
+                places = np.flatnonzero(wanted // schema.BATCH_ROWS == number)
+                batch = reader.get_batch(int(number))
+                rows = batch.take(pa.array(wanted[places] % schema.BATCH_ROWS))
+                found.append(pa.Table.from_batches([rows]))
+                order.append(places)
+        table = pa.concat_tables(found)
+        return table.take(pa.array(np.argsort(np.concatenate(order)))) if order else table
 
     def _table(self, name: str) -> pa.Table:
         with self.store.open(name) as source:
