@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from raypatch.definitions import write_definition
+from raypatch.definition_files import write_definition
 from raypatch.errors import InputError
 from raypatch.inprocess import Bench
 from raypatch.results.store import DiskStore

@@ -28,7 +28,8 @@ OUTPUT_LOGITS = "output_logits"
 KINDS = ("single_neuron", "layer", "neuron_groups", "custom")
 DEFAULT_GROUP_SIZE = 5
 NAME_LIMIT = 100
-TABLE_BATCH_ROWS = 65536
+# Experiments handled at a time wherever there may be many millions.
+CHUNK = 65536
 PROBLEMS_SHOWN = 10
 
 # What the original tool assumes of an agent it cannot read.
@@ -111,9 +112,16 @@ class Experiments:
             self.neurons[cells[0] : cells[-1]].copy(),
         )
 
+    def chunks(self) -> Iterator[Experiments]:
+        """All of them, ``CHUNK`` at a time."""
+        return (self.slice(i, min(i + CHUNK, len(self))) for i in range(0, len(self), CHUNK))
+
     def used_layers(self) -> list[str]:
         """Layers that any experiment patches, in the order of ``layer_names``."""
-        return [self.layer_names[i] for i in np.unique(self.layers)]
+        seen = np.zeros(len(self.layer_names), bool)
+        for first in range(0, len(self.layers), CHUNK):
+            seen[self.layers[first : first + CHUNK]] = True
+        return [self.layer_names[i] for i in np.flatnonzero(seen)]
 
     def take(self, indices: np.ndarray) -> Experiments:
         """These experiments, in this order, as a run of their own."""
@@ -170,16 +178,39 @@ def generate(
     logits (by default the last layer's). A layer called ``output_logits`` stands for itself
     and is not repeated.
     """
+    for chunk in generate_chunks(
+        kind, layers, output_size=output_size, group_size=group_size,
+        include_output_logits=include_output_logits,
+    ):  # fmt: skip
+        yield from chunk
+
+
+def generate_chunks(
+    kind: str,
+    layers: Mapping[str, int],
+    *,
+    output_size: int | None = None,
+    group_size: int = DEFAULT_GROUP_SIZE,
+    include_output_logits: bool = True,
+) -> Iterator[Experiments]:
+    """The same, packed, at most ``CHUNK`` experiments at a time, for definitions of any size."""
     sizes = dict(layers)
     if include_output_logits and OUTPUT_LOGITS not in sizes:
         sizes[OUTPUT_LOGITS] = output_size or list(sizes.values())[-1]
     step = {"single_neuron": 1, "layer": 0, "neuron_groups": group_size}[kind]
-    for layer, size in sizes.items():
-        if not step:
-            yield {layer: "all"}
-            continue
-        for start in range(0, size, step):
-            yield {layer: list(range(start, min(start + step, size)))}
+    names = tuple(sizes)
+    for number, size in enumerate(sizes.values()):
+        count = -(-size // step) if step else 1
+        for first in range(0, count, CHUNK):
+            last = min(first + CHUNK, count)
+            bounds = np.minimum(np.arange(first, last + 1, dtype=np.int64) * step, size)
+            yield Experiments(
+                names,
+                np.arange(last - first + 1, dtype=np.int64),
+                np.full(last - first, number, np.int32),
+                bounds - bounds[0],
+                np.arange(bounds[0], bounds[-1], dtype=np.int32),
+            )
 
 
 def check_layer_structure(structure: Any, origin: str) -> dict[str, int]:
@@ -200,7 +231,7 @@ def check_layer_structure(structure: Any, origin: str) -> dict[str, int]:
 # ------------------------------------------------------------------------------ reading
 
 
-class _Pairs(list):
+class Pairs(list):
     """A JSON object kept as pairs, so that a layer given twice is seen and not dropped."""
 
 
@@ -210,13 +241,13 @@ def json_argument(text: str, option: str, *, keep_pairs: bool = False) -> tuple[
     A text that starts like JSON is JSON; anything else is a path.
     """
     if text.lstrip()[:1] in ("{", "["):
-        return _parse_json(text, option, keep_pairs), option
+        return parse_json(text, option, keep_pairs), option
     if not Path(text).exists():
         raise InputError(f"{option}: {_brief(text)} is neither JSON nor an existing file")
-    return _parse_json(_read_text(Path(text)), text, keep_pairs), text
+    return parse_json(read_text(Path(text)), text, keep_pairs), text
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -225,9 +256,9 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _parse_json(text: str, origin: str, keep_pairs: bool) -> Any:
+def parse_json(text: str, origin: str, keep_pairs: bool) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_Pairs if keep_pairs else None)
+        return json.loads(text, object_pairs_hook=Pairs if keep_pairs else None)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{origin}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
@@ -238,119 +269,7 @@ def _parse_json(text: str, origin: str, keep_pairs: bool) -> Any:
         ) from None
 
 
-def read_definition(path: str | Path, layers: Mapping[str, int]) -> Experiments:
-    """Read and check a definition file against an agent's layers (design 5).
-
-    ``layers`` maps layer names to neuron counts and includes ``output_logits``. The suffix
-    says the format: ``.jsonl``, ``.arrow``, ``.parquet``, anything else JSON. Raises
-    InputError with up to ten problems, one a line, and their total count.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such definition file; make one with `raypatch generate`")
-    if path.suffix in (".arrow", ".parquet"):
-        return _check_table(path, layers)
-    if path.suffix == ".jsonl":
-        lines = _read_text(path).splitlines()
-        raw = [
-            _parse_json(line, f"{path}: line {number}", keep_pairs=True)
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        ]
-    else:
-        raw = _parse_json(_read_text(path), str(path), keep_pairs=True)
-    return check_experiments(raw, layers, str(path))
-
-
-def _table_batches(path: Path) -> Iterator[Any]:
-    """Record batches of a table with the columns ``layers`` and ``neurons``, types as agreed."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    wanted = {"layers": pa.list_(pa.string()), "neurons": pa.list_(pa.list_(pa.int32()))}
-    try:
-        if path.suffix == ".parquet":
-            file = pyarrow.parquet.ParquetFile(path)
-            found, batches = file.schema_arrow, file.iter_batches(TABLE_BATCH_ROWS)
-        else:
-            reader = pa.ipc.open_file(pa.OSFile(str(path)))
-            found = reader.schema
-            batches = map(reader.get_batch, range(reader.num_record_batches))
-        if not set(wanted) <= set(found.names):
-            raise InputError(
-                f"{path}: a definition has the columns layers: list<string> and "
-                f"neurons: list<list<int32>>; this one has {_few(map(str, found))}"
-            )
-        for batch in batches:
-            yield pa.record_batch({name: batch[name].cast(kind) for name, kind in wanted.items()})
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable {path.suffix[1:]} file: {error}") from None
-
-
-def _check_table(path: Path, layers: Mapping[str, int]) -> Experiments:
-    """Check a table batch by batch; rows are looked at one by one only where one is bad."""
-    checker = _Checker(layers)
-    parts: list[Experiments] = []
-    first = 0
-    for batch in _table_batches(path):
-        parts.append(_packed_batch(batch, checker, first, str(path)))
-        first += len(batch)
-    if checker.count:
-        raise InputError(checker.report(str(path)))
-    if not first:
-        return check_experiments([], layers, str(path))
-    return _joined_experiments(parts)
-
-
-def _packed_batch(batch: Any, checker: _Checker, first: int, origin: str) -> Experiments:
-    """One batch as packed experiments; its problems go to the checker."""
-    names, cells = batch["layers"], batch["neurons"]
-    offsets = names.offsets.to_numpy().astype(np.int64)
-    whole = not any(a.null_count for a in (names, cells, names.flatten(), cells.flatten()))
-    if not whole or not np.array_equal(np.diff(offsets), np.diff(cells.offsets.to_numpy())):
-        raise InputError(
-            f"{origin}: columns layers and neurons must be lists of equal length in every row, "
-            "without nulls"
-        )
-    words, lists = names.flatten().dictionary_encode(), cells.flatten()
-    index = {name: i for i, name in enumerate(checker.layers)}
-    known = [checker.resolve("", word, quiet=True) for word in words.dictionary.to_pylist()]
-    numbers = np.array([-1 if name is None else index[name] for name in known], np.int32)
-    starts = lists.offsets.to_numpy().astype(np.int64)
-    packed = Experiments(
-        tuple(checker.layers),
-        offsets - offsets[0],
-        numbers[words.indices.to_numpy()],
-        starts - starts[0],
-        lists.flatten().to_numpy().astype(np.int32),
-    )
-    # The words for what is wrong come from the one place that has them.
-    for row in _bad_experiments(packed, checker.layers).tolist():
-        chosen = zip(names[row].as_py(), cells[row].as_py())
-        checker.checked(first + row, _Pairs((name, neurons or "all") for name, neurons in chosen))
-    return packed
-
-
-def _joined_experiments(parts: list[Experiments]) -> Experiments:
-    """Parts one after another."""
-
-    def offsets(name: str) -> np.ndarray:
-        columns = [getattr(part, name) for part in parts]
-        ends = np.cumsum([0, *(column[-1] for column in columns[:-1])])
-        return np.concatenate([[0], *(c[1:] + end for c, end in zip(columns, ends))]).astype(
-            np.int64
-        )
-
-    return Experiments(
-        parts[0].layer_names,
-        offsets("entry_offsets"),
-        np.concatenate([part.layers for part in parts]),
-        offsets("neuron_offsets"),
-        np.concatenate([part.neurons for part in parts]),
-    )
-
-
-def _bad_experiments(packed: Experiments, layers: Mapping[str, int]) -> np.ndarray:
+def bad_experiments(packed: Experiments, layers: Mapping[str, int]) -> np.ndarray:
     """Indices of experiments with an empty list, an unknown layer or a bad neuron."""
     n_entries = np.diff(packed.entry_offsets)
     experiment = np.repeat(np.arange(len(packed)), n_entries)
@@ -378,14 +297,14 @@ def _repeated(group: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 def check_experiments(raw: Any, layers: Mapping[str, int], origin: str) -> Experiments:
     """Check raw experiments against the layers and pack them; see :func:`read_definition`."""
-    if not isinstance(raw, list) or isinstance(raw, _Pairs):
+    if not isinstance(raw, list) or isinstance(raw, Pairs):
         raise InputError(
             f"{origin}: a definition is a list of experiments, like "
             f'[{{"q_net.0": [3]}}]; got {_brief(raw)}'
         )
     if not raw:
         raise InputError(f"{origin}: the definition is empty; it needs at least one experiment")
-    checker = _Checker(layers)
+    checker = Checker(layers)
     packed = Experiments.from_list(
         (checker.checked(index, experiment) for index, experiment in enumerate(raw)),
         tuple(layers),
@@ -397,11 +316,11 @@ def check_experiments(raw: Any, layers: Mapping[str, int], origin: str) -> Exper
 
 def layer_resolver(layers: Mapping[str, int]) -> Callable[[str], str | None]:
     """Maps a name, perhaps with the policy's prefix, to the agent's own; None for no layer."""
-    checker = _Checker(layers)
+    checker = Checker(layers)
     return lambda name: checker.resolve("", name, quiet=True)
 
 
-class _Checker:
+class Checker:
     """Collects the problems of a definition, the first ten in words."""
 
     def __init__(self, layers: Mapping[str, int]) -> None:
@@ -427,9 +346,9 @@ class _Checker:
     def checked(self, index: int, experiment: Any) -> Experiment:
         """The experiment with resolved layer names; problems are added, not raised."""
         if isinstance(experiment, Mapping):
-            experiment = _Pairs(experiment.items())
+            experiment = Pairs(experiment.items())
         where = f"experiment {index}"
-        if not isinstance(experiment, _Pairs):
+        if not isinstance(experiment, Pairs):
             self.add(
                 f"{where}: {_brief(experiment)} is not an object of layers and neurons, "
                 'like {"q_net.0": [3]}'
@@ -470,7 +389,7 @@ class _Checker:
         if found:
             return f"layer {_brief(name)} could be any of {', '.join(found)}; write one of them"
         near = difflib.get_close_matches(name, self.layers, n=3, cutoff=0.5)
-        offer = f"did you mean {' or '.join(near)}?" if near else f"valid: {_few(self.layers)}"
+        offer = f"did you mean {' or '.join(near)}?" if near else f"valid: {few(self.layers)}"
         return f"unknown layer {_brief(name)}; {offer}"
 
     def neurons_are_good(self, where: str, layer: str, neurons: Any) -> bool:
@@ -478,7 +397,7 @@ class _Checker:
         valid = f'valid: 0 to {size - 1}, or "all"'
         if isinstance(neurons, str) and neurons == "all":
             return True
-        if not isinstance(neurons, list) or isinstance(neurons, _Pairs):
+        if not isinstance(neurons, list) or isinstance(neurons, Pairs):
             self.add(f"{where}: {_brief(neurons)} is not a list of neurons; {valid}")
             return False
         if not neurons:
@@ -505,81 +424,13 @@ def _is_index(value: Any) -> bool:
 
 
 def _brief(value: Any, limit: int = 60) -> str:
-    if isinstance(value, _Pairs):
+    if isinstance(value, Pairs):
         value = dict(value)
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def _few(names: Iterable[str], limit: int = 8) -> str:
+def few(names: Iterable[str], limit: int = 8) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-# ------------------------------------------------------------------------------ writing
-
-
-def write_definition(experiments: Iterable[Experiment], path: str | Path) -> int:
-    """Write a definition in the format its suffix names and return how many experiments.
-
-    The file appears whole or not at all.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        count = _WRITERS.get(path.suffix, _write_json)(experiments, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
-
-
-def _write_json(experiments: Iterable[Experiment], path: Path) -> int:
-    rows = list(experiments)
-    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    return len(rows)
-
-
-def _write_jsonl(experiments: Iterable[Experiment], path: Path) -> int:
-    with path.open("w", encoding="utf-8") as file:
-        return sum(file.write(json.dumps(experiment) + "\n") > 0 for experiment in experiments)
-
-
-def _write_table(experiments: Iterable[Experiment], path: Path) -> int:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    packed = Experiments.from_list(experiments)
-    table = pa.table(experiment_columns(packed))
-    if ".parquet" in path.suffixes:
-        pyarrow.parquet.write_table(table, path)
-    else:
-        options = pa.ipc.IpcWriteOptions(compression="lz4")
-        with (
-            pa.OSFile(str(path), "wb") as sink,
-            pa.ipc.new_file(sink, table.schema, options=options) as writer,
-        ):
-            writer.write_table(table, max_chunksize=65536)
-    return len(packed)
-
-
-_WRITERS = {".jsonl": _write_jsonl, ".arrow": _write_table, ".parquet": _write_table}
-
-
-def experiment_columns(experiments: Experiments) -> dict[str, Any]:
-    """The Arrow columns ``layers: list<string>`` and ``neurons: list<list<int32>>``."""
-    import pyarrow as pa
-
-    offsets = pa.array(experiments.entry_offsets.astype(np.int32))
-    names = pa.DictionaryArray.from_arrays(
-        pa.array(experiments.layers), pa.array(list(experiments.layer_names), pa.string())
-    ).cast(pa.string())
-    cells = pa.ListArray.from_arrays(
-        pa.array(experiments.neuron_offsets.astype(np.int32)), pa.array(experiments.neurons)
-    )
-    return {
-        "layers": pa.ListArray.from_arrays(offsets, names),
-        "neurons": pa.ListArray.from_arrays(offsets, cells),
-    }

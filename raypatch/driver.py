@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raypatch.agents.agent import Agent, AgentOptions
+from raypatch.definition_files import read_definition
 from raypatch.definitions import (
     OUTPUT_LOGITS,
     Experiments,
     experiment_name,
     layer_resolver,
-    read_definition,
 )
 from raypatch.errors import InputError, Interrupted, RunError
 from raypatch.inputs import (
@@ -140,8 +140,9 @@ def check_config(config: RunConfig) -> None:
             "where they are those of the clean inputs, noising where of the corrupted ones"
         )
     for name in ("definition_file", "agent_path"):
-        if not Path(getattr(config, name)).exists():
-            raise InputError(f"--{name} {getattr(config, name)}: no such file or directory")
+        place = getattr(config, name)
+        if "://" not in place and not Path(place).exists():
+            raise InputError(f"--{name} {place}: no such file or directory")
 
 
 def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = None) -> Results:
@@ -420,7 +421,7 @@ class Job:
                 "identity": self.identity,
                 "options": asdict(config),
                 "agent": records.agent_record(self.agent, path, self.patcher.path),
-                "definition_file": str(Path(config.definition_file).resolve()),
+                "definition_file": _absolute(config.definition_file),
                 "input_files": [str(path.resolve()) for path in self.inputs.files],
                 "input_ids": list(self.inputs.ids),
                 "n_outputs": self.agent.output_size,
@@ -540,7 +541,7 @@ class Job:
                 "units": self._units(),
             },
             compression=config.compression,
-            output_dir=self._location_for_workers(),
+            output_dir=self._output_for_workers(),
             beacon=self.beacon,
             samples=choose_sample(self.ranges, config.verify, config.seed),
             device=self.backend.device,
@@ -557,9 +558,8 @@ class Job:
                 f"({type(error).__name__}: {error}); use --backend inline"
             ) from None
 
-    def _location_for_workers(self) -> str:
-        location = self.store.location
-        return location if "://" in location else str(Path(location).resolve())
+    def _output_for_workers(self) -> str:
+        return _absolute(self.store.location)
 
     def _units(self) -> dict[str, str]:
         from raypatch.metrics import METRICS
@@ -585,3 +585,8 @@ class Job:
         done = [sweep.Range(r.first, r.last) for r in receipts]
         if not sweep.remaining(sweep.Range(0, len(self.experiments)), done):
             self.store.write(layout.SUCCESS, b"")
+
+
+def _absolute(location: str) -> str:
+    """A path from the root, so that it means the same elsewhere; URIs do already."""
+    return location if "://" in location else str(Path(location).resolve())

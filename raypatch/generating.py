@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from raypatch.agents.agent import AgentOptions
+from raypatch.definition_files import write_definition
 from raypatch.definitions import (
     DEFAULT_GROUP_SIZE,
     FALLBACK_LAYERS,
@@ -13,9 +14,8 @@ from raypatch.definitions import (
     Experiment,
     check_experiments,
     check_layer_structure,
-    generate,
+    generate_chunks,
     json_argument,
-    write_definition,
 )
 from raypatch.errors import AgentError, InputError
 
@@ -47,7 +47,7 @@ def generate_definition(
     if custom_spec is not None:
         raise InputError(f"--custom_spec: only for --type custom, not {kind}")
     layers, output_size = _layers(agent_path, layer_structure, options, strict)
-    generated = generate(
+    generated = generate_chunks(
         kind,
         layers,
         output_size=output_size,

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raypatch.definitions import OUTPUT_LOGITS, write_definition
+from raypatch.definition_files import write_definition
+from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.layers import Layer, hooked
 from raypatch.errors import InputError
 from raypatch.inprocess import Bench

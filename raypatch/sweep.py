@@ -88,13 +88,11 @@ def sha256_of(*parts: bytes | memoryview | np.ndarray) -> str:
 
 def definition_digest(experiments: Experiments) -> str:
     """The same for the same experiments, however the file spells them."""
-    return sha256_of(
-        json.dumps(experiments.layer_names).encode(),
-        experiments.entry_offsets,
-        experiments.layers,
-        experiments.neuron_offsets,
-        experiments.neurons,
-    )
+    digest = hashlib.sha256(json.dumps(experiments.layer_names).encode())
+    for chunk in experiments.chunks():
+        part = sha256_of(chunk.entry_offsets, chunk.layers, chunk.neuron_offsets, chunk.neurons)
+        digest.update(part.encode())
+    return digest.hexdigest()
 
 
 def files_digest(files: tuple[Path, ...]) -> str:

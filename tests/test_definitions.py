@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raypatch.definition_files import read_definition, write_definition
 from raypatch.definitions import (
     Experiments,
     check_experiments,
     experiment_name,
     generate,
-    read_definition,
-    write_definition,
 )
 from raypatch.errors import InputError
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import LAVA
 
 import raypatch
-from raypatch.definitions import read_definition
+from raypatch.definition_files import read_definition
 from raypatch.errors import InputError, RaypatchError
 from raypatch.inputs import ObservationShape, read_inputs
 

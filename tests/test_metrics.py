@@ -218,7 +218,9 @@ def test_thousands_of_actions_ties_and_tiny_differences_agree_with_scipy():
     rng = np.random.default_rng(0)
     b = rng.normal(size=(6, 3000)).astype(np.float32)
     b[1, :] = 0.5  # all tied
-    p = (b + rng.normal(size=b.shape) * np.array([1, 1, 1e-3, 0, 5, 1e-5])[:, None]).astype(np.float32)
+    p = (b + rng.normal(size=b.shape) * np.array([1, 1, 1e-3, 0, 5, 1e-5])[:, None]).astype(
+        np.float32
+    )
     table = MetricTable(list(METRICS), Baselines(torch.from_numpy(b), None))
     found = torch.empty(len(METRICS), 1, len(b), dtype=torch.float64)
     table.compute(torch.from_numpy(p)[None], found)
@@ -233,7 +235,9 @@ def test_thousands_of_actions_ties_and_tiny_differences_agree_with_scipy():
         assert got["hellinger_distance"][i] == pytest.approx(
             np.linalg.norm(np.sqrt(P) - np.sqrt(Q)) / np.sqrt(2), rel=1e-6, abs=1e-9
         )
-        assert got["cosine_similarity"][i] == pytest.approx(1 - distance.cosine(b[i], p[i]), abs=1e-9)
+        assert got["cosine_similarity"][i] == pytest.approx(
+            1 - distance.cosine(b[i], p[i]), abs=1e-9
+        )
         assert got["logit_difference_norm"][i] == pytest.approx(distance.euclidean(b[i], p[i]))
         if b[i].std() and p[i].std():
             r = stats.pearsonr(b[i], p[i]).statistic

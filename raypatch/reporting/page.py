@@ -117,7 +117,8 @@ def _facts(results: Results) -> str:
     facts = {
         "agent": record["agent"]["loaded_as"],
         "network": f"{record['agent']['engine']}; outputs: {record['n_outputs']}",
-        "experiments": f"{record['identity']['n_experiments']:,} of {Path(record['definition_file']).name}",
+        "experiments": f"{record['identity']['n_experiments']:,} of "
+        f"{Path(record['definition_file']).name}",
         "pairs": f"{len(record['input_ids']):,}, {' and '.join(results.directions)}, "
         f"source: {record['identity']['source']}",
         "state": "complete" if results.complete else "not complete yet",

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from raypatch.definitions import Experiments, experiment_columns, experiment_name
+from raypatch.definition_files import experiment_columns
+from raypatch.definitions import NAME_LIMIT, Experiments, experiment_name
 from raypatch.results import schema
 
 
@@ -74,15 +76,33 @@ def summary_table(item: ItemArrays, table_schema: pa.Schema) -> pa.Table:
 
 def experiments_table(first: int, experiments: Experiments) -> pa.Table:
     """Index, name, layers and neurons of a run of experiments."""
-    names = [experiment_name(first + i, e) for i, e in enumerate(experiments)]
+    names = _names(first, experiments)
     return pa.table(
         {
             "experiment_index": pa.array(np.arange(first, first + len(names), dtype=np.int64)),
-            "name": pa.array(names, pa.string()),
+            "name": names,
             **experiment_columns(experiments),
         },
         schema=schema.EXPERIMENTS,
     )
+
+
+def _names(first: int, experiments: Experiments) -> pa.Array:
+    """The experiments' names; those of single neurons, of which there may be many millions,
+    all at once."""
+    n_entries = np.diff(experiments.entry_offsets)
+    n_neurons = np.diff(experiments.neuron_offsets)
+    if (n_entries == 1).all() and (n_neurons == 1).all():
+        layers = pa.array(list(experiments.layer_names), pa.string())
+        words = pc.binary_join_element_wise(
+            layers.take(pa.array(experiments.layers)),
+            pc.cast(pa.array(experiments.neurons), pa.string()),
+            "_neuron_",
+        )
+        if pc.max(pc.utf8_length(words)).as_py() <= NAME_LIMIT:
+            return words
+    names = [experiment_name(first + i, e) for i, e in enumerate(experiments)]
+    return pa.array(names, pa.string())
 
 
 def baseline_table(
