@@ -42,7 +42,8 @@ def step(name: str, n_experiments: int, folder: str) -> None:
     )
     print(
         f"{name:9} {n_experiments:,} in {seconds:6.1f} s, "
-        f"{n_experiments / seconds / 1e6:5.2f} M/s, peak {usage:,.0f} MiB with mapped files, {anonymous:,.0f} MiB without"
+        f"{n_experiments / seconds / 1e6:5.2f} M/s, "
+        f"peak {usage:,.0f} MiB with mapped files, {anonymous:,.0f} MiB without"
     )
 
 

@@ -177,7 +177,10 @@ class RayBackend:
         if self.options.device == "cuda" and gpus == 0:
             raise RunError("--device cuda: Ray reports no GPU; use --device cpu")
         self.device = "cuda" if use_gpu else "cpu"
-        wanted = {"num_gpus": self.options.gpus_per_actor} if use_gpu else {"num_cpus": 1}
+        # With GPUs those are what is scarce; a share of one needs no core of its own.
+        wanted = {"num_cpus": 1.0}
+        if use_gpu:
+            wanted = {"num_gpus": self.options.gpus_per_actor, "num_cpus": 0.0}
         self._limit = self.options.num_actors or max(1, self._room())
         self._actor_class = self._ray.remote(
             **wanted, max_restarts=0, scheduling_strategy="SPREAD"

@@ -47,7 +47,7 @@ def long_definition(tmp_path):
     """Enough work that an actor which starts late still finds some."""
     path = tmp_path / "longer.json"
     pairs = [{"q_net.0": [i], "q_net.2": [j]} for i in range(64) for j in range(64)]
-    path.write_text(json.dumps(pairs * 40))
+    path.write_text(json.dumps(pairs * 50))
     return path
 
 
@@ -120,17 +120,20 @@ def test_a_node_removed_midway_costs_no_item_a_try(cluster, definition, run_inli
 
 def test_a_node_added_midway_is_used(cluster, long_definition, tmp_path):
     cluster.add_node(num_cpus=1)
-    out = tmp_path / "out"
-
-    def add():
-        if not add.done and committed(out) >= 1:
-            cluster.add_node(num_cpus=1)
-            add.done = True
-        return add.done and len(raylets_of_actors()) == 2
-
-    add.done = False
-    results, used = watched(lambda: sweep(cluster, long_definition, out, num_actors=2), add)
-    assert used and results.complete and results.sweep["runs"][-1]["actors"] == 2
+    out, ended = tmp_path / "out", []
+    # Ray starts nodes in the main thread only.
+    run = threading.Thread(
+        target=lambda: ended.append(sweep(cluster, long_definition, out, num_actors=2))
+    )
+    run.start()
+    while committed(out) < 1 and run.is_alive():
+        time.sleep(0.05)
+    cluster.add_node(num_cpus=1)
+    used = False
+    while run.is_alive():
+        used = used or len(raylets_of_actors()) == 2
+        time.sleep(0.05)
+    assert used and ended[0].complete and ended[0].sweep["runs"][-1]["actors"] == 2
 
 
 def test_where_workers_do_not_see_the_output_tables_travel_and_the_driver_writes(
