@@ -155,10 +155,11 @@ class RayBackend:
             "namespace": "raypatch",
         }
         self._local = address == "local"
-        if not self._local:
+        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        if not self._local and not in_job:  # a submitted job has brought its own
             # Machines of a cluster need torch and pyarrow, but not raypatch.
             settings["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
-        else:
+        elif self._local:
             cores = (
                 len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             )
@@ -426,9 +427,11 @@ class _Fleet:
         if not self._pending:
             time.sleep(WAIT_S)
             return []
-        ready, _ = self._ray.wait(
-            list(self._pending), num_returns=min(len(self._pending), 16), timeout=WAIT_S
-        )
+        waiting = list(self._pending)
+        ready, rest = self._ray.wait(waiting, num_returns=1, timeout=WAIT_S)
+        if ready and rest:
+            # What else has happened, without waiting for it.
+            ready += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         found: list[_Event] = []
         for reference in sorted(ready, key=lambda ready: self._pending[ready].order):
             # An actor that died takes its later references with it.

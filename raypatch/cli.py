@@ -202,6 +202,36 @@ def _bytes(text: str) -> int:
         raise InputError(f"--memory_per_actor: {text!r} is not a size like 512M or 4G") from None
 
 
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.option("--address", required=True, metavar="URL", help="As http://127.0.0.1:8265.")
+@click.option("--no_wait", is_flag=True, help="Do not follow the job.")
+@click.argument("run_words", nargs=-1, type=click.UNPROCESSED, metavar="-- RUN OPTIONS")
+def submit(address: str, no_wait: bool, run_words: tuple[str, ...]) -> None:
+    """The same run as a job on a Ray cluster: raypatch submit --address URL -- RUN OPTIONS."""
+    given = run.make_context("run", list(run_words)).params
+    run_options(dict(given))  # refuses what run would refuse
+    from raypatch.submitting import submit as send
+
+    options = {name: value for name, value in given.items() if value not in (None, False)}
+    done = send(address, options, wait=not no_wait, say=lambda text: click.echo(text, err=True))
+    if done.exit_code is not None:
+        _say_outcome(str(options["output_dir"]))
+        click.get_current_context().exit(done.exit_code)
+    click.echo(done.job_id)
+
+
+def _say_outcome(output_dir: str) -> None:
+    """How far the sweep is, by its own directory, where this machine sees it."""
+    from raypatch.ending import show_status, status_of
+
+    try:
+        facts = status_of(_open(output_dir))
+    except RaypatchError:
+        click.echo(f"{output_dir} cannot be seen from here; the job's log has its ending", err=True)
+        return
+    show_status(facts)
+
+
 # ------------------------------------------------------------------------------- reading
 
 

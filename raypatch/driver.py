@@ -574,6 +574,7 @@ class Job:
         recovery.remove_partials(self.store, self.wanted)
         ending = {
             "seconds": round(progress.seconds, 3),
+            "startup_seconds": round(progress.startup_seconds, 3),
             "passes": progress.done * self.passes_each,
             "passes_per_second": round(progress.passes_per_second),
             "actors": progress.actors,

@@ -23,6 +23,8 @@ class Progress:
         self.actors = 0
         self.retries = 0
         self.quarantined = 0
+        # Seconds until the first actor stood.
+        self.startup_seconds = 0.0
         self._quiet = quiet
         self._started = self._last_line = time.monotonic()
         self._bar: Any = None
@@ -76,6 +78,8 @@ class Progress:
     ) -> None:  # fmt: skip
         """Count finished experiments and show where the run is."""
         self.done += experiments
+        if actors and not self.actors:
+            self.startup_seconds = self.seconds
         self.actors = self.actors if actors is None else actors
         self.retries = max(self.retries, retries)
         self.quarantined = max(self.quarantined, quarantined)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from raypatch.allocator import keep_freed_memory
 from raypatch.definitions import Experiments
 from raypatch.engine.patcher import Patcher, PatchRun
 from raypatch.errors import RaypatchError
@@ -109,6 +110,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         torch.set_num_threads(1)
+        keep_freed_memory()
         self.spec = spec
         self.store = open_store(spec.output_dir)
         self.sees_output = self._sees_output()

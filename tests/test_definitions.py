@@ -219,3 +219,20 @@ def test_a_table_with_other_columns_is_refused(tmp_path):
     pyarrow.parquet.write_table(pa.table({"layer": ["a"]}), tmp_path / "d.parquet")
     with pytest.raises(InputError, match="this one has .*layer: string"):
         read_definition(tmp_path / "d.parquet", LAYERS)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_names_made_by_columns_are_those_made_one_by_one(data):
+    from raypatch.definitions import experiment_name
+    from raypatch.results.tables import experiments_table
+
+    layers = ["q_net.0", "a", "x" * 70]
+    neurons = st.one_of(
+        st.just("all"), st.lists(st.integers(0, 2000), min_size=1, max_size=8, unique=True)
+    )
+    experiment = st.dictionaries(st.sampled_from(layers), neurons, min_size=1, max_size=3)
+    drawn = data.draw(st.lists(experiment, min_size=1, max_size=12))
+    packed = Experiments.from_list(drawn, layers)
+    names = experiments_table(5, packed)["name"].to_pylist()
+    assert names == [experiment_name(5 + i, e) for i, e in enumerate(drawn)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -88,21 +89,48 @@ def experiments_table(first: int, experiments: Experiments) -> pa.Table:
 
 
 def _names(first: int, experiments: Experiments) -> pa.Array:
-    """The experiments' names; those of single neurons, of which there may be many millions,
-    all at once."""
-    n_entries = np.diff(experiments.entry_offsets)
+    """:func:`raypatch.definitions.experiment_name` of each, column by column: there may be
+    many millions."""
     n_neurons = np.diff(experiments.neuron_offsets)
-    if (n_entries == 1).all() and (n_neurons == 1).all():
-        layers = pa.array(list(experiments.layer_names), pa.string())
-        words = pc.binary_join_element_wise(
-            layers.take(pa.array(experiments.layers)),
-            pc.cast(pa.array(experiments.neurons), pa.string()),
-            "_neuron_",
-        )
-        if pc.max(pc.utf8_length(words)).as_py() <= NAME_LIMIT:
-            return words
-    names = [experiment_name(first + i, e) for i, e in enumerate(experiments)]
-    return pa.array(names, pa.string())
+    entry = np.repeat(np.arange(len(n_neurons)), n_neurons)
+    ordered = experiments.neurons[np.lexsort((experiments.neurons, entry))]
+    cells = pa.ListArray.from_arrays(
+        pa.array(experiments.neuron_offsets.astype(np.int32)),
+        pc.cast(pa.array(ordered), pa.string()),
+    )
+    listed = pc.binary_join(cells, "_")
+    counted = pc.cast(pa.array(n_neurons), pa.string())
+    layers = pa.array(list(experiments.layer_names), pa.string()).take(pa.array(experiments.layers))
+
+    def joined(*parts: Any) -> pa.Array:
+        return pc.binary_join_element_wise(layers, *parts, "_")
+
+    alone = np.repeat(np.diff(experiments.entry_offsets) == 1, np.diff(experiments.entry_offsets))
+    parts = pc.case_when(
+        pc.make_struct(
+            pa.array(n_neurons == 0),
+            pa.array(alone & (n_neurons == 1)),
+            pa.array(alone & (n_neurons <= 5)),
+            pa.array(alone),
+            pa.array(n_neurons <= 3),
+        ),
+        joined("all"),
+        joined("neuron", listed),
+        joined("neurons", listed),
+        joined("group", counted),
+        joined(listed),
+        joined(pc.binary_join_element_wise(counted, "n", "")),
+    )
+    names = pc.binary_join(
+        pa.ListArray.from_arrays(pa.array(experiments.entry_offsets.astype(np.int32)), parts), "_"
+    )
+    long = np.flatnonzero(np.asarray(pc.utf8_length(names)) > NAME_LIMIT)
+    if len(long):
+        short = [experiment_name(first + int(i), experiments[int(i)]) for i in long]
+        mask = np.zeros(len(experiments), bool)
+        mask[long] = True
+        names = pc.replace_with_mask(names, pa.array(mask), pa.array(short, pa.string()))
+    return names
 
 
 def baseline_table(

@@ -1,0 +1,146 @@
+"""Ten million experiments x 8 pairs x 2 directions: speed against a sweep 100 times smaller,
+and the memory of driver and actors over time.
+
+    python benchmarks/long_sweep.py [--experiments 10000000] [--plot docs/memory_over_time.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+
+import raypatch
+from raypatch.definition_files import write_definition
+from raypatch.definitions import CHUNK, Experiments
+
+LAYERS = ("0", "2", "4")
+WIDTH = 64
+
+
+def experiments(count: int) -> Iterator[Experiments]:
+    """Two neurons of the first layer and one of the second, at random: hardly any twice."""
+    rng = np.random.default_rng(0)
+    for first in range(0, count, CHUNK):
+        n = min(CHUNK, count - first)
+        one = rng.integers(WIDTH, size=n)
+        neurons = np.column_stack(
+            [one, (one + 1 + rng.integers(WIDTH - 1, size=n)) % WIDTH, rng.integers(WIDTH, size=n)]
+        )
+        ends = np.arange(1, n + 1)[:, None] * 3
+        offsets = np.concatenate([[0], (ends - [1, 0]).ravel()]).astype(np.int64)
+        yield Experiments(
+            LAYERS, np.arange(n + 1, dtype=np.int64) * 2,
+            np.tile(np.array([0, 1], np.int32), n), offsets, neurons.astype(np.int32).ravel(),
+        )  # fmt: skip
+
+
+def make_agent(folder: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(8, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 4)
+    )
+    torch.save(network.state_dict(), folder / "policy.pt")
+    (folder / "agent.json").write_text('{"file": "policy.pt", "activation": "relu"}')
+    inputs = folder / "activation_inputs"
+    inputs.mkdir()
+    for side in ("clean", "corrupted"):
+        rows = {f"obs_{i}": torch.randn(8).tolist() for i in range(8)}
+        (inputs / f"{side}_inputs.json").write_text(json.dumps(rows))
+
+
+def anonymous(pid: int) -> float:
+    """MiB of a process that no file backs."""
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))
+
+
+def watched(arguments: list[str]) -> tuple[float, list[tuple[float, float, float]]]:
+    """Run a command; seconds, and (time, driver MiB, largest actor MiB) twice a second.
+
+    Memory is anonymous memory: mapped files are the kernel's to take back.
+    """
+    started, samples = time.perf_counter(), []
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    driver = psutil.Process(process.pid)
+    while process.poll() is None:
+        try:
+            actors = [
+                anonymous(p.pid) for p in driver.children(recursive=True)
+                if "ray::WorkerActor" in " ".join(p.cmdline()[:1])
+            ]  # fmt: skip
+            samples.append(
+                (time.perf_counter() - started, anonymous(driver.pid), max(actors, default=0))
+            )
+        except (psutil.Error, OSError):
+            pass
+        time.sleep(0.5)
+    if process.returncode:
+        raise SystemExit(f"the run ended with {process.returncode}")
+    return time.perf_counter() - started, samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--experiments", type=int, default=10_000_000)
+    parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--plot")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        folder, speeds = Path(name), {}
+        make_agent(folder)
+        for count in (options.experiments // 100, options.experiments):
+            definition = folder / f"{count}.arrow"
+            write_definition(experiments(count), definition)
+            out = folder / f"out_{count}"
+            seconds, samples = watched(
+                [sys.executable, "-m", "raypatch.cli", "run", "--agent_path", name,
+                 "--definition_file", str(definition), "--output_dir", str(out), "--save",
+                 "summary", "--num_actors", str(options.actors), "--quiet"]
+            )  # fmt: skip
+            results = raypatch.open_results(out)
+            run = results.sweep["runs"][-1]
+            busy = sum(r.seconds for r in results.receipts)
+            running = run["seconds"] - run["startup_seconds"]
+            speeds[count] = run["passes"] / running
+            half = [s for s in samples if s[0] > samples[-1][0] / 2]
+            print(
+                f"{count:,} experiments, {run['passes']:,} passes: {speeds[count]:,.0f} passes/s, "
+                f"{running:.1f} s of {seconds:.1f} s in all; actors computing "
+                f"{busy / options.actors / running:.1%} of the time; driver at most "
+                f"{max(s[1] for s in samples):.0f} MiB, an actor {max(s[2] for s in samples):.0f} "
+                f"MiB (second half: {max(s[1] for s in half):.0f} and "
+                f"{max(s[2] for s in half):.0f})"
+            )
+        large, small = speeds[options.experiments], speeds[options.experiments // 100]
+        print(f"the large one runs at {large / small:.2f} of the small one's speed")
+        if options.plot:
+            draw(samples, options.plot)
+
+
+def draw(samples: list[tuple[float, float, float]], path: str) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.2))
+    times, driver, actor = zip(*samples)
+    axes.plot(times, driver, label="driver", color="#0072B2")
+    axes.plot(times, actor, label="largest actor", color="#D55E00")
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("memory of the process (MiB)")
+    axes.set_ylim(0)
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

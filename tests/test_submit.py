@@ -1,0 +1,116 @@
+"""Submission to a real local head with its dashboard's job server."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import LAVA
+from kill_points import state_of
+
+import raypatch
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def job_server():
+    """Address of a head's job server with a token; only what was started here is stopped."""
+    pytest.importorskip("aiohttp", reason="ray[default] is not installed")
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    held = {name: os.environ.get(name) for name in token}
+    os.environ.update(token)
+    port, dashboard = free_port(), free_port()
+    head = subprocess.Popen(
+        [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
+         f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2",
+         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats",
+         "--include-dashboard=true", f"--dashboard-agent-listen-port={free_port()}"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        # Jobs run the cluster's own "python": here that of these tests.
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{dashboard}"
+    from ray.job_submission import JobSubmissionClient
+
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            JobSubmissionClient(address).list_jobs()
+            break
+        except Exception:
+            assert time.monotonic() < deadline and head.poll() is None, "no job server"
+            time.sleep(1)
+    yield address
+    head.terminate()
+    head.wait(timeout=60)
+    for name, value in held.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_submitted_run_is_followed_and_gives_the_bytes_of_a_local_one(
+    job_server, command, single_neurons, run_inline, tmp_path
+):
+    out, definition = tmp_path / "out", single_neurons(LAVA)
+    ended = command(
+        "submit", "--address", job_server, "--", "--agent_path", LAVA, "--definition_file",
+        definition, "--output_dir", out, "--num_actors", 1,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert "submitted to" in ended.err and "ended: succeeded" in ended.err
+    assert "complete" in ended.out
+    assert state_of(out) == state_of(run_inline(LAVA, definition, out=tmp_path / "local"))
+    assert raypatch.open_results(out).sweep["agent"]["loaded_as"].startswith("state dict")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_job_whose_input_is_bad_ends_with_the_runs_own_code(job_server, command, tmp_path):
+    (tmp_path / "d.json").write_text('[{"q_net.9": [1]}]')
+    ended = command(
+        "submit", "--address", job_server, "--", "--agent_path", LAVA, "--definition_file",
+        tmp_path / "d.json", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert ended.code == 2 and "unknown layer 'q_net.9'" in ended.err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_token_is_refused_with_where_tokens_come_from(job_server, single_neurons, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-m", "raypatch.cli", "submit", "--address", job_server, "--",
+         "--agent_path", str(LAVA), "--definition_file", str(single_neurons(LAVA)), "--output_dir",
+         str(tmp_path / "out")],
+        env={**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(16)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1 and "RAY_AUTH_TOKEN" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "output", "message", "code"),
+    [("http://127.0.0.1:1", "/tmp/out", "no job server answers", 1),
+     ("127.0.0.1:8265", "/tmp/out", "starts with http://", 2),
+     ("http://127.0.0.1:1", "out", "give a URI", 2)],
+)  # fmt: skip
+def test_what_cannot_be_submitted_is_one_line(
+    command, single_neurons, address, output, message, code
+):
+    ended = command(
+        "submit", "--address", address, "--", "--agent_path", LAVA, "--definition_file",
+        single_neurons(LAVA), "--output_dir", output,
+    )  # fmt: skip
+    assert ended.code == code and message in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
