@@ -98,7 +98,7 @@ def find_coalition(
         step = search.next_step(steps)
         if step is None:
             break
-        store.append_line(STEPS, step.line())
+        store.append_lines(STEPS, [step.line()])
         steps.append(step)
         neurons = [(done.layer, done.neuron) for done in steps]
         prefixes = [specification(neurons[: n + 1]) for n in range(len(neurons))]

@@ -473,19 +473,31 @@ class Job:
         events = self.backend.outcomes(
             spec, items, n_items, self.experiments_of, lambda: bool(self.interruption)
         )
-        for event in events:
-            if isinstance(event, Outcome):
-                verifier.check(event.samples)
-                for name, content in event.files.items():
-                    self.store.write(name, content)
-                self.store.append_line(layout.MANIFEST, event.receipt.line())
-                progress.update(experiments=event.receipt.last - event.receipt.first)
-            elif isinstance(event, Quarantined):
-                n_failures += 1
-                self._quarantine(event, n_failures)
-                progress.update(quarantined=n_failures)
-            else:
-                progress.update(actors=event.actors, retries=event.retries)
+        finished: list[layout.Receipt] = []
+
+        def commit() -> None:
+            """One flush for all that finished at a time: it takes longer than all else here."""
+            if finished:
+                self.store.append_lines(layout.MANIFEST, [receipt.line() for receipt in finished])
+                progress.update(experiments=sum(r.last - r.first for r in finished))
+                finished.clear()
+
+        try:
+            for event in events:
+                if isinstance(event, Outcome):
+                    verifier.check(event.samples)
+                    for name, content in event.files.items():
+                        self.store.write(name, content)
+                    finished.append(event.receipt)
+                elif isinstance(event, Quarantined):
+                    n_failures += 1
+                    self._quarantine(event, n_failures)
+                    progress.update(quarantined=n_failures)
+                else:
+                    commit()
+                    progress.update(actors=event.actors, retries=event.retries)
+        finally:
+            commit()
         if self.interruption and progress.done < progress.n_experiments:
             raise Interrupted(
                 f"interrupted; {progress.done + self.n_committed:,} experiments are committed in "
@@ -496,7 +508,7 @@ class Job:
     def _quarantine(self, event: Quarantined, n_failures: int) -> None:
         name = experiment_name(event.experiment, self.experiments[event.experiment])
         failure = layout.Failure(event.experiment, name, event.error, event.tries)
-        self.store.append_line(layout.FAILURES, failure.line())
+        self.store.append_lines(layout.FAILURES, [failure.line()])
         if n_failures > self.config.max_failures:
             raise RunError(
                 f"{n_failures} experiments failed every try, more than --max_failures "

@@ -7,6 +7,7 @@ drawn from an iterator, so a sweep of any length costs the same memory.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -105,6 +106,8 @@ class Dispatch(Generic[T]):
         self._actors: dict[int, _Actor[T]] = {}
         self._in_flight_per_actor = in_flight_per_actor
         self._max_tries = max_tries
+        self._free: list[tuple[int, int]] = []
+        self._n_in_flight = 0
         self._exhausted = False
         self._stopping = False
         self.retries = 0
@@ -116,7 +119,7 @@ class Dispatch(Generic[T]):
 
     @property
     def n_in_flight(self) -> int:
-        return sum(len(actor.in_flight) for actor in self._actors.values())
+        return self._n_in_flight
 
     @property
     def done(self) -> bool:
@@ -133,25 +136,50 @@ class Dispatch(Generic[T]):
         if actor in self._actors:
             raise ValueError(f"actor {actor} is in the pool already")
         self._actors[actor] = _Actor()
+        heapq.heappush(self._free, (0, actor))
 
     def sends(self) -> list[Send[T]]:
         """Draw and assign all that may be sent now, least busy actors first."""
         instructions: list[Send[T]] = []
-        while not self._stopping:
-            free = [
-                (len(actor.in_flight), number)
-                for number, actor in self._actors.items()
-                if len(actor.in_flight) < self._in_flight_per_actor
-            ]
-            if not free:
-                break
+        while not self._stopping and (number := self._least_busy()) is not None:
             task = self._draw()
             if task is None:
                 break
-            number = min(free)[1]
-            self._actors[number].in_flight.append(task)
+            self._load(number, task)
             instructions.append(Send(number, task.item, task.failures + 1, task.of is not None))
         return instructions
+
+    def _least_busy(self) -> int | None:
+        """The actor with the least in flight, the first of them; None where all are full.
+
+        A heap of (load, actor) in which entries that are out of date are passed over: with
+        thousands of actors a search through all of them would be most of the driver's time.
+        """
+        while self._free:
+            load, number = self._free[0]
+            actor = self._actors.get(number)
+            if actor is not None and len(actor.in_flight) == load < self._in_flight_per_actor:
+                return number
+            heapq.heappop(self._free)
+        return None
+
+    def _load(self, number: int, task: _Task[T]) -> None:
+        in_flight = self._actors[number].in_flight
+        in_flight.append(task)
+        self._n_in_flight += 1
+        heapq.heappush(self._free, (len(in_flight), number))
+
+    def _unload(self, number: int) -> _Task[T]:
+        in_flight = self._actors[number].in_flight
+        task = in_flight.popleft()
+        self._n_in_flight -= 1
+        heapq.heappush(self._free, (len(in_flight), number))
+        return task
+
+    def _remove(self, number: int) -> list[_Task[T]]:
+        held = list(self._actors.pop(number).in_flight)
+        self._n_in_flight -= len(held)
+        return held
 
     def _draw(self) -> _Task[T] | None:
         if self._again:
@@ -173,19 +201,19 @@ class Dispatch(Generic[T]):
 
     def item_completed(self, actor: int) -> T:
         """An actor finished its oldest item."""
-        task = self._actors[actor].in_flight.popleft()
+        task = self._unload(actor)
         if task.of is not None:
             self._piece_settled(task.of)
         return task.item
 
     def item_failed(self, actor: int) -> Failed[T] | None:
         """An actor's oldest item ended in an error; the actor itself lives."""
-        return self._charge(self._actors[actor].in_flight.popleft())
+        return self._charge(self._unload(actor))
 
     def actor_died(self, actor: int) -> Failed[T] | None:
         """An actor is gone: its items go back to the front, its head is charged."""
-        in_flight = self._actors.pop(actor).in_flight
-        self._again.extendleft(reversed(list(in_flight)[1:]))
+        in_flight = self._remove(actor)
+        self._again.extendleft(reversed(in_flight[1:]))
         return self._charge(in_flight[0]) if in_flight else None
 
     def actor_lost(self, actor: int) -> None:
@@ -193,7 +221,7 @@ class Dispatch(Generic[T]):
 
         Raises TooManyLosses past the budget.
         """
-        self._again.extendleft(reversed(self._actors.pop(actor).in_flight))
+        self._again.extendleft(reversed(self._remove(actor)))
         self.node_losses += 1
         if self.node_losses > MAX_NODE_LOSSES:
             raise TooManyLosses(f"{self.node_losses} actors were lost with their nodes")

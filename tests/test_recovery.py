@@ -277,16 +277,16 @@ def test_a_read_only_directory_is_refused_in_one_line(command, small, tmp_path):
 
 def test_a_line_appended_after_a_torn_one_does_not_join_it(tmp_path):
     place = store.open_store(tmp_path)
-    place.append_line("lines", "one")
+    place.append_lines("lines", ["one"])
     with (tmp_path / "lines").open("ab") as file:
         file.write(b"to")
-    place.append_line("lines", "two")
+    place.append_lines("lines", ["two"])
     assert (tmp_path / "lines").read_text() == "one\ntwo\n"
 
 
 def test_a_write_that_fails_leaves_no_half_line(tmp_path, monkeypatch):
     place = store.open_store(tmp_path)
-    place.append_line("lines", "one")
+    place.append_lines("lines", ["one"])
 
     def full(step):
         if step.endswith("half written"):
@@ -294,5 +294,5 @@ def test_a_write_that_fails_leaves_no_half_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(store, "on_step", full)
     with pytest.raises(raypatch.errors.RunError, match="free some space"):
-        place.append_line("lines", "two")
+        place.append_lines("lines", ["two"])
     assert (tmp_path / "lines").read_text() == "one\n"

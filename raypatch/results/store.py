@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,11 +61,11 @@ class Store(Protocol):
         """A file to write in pieces, which appears whole at the end."""
         yield
 
-    def append_line(self, name: str, line: str) -> None:
-        """Append one line; a torn line that a crash left before it is cut off."""
+    def append_lines(self, name: str, lines: Sequence[str]) -> None:
+        """Append lines, flushed once; a torn line that a crash left before them is cut off."""
 
     def flush(self) -> None:
-        """Make appended lines durable where :meth:`append_line` could not at once."""
+        """Make appended lines durable where :meth:`append_lines` could not at once."""
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -174,8 +174,8 @@ class DiskStore:
             finally:
                 _forgiving_unlink(partial)
 
-    def append_line(self, name: str, line: str) -> None:
-        content = line.encode() + b"\n"
+    def append_lines(self, name: str, lines: Sequence[str]) -> None:
+        content = "".join(f"{line}\n" for line in lines).encode()
         path = self.path(name)
         with _disk_errors(path), short_lock(self.root), path.open("a+b", buffering=0) as file:
             end = _cut_torn_line(file)
@@ -281,11 +281,11 @@ class RemoteStore:
             if not whole:
                 self._system.move(self._at(partial), self._at(name))
 
-    def append_line(self, name: str, line: str) -> None:
+    def append_lines(self, name: str, lines: Sequence[str]) -> None:
         if name not in self._lines:
             held = self.read(name) or b""
             self._lines[name] = bytearray(held[: held.rfind(b"\n") + 1])
-        self._lines[name] += line.encode() + b"\n"
+        self._lines[name] += "".join(f"{line}\n" for line in lines).encode()
         self._unsaved.add(name)
         if time.monotonic() >= self._next_put:
             self.flush()
