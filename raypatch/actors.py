@@ -246,6 +246,7 @@ class RayBackend:
         dispatch = Dispatch(items, halve=_halves, without=_without)
         watchdog = _Watchdog(self.options.watchdog_s)
         fleet = _Fleet(self._ray, self._actor_class, self._put(spec), self._early)
+        gauges = _Gauges()
         try:
             while not dispatch.done:
                 self._check_daemons()
@@ -259,6 +260,7 @@ class RayBackend:
                     if event.kind == "done":
                         dispatch.item_completed(event.actor)
                         if event.outcome is not None:
+                            gauges.note(event.outcome)
                             yield event.outcome
                     elif event.kind == "ready":
                         dispatch.add_actor(event.actor)
@@ -268,6 +270,7 @@ class RayBackend:
                         yield _verdict(failed, event.error)
                 for actor in watchdog.overdue(dispatch):
                     fleet.kill(actor)
+                gauges.show(dispatch)
                 yield Tick(
                     dispatch.n_actors,
                     dispatch.retries + dispatch.node_losses,
@@ -341,6 +344,27 @@ def _dead_daemons(ray: Any) -> list[str]:
     if node is None:
         return []
     return [str(name) for name, _ in node.dead_processes() if name in ("raylet", "gcs_server")]
+
+
+class _Gauges:
+    """What Ray's dashboard shows of a run: passes, rows, retries, items in flight."""
+
+    def __init__(self) -> None:
+        from ray.util import metrics
+
+        self._passes = metrics.Counter("raypatch_passes", "Patched forwards that are computed.")
+        self._rows = metrics.Counter("raypatch_rows", "Rows of shards.")
+        self._retries = metrics.Gauge("raypatch_retries", "Tries that failed, and lost actors.")
+        self._in_flight = metrics.Gauge("raypatch_items_in_flight", "Items sent, not answered.")
+
+    def note(self, outcome: Outcome) -> None:
+        if outcome.receipt.rows:
+            self._passes.inc(outcome.receipt.rows)
+            self._rows.inc(outcome.receipt.rows)
+
+    def show(self, dispatch: Dispatch[Item]) -> None:
+        self._retries.set(dispatch.retries + dispatch.node_losses)
+        self._in_flight.set(dispatch.n_in_flight)
 
 
 class _Watchdog:
