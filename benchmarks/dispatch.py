@@ -2,7 +2,8 @@
 worker: the same items computed and the same shards written.
 
 Each way runs on a Ray that stands already and actors that are set up already; what is timed is
-the work. Also inline against one actor, and one actor against two. Medians of interleaved runs.
+the work. Also inline against one actor, one actor against two, and two actors against two processes
+without any pool, which is what the machine has to give. Medians of interleaved runs.
 
     python benchmarks/dispatch.py [--experiments 200000] [--repeats 3]
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -167,6 +169,42 @@ def inline(case: Case) -> float:
     return seconds
 
 
+def two_processes(case: Case) -> float:
+    """What this machine gives to two workers with no pool at all: each half of the items."""
+    context = multiprocessing.get_context("spawn")
+    halves = [case.items[::2], case.items[1::2]]
+    ready, go = context.Barrier(3), context.Barrier(3)
+    workers = [
+        context.Process(
+            target=_work,
+            args=(
+                case.spec(f"alone{n}"),
+                half,
+                [case.job.experiments_of(i) for i in half],
+                ready,
+                go,
+            ),
+        )
+        for n, half in enumerate(halves)
+    ]
+    for worker in workers:
+        worker.start()
+    ready.wait()
+    go.wait()
+    started = time.perf_counter()
+    for worker in workers:
+        worker.join()
+    return time.perf_counter() - started
+
+
+def _work(spec: Any, items: list[Item], experiments: list[Any], ready: Any, go: Any) -> None:
+    worker = Worker(spec)
+    ready.wait()
+    go.wait()
+    for item, packed in zip(items, experiments):
+        worker.compute(item, packed, 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experiments", type=int, default=200_000)
@@ -181,6 +219,7 @@ def main() -> None:
         case = Case(Path(folder), options.experiments)
         ways: dict[str, Callable[[], float]] = {
             "inline, one thread": lambda: inline(case),
+            "two processes, no pool": lambda: two_processes(case),
             "raypatch, 1 actor": lambda: through_raypatch(case, 1),
             "raypatch, 2 actors": lambda: through_raypatch(case, 2),
             "ray.util.ActorPool, 2 actors": lambda: through_actor_pool(case, 2),
@@ -199,6 +238,10 @@ def main() -> None:
     print(json.dumps({
         "1 actor against inline": round(medians["inline, one thread"] / one, 3),
         "2 actors against 1": round(one / two, 3),
+        "2 processes against inline": round(
+            medians["inline, one thread"] / medians["two processes, no pool"], 3
+        ),
+        "2 actors against 2 processes": round(medians["two processes, no pool"] / two, 3),
         "against ActorPool": round(medians["ray.util.ActorPool, 2 actors"] / two, 3),
         "against Ray Data": round(medians["Ray Data map_batches, 2 actors"] / two, 3),
     }))  # fmt: skip
