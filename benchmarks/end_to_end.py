@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from engine import ROOT, agent_case, make_case
+from engine import agent_case, example_agents, make_case
 
 from raypatch.definitions import Experiments
 from raypatch.engine.patcher import Patcher
@@ -80,7 +80,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     cases = [make_case("dqn_mlp", "cpu")]
-    cases += [agent_case(path) for path in sorted((ROOT / "examples").iterdir()) if path.is_dir()]
+    cases += map(agent_case, example_agents())
     for case in cases:
         for save in schema.SAVE_MODES:
             with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder, torch.no_grad():

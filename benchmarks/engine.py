@@ -348,14 +348,19 @@ def show_savings(case: Case, repeats: int) -> None:
               f"{times['all savings'] / taken:8.2f}x")  # fmt: skip
 
 
+def example_agents() -> list[Path]:
+    """Directories of the example agents that have inputs beside them."""
+    return sorted(path.parent for path in (ROOT / "examples").glob("*/activation_inputs"))
+
+
 def agent_case(path: Path) -> Case:
     """An example agent as a Sequential of its own modules, on its own inputs."""
-    from raypatch.inputs import read_inputs
+    from raypatch.inputs import ObservationShape, read_inputs
 
     agent = load_agent(path)
     folder = path / "activation_inputs"
     paths = {side: folder / f"{side}_inputs.json" for side in ("clean", "corrupted")}
-    inputs = read_inputs(paths, agent.observation_shape)
+    inputs = read_inputs(paths, ObservationShape(agent.observation_shape))
     kinds = (nn.Linear, nn.ReLU, nn.Tanh)
     linear = [agent.network.get_submodule(name) for name in agent.layers]
     activation = next(m for m in agent.network.modules() if isinstance(m, kinds[1:]))
@@ -380,9 +385,7 @@ def main() -> None:
           f"{rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.0f} GB/s in cache")  # fmt: skip
     cases = [make_case(name, options.device) for name in options.networks.split(",") if name]
     if options.agents:
-        cases += [
-            agent_case(path) for path in sorted((ROOT / "examples").iterdir()) if path.is_dir()
-        ]
+        cases += map(agent_case, example_agents())
     with torch.no_grad():
         for case in cases:
             compare(case, options.repeats, rates)
