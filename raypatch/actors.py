@@ -205,8 +205,9 @@ class RayBackend:
         own = Path(__file__).parent
         modules = [
             module
-            for module in list(sys.modules.values())
-            if (file := getattr(module, "__file__", None))
+            for name, module in list(sys.modules.items())
+            if name != "__main__"  # travels by value as it is
+            and (file := getattr(module, "__file__", None))
             and any(folder in Path(file).parents for folder in folders)
             and own not in Path(file).parents
             and not {"site-packages", "dist-packages"}.intersection(Path(file).parts)

@@ -215,3 +215,16 @@ def test_an_agent_too_large_for_the_object_store_ends_with_what_to_do():
     backend._ray = SimpleNamespace(put=put, exceptions=SimpleNamespace(RayError=Full))
     with pytest.raises(RunError, match="larger object store"):
         backend._put(None)
+
+
+def test_the_command_runs_from_a_folder_that_its_own_script_lies_in(single_neurons, tmp_path):
+    # As with a virtual environment in the working directory.
+    script = tmp_path / "raypatch_script.py"
+    script.write_text("import sys\nfrom raypatch.cli import main\nsys.exit(main())\n")
+    words = arguments(LAVA, single_neurons(LAVA), tmp_path / "out", "--num_actors", 1, "--quiet")
+    ended = subprocess.run(
+        [sys.executable, str(script), *words], cwd=tmp_path, capture_output=True, text=True,
+        check=False, timeout=200,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert raypatch.open_results(tmp_path / "out").complete
