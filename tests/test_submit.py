@@ -44,21 +44,23 @@ def job_server():
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     )  # fmt: skip
     address = f"http://127.0.0.1:{dashboard}"
-    deadline = time.monotonic() + 60
-    while True:
-        request = urllib.request.Request(f"{address}/api/version")
-        request.add_header("Authorization", f"Bearer {token['RAY_AUTH_TOKEN']}")
-        try:
-            urllib.request.urlopen(request, timeout=5).read()
-            break
-        except OSError:
-            assert time.monotonic() < deadline and head.poll() is None, "no job server"
-            time.sleep(1)
-    yield address
-    head.terminate()
-    head.wait(timeout=60)
-    for name, value in held.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            request = urllib.request.Request(f"{address}/api/version")
+            request.add_header("Authorization", f"Bearer {token['RAY_AUTH_TOKEN']}")
+            try:
+                urllib.request.urlopen(request, timeout=5).read()
+                break
+            except OSError:
+                assert time.monotonic() < deadline and head.poll() is None, "no job server"
+                time.sleep(1)
+        yield address
+    finally:  # also where the server did not come up
+        head.terminate()
+        head.wait(timeout=60)
+        for name, value in held.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def submit(address, *words, **environment) -> subprocess.CompletedProcess:
