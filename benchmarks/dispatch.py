@@ -25,9 +25,10 @@ import ray
 from long_sweep import experiments, make_agent
 
 import raypatch
-from raypatch.actors import InlineBackend
+from raypatch.config import RunConfig
 from raypatch.definition_files import write_definition
-from raypatch.driver import Job, RunConfig
+from raypatch.driver import Job
+from raypatch.inline import InlineBackend
 from raypatch.interruption import Interruption
 from raypatch.results import layout
 from raypatch.worker import Item, Worker
@@ -97,13 +98,15 @@ class DataActor:
 
 def through_raypatch(case: Case, n_actors: int) -> float:
     """The pool's own loop, actors started first as in the other ways."""
-    from raypatch.actors import WorkerActor, _Fleet, _halves, _without
+    from raypatch.actors import WorkerActor
+    from raypatch.fleet import Fleet
+    from raypatch.inline import halves, without
     from raypatch.pool import Dispatch
 
     actor_class = ray.remote(num_cpus=1, max_restarts=0)(WorkerActor)
-    fleet = _Fleet(ray, actor_class, ray.put(case.spec(f"pool{n_actors}")), [])
+    fleet = Fleet(ray, actor_class, ray.put(case.spec(f"pool{n_actors}")), [])
     fleet.grow(n_actors)
-    dispatch: Dispatch[Item] = Dispatch(iter(case.items), halve=_halves, without=_without)
+    dispatch: Dispatch[Item] = Dispatch(iter(case.items), halve=halves, without=without)
     while dispatch.n_actors < n_actors:
         for event in fleet.events():
             dispatch.add_actor(event.actor)

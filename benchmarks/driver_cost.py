@@ -17,7 +17,9 @@ from pathlib import Path
 import ray
 from dispatch import Case
 
-from raypatch.actors import WorkerActor, _Fleet, _halves, _without
+from raypatch.actors import WorkerActor
+from raypatch.fleet import Fleet
+from raypatch.inline import halves, without
 from raypatch.pool import Dispatch
 from raypatch.results import layout
 from raypatch.results.store import open_store
@@ -34,10 +36,10 @@ def main() -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         case = Case(Path(folder), options.items)
-        fleet = _Fleet(ray, ray.remote(num_cpus=1)(WorkerActor), ray.put(case.spec("out")), [])
+        fleet = Fleet(ray, ray.remote(num_cpus=1)(WorkerActor), ray.put(case.spec("out")), [])
         fleet.grow(2)
         items = (Item(i, i, i + 1) for i in range(options.items))
-        dispatch: Dispatch[Item] = Dispatch(items, halve=_halves, without=_without)
+        dispatch: Dispatch[Item] = Dispatch(items, halve=halves, without=without)
         while dispatch.n_actors < 2:
             for event in fleet.events():
                 dispatch.add_actor(event.actor)

@@ -7,7 +7,6 @@ outcomes as they finish; what to send where is decided by :class:`raypatch.pool.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import sys
@@ -20,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
 from raypatch.errors import RaypatchError, RunError, one_line
-from raypatch.pool import Dispatch, Failed, Send, TooManyLosses
+from raypatch.fleet import Event, Fleet, Watchdog
+from raypatch.inline import Tick, halves, verdict, without
+from raypatch.pool import Dispatch, Failed, TooManyLosses
 
 if TYPE_CHECKING:
     from raypatch.shipping import Shipment
@@ -28,11 +29,8 @@ if TYPE_CHECKING:
 
 EARLY_ACTORS = 2
 OBJECT_STORE_BYTES = 256 << 20
-WAIT_S = 0.2
 # How often a cluster is asked whether it has grown.
 RESIZE_EVERY_S = 5.0
-# Actors that die while they start, one after another with none standing, before giving up.
-MAX_START_FAILURES = 5
 _QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -75,15 +73,6 @@ class PoolOptions:
     device: str = "auto"
     quiet: bool = True
     watchdog_s: float = 600.0
-
-
-@dataclass(frozen=True)
-class Tick:
-    """State of the pool, given between outcomes so that the driver can show and decide."""
-
-    actors: int
-    retries: int
-    in_flight: int
 
 
 class RayBackend:
@@ -244,9 +233,9 @@ class RayBackend:
         After ``stopping()`` is true nothing more is sent; what is in flight still comes.
         """
         self.wait_started()
-        dispatch = Dispatch(items, halve=_halves, without=_without)
-        watchdog = _Watchdog(self.options.watchdog_s)
-        fleet = _Fleet(self._ray, self._actor_class, self._put(spec), self._early)
+        dispatch = Dispatch(items, halve=halves, without=without)
+        watchdog = Watchdog(self.options.watchdog_s)
+        fleet = Fleet(self._ray, self._actor_class, self._put(spec), self._early)
         gauges = _Gauges()
         try:
             while not dispatch.done:
@@ -268,7 +257,7 @@ class RayBackend:
                     elif event.kind != "unstarted" and (
                         failed := self._failure_of(dispatch, event)
                     ):
-                        yield _verdict(failed, event.error)
+                        yield verdict(failed, event.error)
                 for actor in watchdog.overdue(dispatch):
                     fleet.kill(actor)
                 gauges.show(dispatch)
@@ -306,7 +295,7 @@ class RayBackend:
                 "to resume"
             )
 
-    def _failure_of(self, dispatch: Dispatch[Item], event: _Event) -> Failed[Item] | None:
+    def _failure_of(self, dispatch: Dispatch[Item], event: Event) -> Failed[Item] | None:
         """Tell the dispatch state what happened to an actor or its oldest item."""
         if event.kind == "failed":
             return dispatch.item_failed(event.actor)
@@ -317,26 +306,6 @@ class RayBackend:
                 raise RunError(f"{error}; run the same command again to resume") from None
             return None
         return dispatch.actor_died(event.actor)
-
-
-def _halves(item: Item) -> tuple[Item, Item] | None:
-    return item.halves()
-
-
-def _without(item: Item, pieces: list[Item]) -> Item:
-    return item.without(pieces)
-
-
-def _verdict(failed: Failed[Item], error: str) -> Quarantined:
-    """The experiment to quarantine; raises RunError where there is none to blame."""
-    if failed.hopeless:
-        raise RunError(
-            f"{failed.item} failed {failed.tries} times, though each of its experiments can be "
-            f"computed alone: {error}; run the same command again to resume"
-        )
-    from raypatch.worker import Quarantined
-
-    return Quarantined(failed.item.first, error, failed.tries)
 
 
 def _dead_daemons(ray: Any) -> list[str]:
@@ -366,235 +335,3 @@ class _Gauges:
     def show(self, dispatch: Dispatch[Item]) -> None:
         self._retries.set(dispatch.retries + dispatch.node_losses)
         self._in_flight.set(dispatch.n_in_flight)
-
-
-class _Watchdog:
-    """Actors whose oldest item has not been answered for too long."""
-
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self._since: dict[int, tuple[object, float]] = {}
-
-    def overdue(self, dispatch: Dispatch[Item]) -> list[int]:
-        """Actors to end now; each is named once an item. Clock: monotonic."""
-        now, found = time.monotonic(), []
-        busy = dispatch.busy_actors()
-        self._since = {actor: held for actor, held in self._since.items() if actor in busy}
-        for actor in busy:
-            head = dispatch.head(actor)
-            held = self._since.get(actor)
-            if held is None or held[0] != head:
-                self._since[actor] = (head, now)
-            elif now - held[1] > self._limit_s:
-                self._since[actor] = (head, float("inf"))
-                found.append(actor)
-        return found
-
-
-@dataclass(frozen=True)
-class _Event:
-    """What an actor did: ``ready``, or ``unstarted`` where it ended before; ``done`` with its
-    oldest item or ``failed`` it; ``died``, or was ``lost`` with its node."""
-
-    actor: int
-    kind: str
-    outcome: Outcome | None = None
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A reference being waited for; ``order`` is that of sending."""
-
-    actor: int
-    starting: bool
-    order: int
-
-
-class _Fleet:
-    """Actor handles and the references being waited for."""
-
-    def __init__(self, ray: Any, actor_class: Any, spec_ref: Any, early: list[Any]) -> None:
-        self._ray = ray
-        self._actor_class = actor_class
-        self._spec_ref = spec_ref
-        self._early = early
-        self._handles: dict[int, Any] = {}
-        self._pending: dict[Any, _Pending] = {}
-        self._numbers = itertools.count()
-        self._orders = itertools.count()
-        self._start_failures = 0
-
-    @property
-    def size(self) -> int:
-        """Actors that stand or are starting."""
-        return len(self._handles)
-
-    def grow(self, size: int) -> None:
-        """Start actors up to ``size``; each is ready when an event says so."""
-        while len(self._handles) < size:
-            number = next(self._numbers)
-            handle = self._early.pop() if self._early else self._actor_class.remote()
-            self._handles[number] = handle
-            self._wait_for(handle.setup.remote(self._spec_ref), number, starting=True)
-
-    def send(self, send: Send[Item], experiments: Experiments) -> None:
-        """Queue an item at an actor."""
-        handle = self._handles[send.actor]
-        reference = handle.compute.remote(send.item, experiments, send.tries, send.probe)
-        self._wait_for(reference, send.actor, starting=False)
-
-    def _wait_for(self, reference: Any, actor: int, *, starting: bool) -> None:
-        self._pending[reference] = _Pending(actor, starting, next(self._orders))
-
-    def events(self) -> list[_Event]:
-        """What happened; waits a fraction of a second for the first event."""
-        if not self._pending:
-            time.sleep(WAIT_S)
-            return []
-        waiting = list(self._pending)
-        ready, rest = self._ray.wait(waiting, num_returns=1, timeout=WAIT_S)
-        if ready and rest:
-            # What else has happened, without waiting for it.
-            ready += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-        found: list[_Event] = []
-        for reference in sorted(ready, key=lambda ready: self._pending[ready].order):
-            # An actor that died takes its later references with it.
-            if reference in self._pending:
-                found.append(self._event(reference, self._pending.pop(reference)))
-        return found
-
-    def _event(self, reference: Any, pending: _Pending) -> _Event:
-        exceptions, actor = self._ray.exceptions, pending.actor
-        try:
-            value = self._ray.get(reference)
-        except exceptions.RayTaskError as error:
-            cause = error.cause if error.cause is not None else error
-            if isinstance(cause, RaypatchError):
-                raise cause from None
-            if pending.starting:
-                raise RunError(f"an actor could not start: {one_line(cause)}") from None
-            if not _out_of_memory(cause):
-                return _Event(actor, "failed", error=one_line(cause))
-            # What it holds on to goes with its process; the item may fit into a fresh one.
-            self._drop(actor)
-            return _Event(actor, "died", error=one_line(cause))
-        except exceptions.RayError as error:
-            # Death, an actor out of reach, memory, a lost object: a fresh actor is what helps.
-            self._drop(actor)
-            if pending.starting:
-                self._note_start_failure(error)
-                return _Event(actor, "unstarted")
-            lost = getattr(error, "preempted", False) or _node_lost(error)
-            return _Event(actor, "lost" if lost else "died", error=_short_cause(error))
-        if pending.starting:
-            self._start_failures = 0
-            return _Event(actor, "ready")
-        return _Event(actor, "done", outcome=value)
-
-    def _note_start_failure(self, error: BaseException) -> None:
-        self._start_failures += 1
-        if self._start_failures >= MAX_START_FAILURES or "__init__" in str(error):
-            raise RunError(f"an actor could not start: {_short_cause(error)}") from None
-
-    def kill(self, actor: int) -> None:
-        """End an actor's process; an event says that it died."""
-        self._ray.kill(self._handles[actor])
-
-    def _drop(self, actor: int) -> None:
-        self.kill(actor)
-        del self._handles[actor]
-        self._pending = {r: p for r, p in self._pending.items() if p.actor != actor}
-
-    def close(self) -> None:
-        """End all actors."""
-        for handle in [*self._handles.values(), *self._early]:
-            self._ray.kill(handle)
-        self._handles, self._early = {}, []
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-
-
-def _node_lost(error: BaseException) -> bool:
-    """Whether Ray says that the actor went away with its node."""
-    words = ("node was terminated", "node has died", "node is dead", "node died", "node failed")
-    return any(word in str(error) for word in words)
-
-
-def _short_cause(error: BaseException) -> str:
-    """The line of Ray's long text that says why an actor is gone."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = ("cause", "memory", "exited", "died", "killed")
-    chosen = next((line for line in lines[1:] if any(w in line.lower() for w in telling)), "")
-    return (chosen or one_line(error))[:300]
-
-
-class InlineBackend:
-    """The same work in the driver's own process, with no Ray: same code, same bytes."""
-
-    name = "inline"
-
-    def __init__(self, device: str) -> None:
-        self._wanted = device
-        self.device = "cpu"
-
-    def __enter__(self) -> InlineBackend:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def packed(self, value: Any, folders: Sequence[Path]) -> Shipment:
-        """The value for a worker in this very process, which has all code at hand."""
-        from raypatch.shipping import pack
-
-        return pack(value)
-
-    def wait_started(self) -> None:
-        """Settle the device."""
-        import torch
-
-        available = torch.cuda.is_available()
-        if self._wanted == "cuda" and not available:
-            raise RunError("--device cuda: torch sees no GPU; use --device cpu")
-        self.device = "cuda" if available and self._wanted != "cpu" else "cpu"
-
-    def outcomes(
-        self,
-        spec: WorkerSpec,
-        items: Iterator[Item],
-        n_items: int,
-        experiments_of: Callable[[Item], Experiments],
-        stopping: Callable[[], bool],
-    ) -> Iterator[Outcome | Quarantined | Tick]:
-        """See :meth:`RayBackend.outcomes`; one item at a time."""
-        import torch
-
-        from raypatch.worker import Worker
-
-        n_threads = torch.get_num_threads()
-        dispatch = Dispatch(items, halve=_halves, without=_without, in_flight_per_actor=1)
-        dispatch.add_actor(0)
-        try:
-            worker = Worker(spec)
-            while not dispatch.done and not stopping():
-                for send in dispatch.sends():
-                    experiments = experiments_of(send.item)
-                    try:
-                        if send.probe:
-                            worker.probe(experiments)
-                        else:
-                            yield worker.compute(send.item, experiments, send.tries)
-                    except RaypatchError:
-                        raise
-                    except Exception as error:  # the agent's network may raise anything
-                        failed = dispatch.item_failed(0)
-                        if failed is not None:
-                            yield _verdict(failed, one_line(error))
-                    else:
-                        dispatch.item_completed(0)
-                yield Tick(1, dispatch.retries, dispatch.n_in_flight)
-        finally:
-            torch.set_num_threads(n_threads)

@@ -20,7 +20,7 @@ import torch
 from raypatch.agents import Agent, AgentOptions, load_agent
 from raypatch.agents.factories import importable
 from raypatch.errors import InputError, one_line
-from raypatch.inputs import SIDES
+from raypatch.inputs import INPUTS_FOLDER, SIDES
 
 CORRUPTIONS = ("other_state", "shuffle", "noise", "zero", "mean")
 # States visited for each pair that is kept, so that pairs are not neighbours in time.
@@ -67,7 +67,7 @@ def collect_pairs(
     if differing and not agent.discrete:
         raise InputError("--differing: needs discrete actions, and this agent's are continuous")
     corrupt = _corruption(corruption, Path(agent_path))
-    folder = Path(output_dir) if output_dir else Path(agent_path) / "activation_inputs"
+    folder = Path(output_dir) if output_dir else Path(agent_path) / INPUTS_FOLDER
     large = int(np.prod(agent.observation_shape)) > JSON_VALUES
     files = tuple(folder / f"{side}_inputs.{'npz' if large else 'json'}" for side in SIDES)
     there = next((f for f in files if f.exists()), None)

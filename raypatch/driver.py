@@ -8,13 +8,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raypatch.agents.agent import Agent, AgentOptions
+from raypatch.agents.agent import Agent
+from raypatch.config import RunConfig, check_config
 from raypatch.definition_files import read_definition
 from raypatch.definitions import (
     OUTPUT_LOGITS,
@@ -24,6 +25,7 @@ from raypatch.definitions import (
 )
 from raypatch.errors import InputError, Interrupted, RunError
 from raypatch.inputs import (
+    INPUTS_FOLDER,
     SIDES,
     Inputs,
     ObservationShape,
@@ -35,114 +37,21 @@ from raypatch.interruption import Interruption, signals_caught
 from raypatch.progress import Progress
 from raypatch.results import layout
 from raypatch.results.schema import (
-    COMPRESSIONS,
     DIRECTIONS,
     FORMAT_VERSION,
-    SAVE_MODES,
     TARGET_SIDE,
     Columns,
 )
 
 if TYPE_CHECKING:
-    from raypatch.actors import InlineBackend, RayBackend
+    from raypatch.actors import RayBackend
     from raypatch.engine.patcher import Patcher
+    from raypatch.inline import InlineBackend
     from raypatch.results.reader import Results
     from raypatch.shipping import Shipment
     from raypatch.sweep import Range
     from raypatch.verification import Verifier
     from raypatch.worker import Item, Quarantined, WorkerSpec
-
-INPUTS_FOLDER = "activation_inputs"
-DTYPES = ("float32", "float64")
-SOURCES = ("pair", "zero", "mean", "resample")
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Options of ``raypatch run``, under the names of the command line."""
-
-    agent_path: str
-    definition_file: str
-    output_dir: str
-    start_index: int = 0
-    end_index: int | None = None
-    clean_inputs: str | None = None
-    corrupted_inputs: str | None = None
-    input_ids: str | None = None
-    agent_file: str | None = None
-    agent_factory: str | None = None
-    agent_output: str | None = None
-    activation: str | None = None
-    trust_agent_code: bool = False
-    direction: str = "both"
-    source: str = "pair"
-    source_activations: str | None = None
-    seed: int = 0
-    metrics: str | None = None
-    save: str = "full"
-    compression: str = "lz4"
-    num_actors: int | None = None
-    gpus_per_actor: float = 1.0
-    device: str = "auto"
-    dtype: str = "float32"
-    batch_size: int | None = None
-    memory_per_actor: int = 4 << 30
-    address: str | None = None
-    backend: str = "ray"
-    verify: int = 8
-    max_failures: int = 100
-    watchdog_s: float = 600.0
-    overwrite: bool = False
-    quiet: bool = False
-    debug: bool = False
-
-    def agent_options(self) -> AgentOptions:
-        return AgentOptions(
-            self.agent_file,
-            self.agent_factory,
-            self.agent_output,
-            self.activation,
-            self.trust_agent_code,
-        )
-
-
-_CHOICES = {
-    "direction": ("both", *DIRECTIONS),
-    "source": SOURCES,
-    "save": SAVE_MODES,
-    "compression": COMPRESSIONS,
-    "dtype": DTYPES,
-    "backend": ("ray", "inline"),
-    "device": ("auto", "cpu", "cuda"),
-}
-_AT_LEAST = {
-    "num_actors": 1, "verify": 0, "max_failures": 0, "batch_size": 1,
-    "memory_per_actor": 1 << 20, "start_index": 0,
-}  # fmt: skip
-
-
-def check_config(config: RunConfig) -> None:
-    """Everything that can be refused without reading a file."""
-    for name, valid in _CHOICES.items():
-        value = getattr(config, name)
-        if value not in valid:
-            raise InputError(f"--{name}: {value!r} is not one of {', '.join(valid)}")
-    for name, least in _AT_LEAST.items():
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name}: {value} is below {least}")
-    for name in ("gpus_per_actor", "watchdog_s"):
-        if not getattr(config, name) > 0:
-            raise InputError(f"--{name}: {getattr(config, name)} is not above 0")
-    if config.source_activations is not None and config.direction == "both":
-        raise InputError(
-            "--source_activations holds the activations of one side: give --direction denoising "
-            "where they are those of the clean inputs, noising where of the corrupted ones"
-        )
-    for name in ("definition_file", "agent_path"):
-        place = getattr(config, name)
-        if "://" not in place and not Path(place).exists():
-            raise InputError(f"--{name} {place}: no such file or directory")
 
 
 def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = None) -> Results:
@@ -152,7 +61,8 @@ def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = No
     run fails, Interrupted after a signal; committed work is kept in every case.
     """
     check_config(config)
-    from raypatch.actors import InlineBackend, PoolOptions, RayBackend
+    from raypatch.actors import PoolOptions, RayBackend
+    from raypatch.inline import InlineBackend
 
     backend: RayBackend | InlineBackend
     if config.backend == "inline":

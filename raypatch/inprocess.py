@@ -18,11 +18,9 @@ from raypatch.agents import AgentOptions, load_agent
 from raypatch.definitions import Experiment
 from raypatch.engine.patcher import Patcher, PatchRun
 from raypatch.errors import InputError
-from raypatch.inputs import SIDES, ObservationShape, find_inputs, read_inputs
+from raypatch.inputs import INPUTS_FOLDER, SIDES, ObservationShape, find_inputs, read_inputs
 from raypatch.metrics import METRICS, Baselines, MetricTable, choose_metrics
 from raypatch.results.schema import DIRECTIONS, TARGET_SIDE
-
-INPUTS_FOLDER = "activation_inputs"
 
 
 class Bench:

@@ -20,6 +20,8 @@ import numpy as np
 from raypatch.errors import InputError
 
 SIDES = ("clean", "corrupted")
+# Where inputs lie beside an agent.
+INPUTS_FOLDER = "activation_inputs"
 SUFFIXES = (".json", ".npz", ".npy", ".arrow", ".parquet")
 UNREADABLE = (ValueError, OSError, KeyError, EOFError, RecursionError, zipfile.BadZipFile)
 
@@ -106,7 +108,10 @@ def read_inputs(
 def read_observations(path: Path) -> Mapping[str, Any]:
     """Observations by id as the file holds them, not checked yet."""
     if not path.is_file():
-        raise InputError(f"{path}: no such input file")
+        raise InputError(
+            f"{path}: no such input file; name one with --clean_inputs and --corrupted_inputs, or "
+            "make some with raypatch collect"
+        )
     reader = _READERS.get(path.suffix, _read_json)
     try:
         found = reader(path)

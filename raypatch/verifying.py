@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raypatch.actors import InlineBackend
-from raypatch.driver import Job, RunConfig
+from raypatch.config import RunConfig
+from raypatch.driver import Job
 from raypatch.errors import RunError
+from raypatch.inline import InlineBackend
 from raypatch.interruption import Interruption
 from raypatch.recovery import fault_of
 from raypatch.results import layout, tables

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
-from raypatch.errors import AgentError
-
-INPUTS = Path("activation_inputs") / "clean_inputs.json"
+from raypatch.errors import AgentError, InputError
+from raypatch.inputs import INPUTS_FOLDER, find_inputs, read_observations
 
 
 def trial_observation(network: nn.Module, directory: Path) -> torch.Tensor:
@@ -31,17 +30,15 @@ def trial_observation(network: nn.Module, directory: Path) -> torch.Tensor:
     tried = " and ".join(str(list(shape)) for shape in shapes) or "none"
     raise AgentError(
         f"{directory}: the observation's shape is unknown (tried: {tried}); put the inputs beside "
-        f"the agent as {INPUTS}, whose shapes are used"
+        f"the agent as {INPUTS_FOLDER}/clean_inputs.json (or .npz, ...), whose shapes are used"
     )
 
 
 def _input_shape(directory: Path) -> tuple[int, ...] | None:
     try:
-        content = json.loads((directory / INPUTS).read_text(encoding="utf-8"))
-        entry = next(iter(content.values()))
-        value = entry["input"] if isinstance(entry, dict) else entry
-        return tuple(torch.tensor(value).shape)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration):
+        observations = read_observations(find_inputs(directory / INPUTS_FOLDER, "clean"))
+        return tuple(np.asarray(next(iter(observations.values())), np.float32).shape)
+    except (InputError, TypeError, ValueError):
         return None
 
 

@@ -1,0 +1,123 @@
+"""status, verify, rank, export, report, plot: what a run has found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from raypatch.commands.options import AGENT_OPTIONS, open_run, with_options
+
+
+@click.command()
+@click.argument("output_dir")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def status(output_dir: str, as_json: bool) -> None:
+    """How far a run is; works while it runs."""
+    from raypatch.ending import show_status, status_of
+
+    facts = status_of(open_run(output_dir))
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        show_status(facts)
+
+
+@click.command()
+@click.argument("output_dir")
+@click.option("--sample", default=8, show_default=True, type=click.IntRange(0))
+@click.option("--seed", default=0, show_default=True, type=int, help="Of the sample.")
+@click.option("--agent_path", metavar="DIR", help="Where the agent is now, if it was moved.")
+@with_options(AGENT_OPTIONS)
+def verify(output_dir: str, **given: Any) -> None:
+    """Re-read every part of a run, and compute a random sample of it again."""
+    from raypatch.verifying import verify_run
+
+    found = verify_run(output_dir, **given)
+    click.echo(
+        f"{found.parts:,} parts in {found.files:,} files are as committed; "
+        f"{found.experiments_recomputed} experiments computed again agree, largest difference "
+        f"from the float64 reference {found.largest_difference:.1e}"
+    )
+
+
+@click.command()
+@click.argument("output_dir")
+@click.option("--metric", default="kl_divergence", show_default=True)
+@click.option("--statistic", default="mean", show_default=True, help="mean, std, min or max.")
+@click.option("--direction", default="both", show_default=True, help="Or one of the two.")
+@click.option(
+    "--combine", default="average", show_default=True, help="Both directions: average or maximum."
+)
+@click.option("--top", default=10, show_default=True, type=click.IntRange(1))
+@click.option("--bottom", is_flag=True, help="The weakest first.")
+@click.option("--layer", help="Only experiments that patch this layer.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")
+def rank(output_dir: str, metric: str, as_json: bool, as_csv: bool, **options: Any) -> None:
+    """The experiments that move the outputs most, and how sure that is."""
+    rows = open_run(output_dir).rank(metric, bootstrap=True, **options)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    elif as_csv:
+        _echo_csv(rows)
+    else:
+        from raypatch.ending import show_ranking
+
+        show_ranking(rows, metric, options["statistic"])
+
+
+def _echo_csv(rows: list[dict[str, Any]]) -> None:
+    import csv
+
+    writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+@click.command()
+@click.argument("output_dir")
+@click.option("--format", "form", required=True, type=click.Choice(["json", "parquet", "csv"]))
+@click.option(
+    "--by",
+    type=click.Choice(["experiment", "input"]),
+    default="experiment",
+    show_default=True,
+    help="json: one file an experiment, or an input.",
+)
+@click.option("--output", required=True, metavar="PATH", help="A new directory.")
+def export(output_dir: str, form: str, by: str, output: str) -> None:
+    """Results as Parquet, CSV, or JSON in the original tool's layouts."""
+    from raypatch.exporting import export as write
+
+    click.echo(f"written to {write(open_run(output_dir), form, by, output)}")
+
+
+@click.command()
+@click.argument("output_dir")
+@click.option("--output", metavar="FILE", help="Default: <name>_report.html here.")
+@click.option("--screen", metavar="FILE", help="Estimates of raypatch screen, to compare.")
+def report(output_dir: str, output: str | None, screen: str | None) -> None:
+    """One self-contained HTML page: heat maps, distributions, the strongest neurons."""
+    from raypatch.reporting.page import write_report
+
+    results = open_run(output_dir)
+    target = output or f"{output_dir.rstrip('/').rpartition('/')[2]}_report.html"
+    click.echo(f"written to {write_report(results, target, screen)}")
+
+
+@click.command()
+@click.argument("output_dir")
+@click.option("--metric", default="kl_divergence", show_default=True)
+@click.option("--output", default="plots", show_default=True, metavar="DIR")
+@click.option(
+    "--format", "form", type=click.Choice(["png", "svg", "pdf"]), default="png", show_default=True
+)
+def plot(output_dir: str, metric: str, output: str, form: str) -> None:
+    """Figures for papers: heat maps, distributions by layer, denoising against noising."""
+    from raypatch.reporting.figures import write_figures
+
+    for path in write_figures(open_run(output_dir), metric, output, form):
+        click.echo(f"written to {path}")

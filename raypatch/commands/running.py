@@ -1,0 +1,189 @@
+"""generate, run, submit: from an agent to committed results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from raypatch.commands.options import AGENT_OPTIONS, SETTINGS, open_run, with_options
+from raypatch.definitions import DEFAULT_GROUP_SIZE, KINDS
+from raypatch.errors import InputError, RaypatchError
+
+FINISHED_WITH_FAILURES = 3
+
+
+@click.command()
+@click.option("--type", "kind", required=True, type=click.Choice(KINDS), help="Kind of definition.")
+@click.option("--agent_path", metavar="DIR", help="Agent whose layers are read.")
+@click.option(
+    "--layer_structure", metavar="JSON|FILE", help="Layers and sizes; goes before the agent."
+)
+@click.option("--group_size", default=DEFAULT_GROUP_SIZE, show_default=True, type=int)
+@click.option("--custom_spec", metavar="JSON|FILE", help="Experiments of --type custom.")
+@click.option("--output", metavar="FILE", help="Default: Definitions/<type>_experiment.json")
+@click.option(
+    "--include_output_logits/--exclude_output_logits",
+    default=True,
+    show_default=True,
+    help="Experiments that patch the outputs themselves.",
+)
+@click.option("--strict", is_flag=True, help="An agent that cannot be read is an error.")
+@with_options(AGENT_OPTIONS)
+def generate(**given: Any) -> None:
+    """Write a definition: which neurons are patched together, experiment by experiment."""
+    from raypatch.generating import generate_definition
+
+    path, count = generate_definition(**given)
+    click.echo(f"{count:,} {given['kind']} experiments written to {path}")
+
+
+# ----------------------------------------------------------------------------------- run
+
+
+RUN_OPTIONS = [
+    click.option("--agent_path", metavar="DIR", help="Directory of the trained agent."),
+    click.option("--definition_file", metavar="FILE", help="What to patch; see generate."),
+    click.option("--output_dir", metavar="DIR", help="Where results go; resumes a run there."),
+    click.option("--start_index", type=int, help="First experiment.  [default: 0]"),
+    click.option("--end_index", type=int, help="One past the last experiment.  [default: all]"),
+    click.option(
+        "--additional_args",
+        metavar="ARGS",
+        help='Further options, as in "--save=metrics,--seed=1".',
+    ),
+    click.option("--clean_inputs", metavar="FILE", help="Default: in the agent's directory."),
+    click.option("--corrupted_inputs", metavar="FILE", help="Default: in the agent's directory."),
+    click.option("--input_ids", metavar="A,B", help="Only these pairs."),
+    *AGENT_OPTIONS,
+    click.option(
+        "--direction", metavar="WHICH", help="both, denoising or noising.  [default: both]"
+    ),
+    click.option("--source", metavar="KIND", help="pair, zero, mean or resample.  [default: pair]"),
+    click.option(
+        "--source_activations", metavar="FILE", help="Recorded source values, <id>_<layer>.npz."
+    ),
+    click.option("--seed", type=int, help="Of resampling and verification.  [default: 0]"),
+    click.option("--metrics", metavar="LIST", help="all, or names with commas; see docs."),
+    click.option("--save", metavar="MODE", help="full, metrics or summary.  [default: full]"),
+    click.option("--compression", metavar="KIND", help="none, lz4 or zstd.  [default: lz4]"),
+    click.option("--num_actors", type=int, help="Default: one a GPU, else one a core."),
+    click.option("--gpus_per_actor", type=float, help="May be a fraction.  [default: 1]"),
+    click.option("--device", metavar="D", help="auto, cpu or cuda.  [default: auto]"),
+    click.option("--dtype", metavar="T", help="float32 or float64.  [default: float32]"),
+    click.option("--batch_size", metavar="auto|N", help="Passes in a batch.  [default: auto]"),
+    click.option("--memory_per_actor", metavar="SIZE", help="As 512M or 4G.  [default: 4G]"),
+    click.option("--address", metavar="ADDRESS", help="A Ray cluster.  [default: a local Ray]"),
+    click.option("--backend", metavar="B", help="ray, or inline without Ray.  [default: ray]"),
+    click.option("--verify", type=int, help="Experiments re-checked.  [default: 8]"),
+    click.option(
+        "--max_failures", type=int, help="Quarantined experiments to bear.  [default: 100]"
+    ),
+    click.option("--watchdog_s", type=float, help="Longest wait for an item.  [default: 600]"),
+    click.option("--overwrite", is_flag=True, default=None, help="Replace another sweep there."),
+    click.option("--quiet", is_flag=True, default=None, help="Only errors."),
+    click.option("--debug", is_flag=True, default=None, help="Ray's logs, and tracebacks."),
+]
+
+
+@click.command()
+@with_options(RUN_OPTIONS)
+def run(**given: Any) -> None:
+    """Patch every experiment of a definition into every pair; resumes where it stopped."""
+    options = run_options(given)
+    from raypatch.config import RunConfig
+    from raypatch.driver import run_config
+
+    config = RunConfig(**options)
+    echo = None if config.quiet else lambda text: click.echo(text, err=True)
+    results = run_config(config, on_start=echo)
+    if not config.quiet:
+        from raypatch.ending import show_ending
+
+        show_ending(results)
+    if results.failures:
+        click.get_current_context().exit(FINISHED_WITH_FAILURES)
+
+
+def run_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Options the user really gave, ``--additional_args`` taken apart, values converted."""
+    extra = given.pop("additional_args", None)
+    options = {name: value for name, value in given.items() if value is not None}
+    if extra:
+        parser = run.make_parser(click.Context(run, **SETTINGS))  # type: ignore[arg-type]
+        words = [word.strip() for word in extra.split(",") if word.strip()]
+        # A word without dashes belongs to the list before it: --metrics=a,b
+        joined: list[str] = []
+        for word in words:
+            if word.startswith("-") or not joined:
+                joined.append(word)
+            else:
+                joined[-1] += f",{word}"
+        context = click.Context(run, **SETTINGS)  # type: ignore[arg-type]
+        try:
+            parsed, rest, _ = parser.parse_args(args=joined)
+            if rest:
+                raise InputError(f"--additional_args: {rest[0]!r} is no option; write --name=value")
+            for parameter in run.params:
+                if parameter.name in parsed:
+                    value = parameter.type_cast_value(context, parsed[parameter.name])
+                    options[str(parameter.name)] = value
+        except click.ClickException as error:
+            raise InputError(f"--additional_args: {error.format_message()}") from None
+    for name in ("agent_path", "definition_file", "output_dir"):
+        if name not in options:
+            raise InputError(f"--{name} is missing; see raypatch run --help")
+    if options.get("batch_size") == "auto":
+        del options["batch_size"]
+    if "batch_size" in options:
+        options["batch_size"] = _whole(options["batch_size"], "--batch_size", "auto or a number")
+    if "memory_per_actor" in options:
+        options["memory_per_actor"] = _bytes(options["memory_per_actor"])
+    return options
+
+
+def _whole(text: str, option: str, valid: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{option}: {text!r} is not {valid}") from None
+
+
+def _bytes(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number = text.upper().removesuffix("B").removesuffix("I")
+    unit = units.get(number[-1:], 1)
+    try:
+        return int(float(number.rstrip("KMGT")) * unit)
+    except ValueError:
+        raise InputError(f"--memory_per_actor: {text!r} is not a size like 512M or 4G") from None
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--address", required=True, metavar="URL", help="As http://127.0.0.1:8265.")
+@click.option("--no_wait", is_flag=True, help="Do not follow the job.")
+@click.argument("run_words", nargs=-1, type=click.UNPROCESSED, metavar="-- RUN OPTIONS")
+def submit(address: str, no_wait: bool, run_words: tuple[str, ...]) -> None:
+    """The same run as a job on a Ray cluster: raypatch submit --address URL -- RUN OPTIONS."""
+    given = run.make_context("run", list(run_words)).params
+    run_options(dict(given))  # refuses what run would refuse
+    from raypatch.submitting import submit as send
+
+    options = {name: value for name, value in given.items() if value not in (None, False)}
+    done = send(address, options, wait=not no_wait, say=lambda text: click.echo(text, err=True))
+    if done.exit_code is not None:
+        _say_outcome(str(options["output_dir"]))
+        click.get_current_context().exit(done.exit_code)
+    click.echo(done.job_id)
+
+
+def _say_outcome(output_dir: str) -> None:
+    """How far the sweep is, by its own directory, where this machine sees it."""
+    from raypatch.ending import show_status, status_of
+
+    try:
+        facts = status_of(open_run(output_dir))
+    except RaypatchError:
+        click.echo(f"{output_dir} cannot be seen from here; the job's log has its ending", err=True)
+        return
+    show_status(facts)

@@ -1,0 +1,101 @@
+"""Options of ``raypatch run``, and what of them can be refused without reading a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from raypatch.agents.agent import AgentOptions
+from raypatch.errors import InputError
+from raypatch.results.schema import COMPRESSIONS, DIRECTIONS, SAVE_MODES
+
+DTYPES = ("float32", "float64")
+SOURCES = ("pair", "zero", "mean", "resample")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Options of ``raypatch run``, under the names of the command line."""
+
+    agent_path: str
+    definition_file: str
+    output_dir: str
+    start_index: int = 0
+    end_index: int | None = None
+    clean_inputs: str | None = None
+    corrupted_inputs: str | None = None
+    input_ids: str | None = None
+    agent_file: str | None = None
+    agent_factory: str | None = None
+    agent_output: str | None = None
+    activation: str | None = None
+    trust_agent_code: bool = False
+    direction: str = "both"
+    source: str = "pair"
+    source_activations: str | None = None
+    seed: int = 0
+    metrics: str | None = None
+    save: str = "full"
+    compression: str = "lz4"
+    num_actors: int | None = None
+    gpus_per_actor: float = 1.0
+    device: str = "auto"
+    dtype: str = "float32"
+    batch_size: int | None = None
+    memory_per_actor: int = 4 << 30
+    address: str | None = None
+    backend: str = "ray"
+    verify: int = 8
+    max_failures: int = 100
+    watchdog_s: float = 600.0
+    overwrite: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+    def agent_options(self) -> AgentOptions:
+        return AgentOptions(
+            self.agent_file,
+            self.agent_factory,
+            self.agent_output,
+            self.activation,
+            self.trust_agent_code,
+        )
+
+
+_CHOICES = {
+    "direction": ("both", *DIRECTIONS),
+    "source": SOURCES,
+    "save": SAVE_MODES,
+    "compression": COMPRESSIONS,
+    "dtype": DTYPES,
+    "backend": ("ray", "inline"),
+    "device": ("auto", "cpu", "cuda"),
+}
+_AT_LEAST = {
+    "num_actors": 1, "verify": 0, "max_failures": 0, "batch_size": 1,
+    "memory_per_actor": 1 << 20, "start_index": 0,
+}  # fmt: skip
+
+
+def check_config(config: RunConfig) -> None:
+    """Everything that can be refused without reading a file."""
+    for name, valid in _CHOICES.items():
+        value = getattr(config, name)
+        if value not in valid:
+            raise InputError(f"--{name}: {value!r} is not one of {', '.join(valid)}")
+    for name, least in _AT_LEAST.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name}: {value} is below {least}")
+    for name in ("gpus_per_actor", "watchdog_s"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"--{name}: {getattr(config, name)} is not above 0")
+    if config.source_activations is not None and config.direction == "both":
+        raise InputError(
+            "--source_activations holds the activations of one side: give --direction denoising "
+            "where they are those of the clean inputs, noising where of the corrupted ones"
+        )
+    for name in ("definition_file", "agent_path"):
+        place = getattr(config, name)
+        if "://" not in place and not Path(place).exists():
+            raise InputError(f"--{name} {place}: no such file or directory")

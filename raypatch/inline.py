@@ -1,0 +1,114 @@
+"""The work of a run in the driver's own process, and what it shares with the pool of actors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raypatch.definitions import Experiments
+from raypatch.errors import RaypatchError, RunError, one_line
+from raypatch.pool import Dispatch, Failed
+
+if TYPE_CHECKING:
+    from raypatch.shipping import Shipment
+    from raypatch.worker import Item, Outcome, Quarantined, WorkerSpec
+
+
+@dataclass(frozen=True)
+class Tick:
+    """State of the pool, given between outcomes so that the driver can show and decide."""
+
+    actors: int
+    retries: int
+    in_flight: int
+
+
+def halves(item: Item) -> tuple[Item, Item] | None:
+    return item.halves()
+
+
+def without(item: Item, pieces: list[Item]) -> Item:
+    return item.without(pieces)
+
+
+def verdict(failed: Failed[Item], error: str) -> Quarantined:
+    """The experiment to quarantine; raises RunError where there is none to blame."""
+    if failed.hopeless:
+        raise RunError(
+            f"{failed.item} failed {failed.tries} times, though each of its experiments can be "
+            f"computed alone: {error}; run the same command again to resume"
+        )
+    from raypatch.worker import Quarantined
+
+    return Quarantined(failed.item.first, error, failed.tries)
+
+
+class InlineBackend:
+    """The same work in the driver's own process, with no Ray: same code, same bytes."""
+
+    name = "inline"
+
+    def __init__(self, device: str) -> None:
+        self._wanted = device
+        self.device = "cpu"
+
+    def __enter__(self) -> InlineBackend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def packed(self, value: Any, folders: Sequence[Path]) -> Shipment:
+        """The value for a worker in this very process, which has all code at hand."""
+        from raypatch.shipping import pack
+
+        return pack(value)
+
+    def wait_started(self) -> None:
+        """Settle the device."""
+        import torch
+
+        available = torch.cuda.is_available()
+        if self._wanted == "cuda" and not available:
+            raise RunError("--device cuda: torch sees no GPU; use --device cpu")
+        self.device = "cuda" if available and self._wanted != "cpu" else "cpu"
+
+    def outcomes(
+        self,
+        spec: WorkerSpec,
+        items: Iterator[Item],
+        n_items: int,
+        experiments_of: Callable[[Item], Experiments],
+        stopping: Callable[[], bool],
+    ) -> Iterator[Outcome | Quarantined | Tick]:
+        """See :meth:`RayBackend.outcomes`; one item at a time."""
+        import torch
+
+        from raypatch.worker import Worker
+
+        n_threads = torch.get_num_threads()
+        dispatch = Dispatch(items, halve=halves, without=without, in_flight_per_actor=1)
+        dispatch.add_actor(0)
+        try:
+            worker = Worker(spec)
+            while not dispatch.done and not stopping():
+                for send in dispatch.sends():
+                    experiments = experiments_of(send.item)
+                    try:
+                        if send.probe:
+                            worker.probe(experiments)
+                        else:
+                            yield worker.compute(send.item, experiments, send.tries)
+                    except RaypatchError:
+                        raise
+                    except Exception as error:  # the agent's network may raise anything
+                        failed = dispatch.item_failed(0)
+                        if failed is not None:
+                            yield verdict(failed, one_line(error))
+                    else:
+                        dispatch.item_completed(0)
+                yield Tick(1, dispatch.retries, dispatch.n_in_flight)
+        finally:
+            torch.set_num_threads(n_threads)
