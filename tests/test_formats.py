@@ -73,7 +73,7 @@ def cleanrl(folder):
     return agent_code.Agent()
 
 
-def same_outputs(agent, module, shape, n=9):
+def assert_same_outputs(agent, module, shape, n=9):
     x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(agent.network(x), module(x), rtol=1e-5, atol=1e-6)
@@ -88,14 +88,14 @@ def test_a_cleanrl_agent_by_factory_and_output(folder, cleanrl):
     torch.save(cleanrl.state_dict(), folder / "agent.pt")
     agent = raypatch.load_agent(folder, agent_factory="agent_code:build", agent_output="actor")
     assert list(agent.layers) == ["0", "2", "4"]
-    same_outputs(agent, cleanrl.actor, (4,))
+    assert_same_outputs(agent, cleanrl.actor, (4,))
 
 
 def test_a_cleanrl_state_dict_needs_no_code_with_an_activation(folder, cleanrl):
     torch.save(cleanrl.state_dict(), folder / "agent.pt")
     agent = raypatch.load_agent(folder, activation="tanh", agent_output="actor")
     assert list(agent.layers) == ["0", "2", "4"]
-    same_outputs(agent, cleanrl.actor, (4,))
+    assert_same_outputs(agent, cleanrl.actor, (4,))
 
 
 def test_the_manifest_says_the_same_as_the_options(folder, cleanrl):
@@ -103,7 +103,7 @@ def test_the_manifest_says_the_same_as_the_options(folder, cleanrl):
     (folder / "agent.json").write_text(
         json.dumps({"file": "weights.pth", "activation": "tanh", "output": "actor"})
     )
-    same_outputs(raypatch.load_agent(folder), cleanrl.actor, (4,))
+    assert_same_outputs(raypatch.load_agent(folder), cleanrl.actor, (4,))
 
 
 def test_a_factory_in_a_manifest_needs_consent(folder, cleanrl):
@@ -113,7 +113,7 @@ def test_a_factory_in_a_manifest_needs_consent(folder, cleanrl):
     with pytest.raises(AgentError, match="--trust_agent_code"):
         raypatch.load_agent(folder)
     agent = raypatch.load_agent(folder, trust_agent_code=True)
-    same_outputs(agent, cleanrl.actor, (4,))
+    assert_same_outputs(agent, cleanrl.actor, (4,))
 
 
 def test_a_module_without_forward_asks_for_its_output_and_names_the_parts(folder, cleanrl):
@@ -142,7 +142,7 @@ def test_safetensors_are_read_in_the_order_of_their_layers_numbers(tmp_path):
     save_file(module.state_dict(), tmp_path / "policy.safetensors")
     agent = raypatch.load_agent(tmp_path, activation="relu")
     assert list(agent.layers) == [str(2 * i) for i in range(12)]
-    same_outputs(agent, module, (6,))
+    assert_same_outputs(agent, module, (6,))
 
 
 def test_an_image_network_by_factory_takes_its_shape_from_the_inputs(folder):
@@ -157,7 +157,7 @@ def test_an_image_network_by_factory_takes_its_shape_from_the_inputs(folder):
     inputs = {"a": {"input": np.zeros((1, 4, 4)).tolist()}}
     (folder / "activation_inputs" / "clean_inputs.json").write_text(json.dumps(inputs))
     agent = raypatch.load_agent(folder, agent_factory="agent_code:dueling")
-    same_outputs(agent, module, (1, 4, 4))
+    assert_same_outputs(agent, module, (1, 4, 4))
 
 
 def exported(module, obs, path):
@@ -173,7 +173,7 @@ def test_an_exported_program_runs_as_it_is_with_its_layers_names(folder):
     exported(module, torch.randn(2, 1, 4, 4), folder / "agent.pt2")
     agent = raypatch.load_agent(folder)
     assert list(agent.layers) == ["body.0", "advantage", "value"]
-    found, x = same_outputs(agent, module, (1, 4, 4))
+    found, x = assert_same_outputs(agent, module, (1, 4, 4))
     truth = reference_outputs(module, [{"body.0": [0]}], x[:4], x[4:8])
     np.testing.assert_allclose(found[:1], truth, atol=1e-5)
 
@@ -203,7 +203,7 @@ def test_a_scripted_and_a_traced_chain_are_rebuilt(tmp_path, cleanrl):
         script.save(path / "policy.ts")
         agent = raypatch.load_agent(path)
         assert list(agent.layers) == ["0", "2", "4"]
-        same_outputs(agent, cleanrl.actor, (4,))
+        assert_same_outputs(agent, cleanrl.actor, (4,))
 
 
 def test_the_example_agents_script_equals_its_state_dict(tmp_path):
@@ -212,7 +212,7 @@ def test_the_example_agents_script_equals_its_state_dict(tmp_path):
     (path / "q_net.pt").write_bytes((LAVA / "q_net.ts").read_bytes())  # by content, not suffix
     agent, other = raypatch.load_agent(path), raypatch.load_agent(LAVA)
     assert list(agent.layers) == list(other.layers)
-    same_outputs(agent, other.network, (151,))
+    assert_same_outputs(agent, other.network, (151,))
 
 
 def test_a_script_whose_layers_do_not_follow_one_another_points_to_export(tmp_path, folder):
@@ -244,7 +244,7 @@ def test_a_pickled_module_needs_consent(folder, cleanrl):
     with pytest.raises(AgentError, match="--trust_agent_code"):
         raypatch.load_agent(folder)
     agent = raypatch.load_agent(folder, trust_agent_code=True, agent_output="actor")
-    same_outputs(agent, cleanrl.actor, (4,))
+    assert_same_outputs(agent, cleanrl.actor, (4,))
 
 
 def test_several_files_of_one_kind_are_listed_and_chosen_by_option(folder, cleanrl):
@@ -271,7 +271,7 @@ def test_inspect_writes_a_manifest_that_loads_the_same(folder, cleanrl, command)
     assert json.loads((folder / "agent.json").read_text()) == {
         "file": "weights.pt", "activation": "tanh", "output": "actor",
     }  # fmt: skip
-    same_outputs(raypatch.load_agent(folder), cleanrl.actor, (4,))
+    assert_same_outputs(raypatch.load_agent(folder), cleanrl.actor, (4,))
     again = command("inspect", folder, "--write_manifest")
     assert again.code == 2 and "exists already" in again.err
 

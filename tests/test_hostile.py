@@ -38,10 +38,19 @@ class Payload:
 
 @pytest.fixture
 def flag(tmp_path):
-    """A file that exists only if something was executed."""
+    """A file that exists only if something was executed; looked for again at the end."""
     path = tmp_path / "executed"
     yield path
     assert not path.exists()
+
+
+def test_the_payload_does_harm_where_it_is_unpickled(tmp_path):
+    for name, protocol in (("one", 0), ("two", 4)):
+        pickle.loads(pickle.dumps(Payload(tmp_path / name), protocol))
+        assert (tmp_path / name).exists()
+    torch.save(Payload(tmp_path / "three"), tmp_path / "file")
+    torch.load(tmp_path / "file", weights_only=False)
+    assert (tmp_path / "three").exists()
 
 
 def repacked(source: Path, target: Path, changes: dict[str, bytes], **kwargs) -> Path:
@@ -61,7 +70,7 @@ def folder(tmp_path):
     return path
 
 
-def refused(folder, match="", **options) -> str:
+def assert_refused(folder, match="", **options) -> str:
     with pytest.raises(AgentError, match=match) as caught:
         raypatch.load_agent(folder, **options)
     text = str(caught.value)
@@ -85,9 +94,10 @@ def test_a_payload_in_any_member_of_an_sb3_zip_never_runs(folder, flag, member, 
         pickle.dump(Payload(flag), stream)
     repacked(CARTPOLE / "agent.zip", folder / "agent.zip", {member: stream.getvalue()})
     if member in ("data", "policy.pth"):
-        refused(folder)
+        assert_refused(folder)
     else:  # nothing else is read
         raypatch.load_agent(folder)
+    assert not flag.exists()
 
 
 @pytest.mark.parametrize(
@@ -100,9 +110,10 @@ def test_a_payload_in_any_serialised_value_of_data_never_runs(folder, flag, key)
     data[key] = {**entry, ":serialized:": payload}
     repacked(CARTPOLE / "agent.zip", folder / "agent.zip", {"data": json.dumps(data).encode()})
     if key == "policy_class":
-        refused(folder)
+        assert_refused(folder)
     else:
         raypatch.load_agent(folder)
+    assert not flag.exists()
 
 
 @pytest.mark.parametrize("suffix", ["pt", "pth"])
@@ -110,15 +121,17 @@ def test_a_payload_in_any_serialised_value_of_data_never_runs(folder, flag, key)
 def test_a_payload_in_a_torch_file_never_runs(folder, flag, suffix, legacy):
     content = {"0.weight": torch.zeros(2, 2), "x": Payload(flag)}
     torch.save(content, folder / f"a.{suffix}", _use_new_zipfile_serialization=not legacy)
-    refused(folder, "pickled objects|not a readable", activation="relu")
+    assert_refused(folder, "pickled objects|not a readable", activation="relu")
+    assert not flag.exists()
 
 
 def test_a_bare_pickle_under_any_suffix_never_runs(folder, flag):
     for suffix in ("pt", "pth", "ts", "pt2", "zip", "safetensors"):
         path = folder / f"a.{suffix}"
         path.write_bytes(pickle.dumps(Payload(flag)))
-        refused(folder, activation="relu")
+        assert_refused(folder, activation="relu")
         path.unlink()
+    assert not flag.exists()
 
 
 def exported(path):
@@ -140,7 +153,8 @@ def test_a_payload_in_any_member_of_an_exported_program_never_runs(folder, flag,
             pickle.dumps(Payload(flag), 0),
         ):
             repacked(good, folder / "agent.pt2", {name: payload})
-            refused(folder, "which is no tensor's|Exception|refused")
+            assert_refused(folder, "which is no tensor's|Exception|refused")
+    assert not flag.exists()
 
 
 def test_a_zip_bomb_is_refused_before_it_unpacks(folder):
@@ -150,7 +164,7 @@ def test_a_zip_bomb_is_refused_before_it_unpacks(folder):
             for _ in range(512):
                 member.write(bytes(1 << 20))
     assert (folder / "agent.zip").stat().st_size < 1 << 20
-    refused(folder, "zip bomb")
+    assert_refused(folder, "zip bomb")
 
 
 def test_a_bomb_inside_policy_pth_is_refused_before_it_unpacks(folder):
@@ -159,7 +173,7 @@ def test_a_bomb_inside_policy_pth_is_refused_before_it_unpacks(folder):
         archive.writestr("archive/data.pkl", b"\x80\x02}.")
         archive.writestr("archive/data/0", bytes(256 << 20))
     repacked(CARTPOLE / "agent.zip", folder / "agent.zip", {"policy.pth": inner.getvalue()})
-    refused(folder, "zip bomb")
+    assert_refused(folder, "zip bomb")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +183,7 @@ def test_a_bomb_inside_policy_pth_is_refused_before_it_unpacks(folder):
 )  # fmt: skip
 def test_names_that_leave_the_archive_are_refused(folder, name, reason):
     repacked(CARTPOLE / "agent.zip", folder / "agent.zip", {name: b"x"})
-    refused(folder, reason)
+    assert_refused(folder, reason)
 
 
 def test_symbolic_links_and_names_given_twice_are_refused(folder):
@@ -178,11 +192,11 @@ def test_symbolic_links_and_names_given_twice_are_refused(folder):
     shutil.copy(CARTPOLE / "agent.zip", folder / "agent.zip")
     with zipfile.ZipFile(folder / "agent.zip", "a") as archive, pytest.warns(UserWarning):
         archive.writestr(link, "/etc/passwd")
-    refused(folder, "symbolic link")
+    assert_refused(folder, "symbolic link")
     shutil.copy(CARTPOLE / "agent.zip", folder / "agent.zip")
     with zipfile.ZipFile(folder / "agent.zip", "a") as archive, pytest.warns(UserWarning):
         archive.writestr("data", b"{}")
-    refused(folder, "there twice")
+    assert_refused(folder, "there twice")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not an archive", b"\x1f\x8b" * 50])
@@ -190,24 +204,24 @@ def test_wrong_magic_is_one_line(folder, content):
     for suffix in ("zip", "pt", "pt2", "ts", "safetensors"):
         path = folder / f"a.{suffix}"
         path.write_bytes(content)
-        refused(folder, activation="relu")
+        assert_refused(folder, activation="relu")
         path.unlink()
 
 
 def test_a_tensor_that_claims_more_than_it_holds_is_refused(folder):
     huge = torch.zeros(1).expand(1 << 20, 1 << 14)  # 64 GiB by its shape, four bytes held
     torch.save({"0.weight": huge, "0.bias": torch.zeros(1 << 20)}, folder / "a.pt")
-    refused(folder, "claims shape", activation="relu")
+    assert_refused(folder, "claims shape", activation="relu")
 
 
 def test_a_huge_header_in_safetensors_is_refused(folder):
     (folder / "a.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
-    refused(folder, "safetensors", activation="relu")
+    assert_refused(folder, "safetensors", activation="relu")
     header = json.dumps(
         {"0.weight": {"dtype": "F32", "shape": [1 << 30, 1 << 30], "data_offsets": [0, 4]}}
     ).encode()
     (folder / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    refused(folder, "safetensors", activation="relu")
+    assert_refused(folder, "safetensors", activation="relu")
 
 
 def test_nan_weights_name_the_tensor(folder):
@@ -217,7 +231,7 @@ def test_nan_weights_name_the_tensor(folder):
     name = [n for n in state if n.endswith("weight")][1]
     state[name][0, 0] = float("nan")
     torch.save(state, folder / "a.pt")
-    assert name in refused(folder, "NaN or infinity", activation="relu")
+    assert name in assert_refused(folder, "NaN or infinity", activation="relu")
 
 
 def test_deep_json_and_strange_values_in_data_are_one_line(folder):
@@ -231,9 +245,9 @@ def test_deep_json_and_strange_values_in_data_are_one_line(folder):
     ]:  # fmt: skip
         content = json.dumps({**data, key: value}).encode()
         repacked(CARTPOLE / "agent.zip", folder / "agent.zip", {"data": content})
-        refused(folder)
+        assert_refused(folder)
     repacked(CARTPOLE / "agent.zip", folder / "agent.zip", {"data": b"[" * 100_000})
-    refused(folder, "not JSON")
+    assert_refused(folder, "not JSON")
 
 
 def test_memory_stays_bounded_whatever_is_claimed(folder, tmp_path):

@@ -96,7 +96,7 @@ def computed(b, p, source) -> dict[str, float]:
     return dict(zip(METRICS, out.flatten().tolist()))
 
 
-def check(b, p, source, rel=1e-9, absolute=1e-13):
+def assert_equal_to_definitions(b, p, source, rel=1e-9, absolute=1e-13):
     b, p, source = (np.asarray(x, np.float32) for x in (b, p, source))
     expected, found = exact(b, p, source), computed(b, p, source)
     for name in METRICS:
@@ -122,7 +122,7 @@ logits = st.integers(2, 6).flatmap(
 @settings(max_examples=150, deadline=None)
 @given(logits)
 def test_every_metric_equals_its_definition(rows):
-    check(*rows, rel=1e-7, absolute=1e-11)
+    assert_equal_to_definitions(*rows, rel=1e-7, absolute=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_every_metric_equals_its_definition(rows):
     ],
 )
 def test_hard_rows_ties_equal_outputs_one_action_and_huge_logits(b, p, source):
-    check(b, p, source, rel=1e-7, absolute=1e-11)
+    assert_equal_to_definitions(b, p, source, rel=1e-7, absolute=1e-11)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e-5])

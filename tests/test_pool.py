@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypatch import pool
 from raypatch.pool import Dispatch, Failed, TooManyLosses
+from raypatch.sweep import Range, cut, remaining
 
 
 def test_two_items_are_in_flight_per_actor_and_no_more():
@@ -197,3 +200,38 @@ def test_probing_one_poison_costs_a_logarithm_of_tries(length, data):
         else:
             dispatch.item_completed(0)
     assert tries <= 3 + 2 * length.bit_length() + 3 + 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    n_experiments=st.integers(1, 120),
+    length=st.integers(1, 17),
+    n_actors=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+)
+def test_however_often_a_driver_dies_and_resumes_every_item_is_committed_exactly_once(
+    n_experiments, length, n_actors, seed
+):
+    random = Random(seed)
+    whole, committed = Range(0, n_experiments), []
+    for life in range(200):
+        left = remaining(whole, [Range(first, last) for first, last in committed])
+        dispatch = Dispatch(iter(cut(left, length)), max_tries=1 << 30)
+        numbers = iter(range(10**6))
+        for _ in range(n_actors):
+            dispatch.add_actor(next(numbers))
+        while not dispatch.done and (life == 199 or random.random() > 0.08):
+            dispatch.sends()
+            busy = dispatch.busy_actors()
+            if not busy:
+                break
+            actor = random.choice(busy)
+            if random.random() < 0.2:
+                random.choice([dispatch.actor_died, dispatch.actor_lost])(actor)
+                dispatch.add_actor(100 + next(numbers))
+            else:
+                committed.append(dispatch.item_completed(actor)[1:])
+        if dispatch.done:
+            break
+    expected = [part[1:] for part in cut([whole], length)]
+    assert sorted(committed) == expected

@@ -159,6 +159,34 @@ def test_ctrl_c_keeps_what_is_done_says_how_to_resume_and_resuming_completes(
     assert files(out) == files(undisturbed)
 
 
+def test_a_second_signal_stops_at_once_and_nothing_committed_is_lost(command, tmp_path, run_inline):
+    definition, out = long_definition(tmp_path), tmp_path / "out"
+    words = arguments(LAVA, definition, out, "--num_actors", 2, "--save", "metrics")
+    process = start(*words)
+    wait_for(lambda: committed(out) > 0)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, 143), err
+    assert "run the same command again to resume" in err and "Traceback" not in err
+    assert command(*words, "--quiet").code == 0
+    undisturbed = run_inline(LAVA, definition, "--save", "metrics", out=tmp_path / "inline")
+    assert files(out) == files(undisturbed)
+
+
+def test_the_second_signal_raises_at_once_with_its_own_code():
+    from raypatch.errors import Interrupted
+    from raypatch.interruption import Interruption
+
+    interruption = Interruption()
+    assert not interruption
+    interruption.handle(signal.SIGTERM, None)
+    assert interruption and interruption.signal_number == signal.SIGTERM
+    with pytest.raises(Interrupted, match="stopped at once") as caught:
+        interruption.handle(signal.SIGINT, None)
+    assert caught.value.exit_code == 130
+
+
 def test_bad_input_ends_with_one_line_and_no_ray(command, tmp_path):
     (tmp_path / "d.json").write_text('[{"q_net.9": [1]}]')
     ended = command(*arguments(LAVA, tmp_path / "d.json", tmp_path / "out"))

@@ -44,7 +44,9 @@ def test_the_line_reads_every_row(run_inline, single_neurons, tool, line):
 def test_the_python_lines_of_the_page_run(run_inline, single_neurons):
     out = run_inline(LAVA, single_neurons(LAVA))
     code = re.search(r"```python\n(.+?)```", (ROOT / "docs/results.md").read_text(), re.S)[1]
-    exec(code.replace("results/lavacrossing_dqn", str(out)), {})
+    names: dict = {}
+    exec(code.replace("results/lavacrossing_dqn", str(out)), names)
+    assert names["results"].complete and len(names["results"].to_pandas()) == 195 * 2 * 48
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,23 @@ def resume(command, small, out, *more):
         "run", "--agent_path", LAVA, "--definition_file", small, "--output_dir", out,
         "--backend", "inline", *more,
     )  # fmt: skip
+
+
+@contextmanager
+def another_run(out):
+    """A process of its own that holds a directory as a run does; killed, not ended."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c",
+         "import sys, time; from pathlib import Path; from raypatch.results.locks import RangeLock\n"
+         "with RangeLock(Path(sys.argv[1]), 0, 33): print('held', flush=True); time.sleep(60)",
+         str(out)], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        yield
+    finally:
+        holder.kill()
+        holder.wait()
 
 
 def manifest_of(out) -> list[dict]:
@@ -135,21 +154,11 @@ def test_a_second_driver_is_refused_while_the_first_lives_and_not_after_it_was_k
 ):
     out = tmp_path / "out"
     out.mkdir()
-    holder = subprocess.Popen(
-        [sys.executable, "-c",
-         "import sys, time; from pathlib import Path; from raypatch.results.locks import RangeLock\n"
-         "with RangeLock(Path(sys.argv[1]), 0, 33): print('held', flush=True); time.sleep(60)",
-         str(out)], stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert holder.stdout.readline() == "held\n"
+    with another_run(out):
         assert locks.RangeLock.held(out)
         ended = resume(command, small, out)
         assert ended.code == 2 and "another run is writing these experiments" in ended.err
         assert len(ended.err.strip().splitlines()) == 1
-    finally:
-        holder.kill()
-        holder.wait()
     assert not locks.RangeLock.held(out)
     assert resume(command, small, out).code == 0
 
@@ -176,18 +185,8 @@ def test_status_tells_running_stopped_and_complete_and_what_to_type(command, sma
     assert resume(command, small, out, *more).code == 0
     stopped = command("status", out)
     assert "stopped" in stopped.out and "the run's own command again" in stopped.out
-    holder = subprocess.Popen(
-        [sys.executable, "-c",
-         "import sys, time; from pathlib import Path; from raypatch.results.locks import RangeLock\n"
-         "with RangeLock(Path(sys.argv[1]), 0, 33): print('held', flush=True); time.sleep(60)",
-         str(out)], stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        holder.stdout.readline()
+    with another_run(out):
         assert json.loads(command("status", out, "--json").out)["state"] == "running"
-    finally:
-        holder.kill()
-        holder.wait()
     assert resume(command, small, out, "--quiet").code == 0
     assert json.loads(command("status", out, "--json").out)["state"] == "complete"
 
@@ -201,19 +200,28 @@ def test_a_clock_that_jumps_changes_nothing(monkeypatch, command, small, finishe
     assert state_of(out) == state_of(finished)
 
 
-def test_permission_lost_midway_ends_with_one_line_and_resumes(
-    monkeypatch, command, small, finished, tmp_path
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.EACCES, "make it writable"), (errno.EROFS, "make it writable"),
+     (errno.EDQUOT, "free some space"), (errno.ENOSPC, "free some space"),
+     (errno.EIO, "run the same command again")],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["shards", "summary", "manifest.jsonl"])
+def test_a_place_that_refuses_midway_ends_the_run_with_one_line_and_it_resumes(
+    monkeypatch, command, small, finished, tmp_path, number, advice, place
 ):
-    out, real = tmp_path / "out", store.on_step
+    out, real, seen = tmp_path / "out", store.on_step, []
 
     def refuse(step):
-        if step == f"shards/{layout.part_name(11, 22)}: opened":
-            raise PermissionError(13, "Permission denied")
+        if step.startswith(place) and step.endswith(": opened"):
+            seen.append(step)
+            if len(seen) == 2:
+                raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(store, "on_step", refuse)
     ended = resume(command, small, out, "--quiet")
     assert ended.code == 1
-    assert "Permission denied; make it writable or choose another --output_dir" in ended.err
+    assert os.strerror(number) in ended.err and advice in ended.err
     assert len(ended.err.strip().splitlines()) == 1
     monkeypatch.setattr(store, "on_step", real)
     assert resume(command, small, out, "--quiet").code == 0
@@ -222,25 +230,28 @@ def test_permission_lost_midway_ends_with_one_line_and_resumes(
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A file system of 2 MiB."""
+    """Mounts a file system of 2 MiB; gives its folder for further mount options."""
     mount = tmp_path / "disk"
     mount.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        pytest.skip(f"mounting a tmpfs is refused here: {done.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
+
+    def mounted(*options) -> Path:
+        words = ["mount", "-t", "tmpfs", "-o", ",".join(["size=2m", *options]), "tmpfs", str(mount)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"mounting a tmpfs is refused here: {done.stderr.strip()}")
+        return mount
+
+    yield mounted
+    if mount.is_mount():
+        subprocess.run(["umount", str(mount)], check=True)
 
 
 @pytest.mark.parametrize("backend", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_full_disk_ends_with_one_line_and_a_run_resumes_when_there_is_space(
     command, single_neurons, run_inline, tiny_disk, tmp_path, backend
 ):
-    out, definition = tiny_disk / "out", single_neurons(LAVA)
-    ballast = tiny_disk / "ballast"
+    disk = tiny_disk()
+    out, definition, ballast = disk / "out", single_neurons(LAVA), disk / "ballast"
     words = ("run", "--agent_path", LAVA, "--definition_file", definition, "--output_dir", out,
              "--backend", backend, "--save", "metrics", "--quiet", "--num_actors", 1)  # fmt: skip
     ballast.write_bytes(b"0" * (1650 << 10))
@@ -257,19 +268,8 @@ def test_a_full_disk_ends_with_one_line_and_a_run_resumes_when_there_is_space(
     assert state_of(out) == state_of(undisturbed)
 
 
-def test_a_read_only_directory_is_refused_in_one_line(command, small, tmp_path):
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=640k,ro", "tmpfs", str(mount)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        pytest.skip(f"mounting a tmpfs is refused here: {done.stderr.strip()}")
-    try:
-        ended = resume(command, small, mount / "out", "--quiet")
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
+def test_a_read_only_directory_is_refused_in_one_line(command, small, tiny_disk):
+    ended = resume(command, small, tiny_disk("ro") / "out", "--quiet")
     assert ended.code == 1
     assert "Read-only file system; make it writable or choose another --output_dir" in ended.err
     assert len(ended.err.strip().splitlines()) == 1
