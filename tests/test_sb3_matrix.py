@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -9,7 +11,6 @@ import torch
 from gymnasium import spaces
 
 import raypatch
-from raypatch.engine.reference import reference_outputs
 from raypatch.errors import AgentError
 
 sb3 = pytest.importorskip("stable_baselines3")
@@ -158,7 +159,7 @@ def packed(agent, space, samples) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_patches_equal_those_of_the_librarys_own_network(tmp_path, name, monkeypatch):
+def test_outputs_equal_those_of_the_librarys_own_network(tmp_path, name, monkeypatch):
     algorithm, policy_name, observation, action, kwargs = CASES[name]
     model = make(algorithm, policy_name, observation, action, **kwargs)
     model.save(tmp_path / f"{name}.zip")
@@ -169,11 +170,7 @@ def test_outputs_and_patches_equal_those_of_the_librarys_own_network(tmp_path, n
     samples = [observation.sample() for _ in range(6)]
     x, policy = packed(agent, observation, samples), model.policy
     policy.set_training_mode(False)
-    many = samples
-    if isinstance(observation, spaces.Dict):
-        many = {key: np.stack([s[key] for s in samples]) for key in samples[0]}
-    else:
-        many = np.stack(samples)
+    many = stacked(samples)
     expected = policy_output(policy, many)
     with torch.no_grad():
         found = agent.network(x)
@@ -187,19 +184,23 @@ def test_outputs_and_patches_equal_those_of_the_librarys_own_network(tmp_path, n
     assert found.dtype == expected.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     agent.network.float()
-    sizes = {layer: facts.neurons for layer, facts in agent.layers.items()}
-    experiments = [{layer: [0, n - 1] if n > 1 else [0]} for layer, n in sizes.items()]
-    experiments += [{layer: "all"} for layer in sizes]
-    source, target = x[:3], x[3:]
-    patched = raypatch.patch(agent.network, experiments, source, target)
-    truth = reference_outputs(agent.network, experiments, source, target)
-    bound = 1e-5 * np.maximum(1.0, np.abs(truth.numpy()))
-    assert (np.abs(patched.numpy() - truth.numpy()) <= bound).all()
+
+
+def librarys_module(policy, layer: str):
+    """The library's own module of a layer of ours."""
+    inside = next((n for n in ("q_net", "quantile_net", "actor") if hasattr(policy, n)), "")
+    if not inside and layer.startswith("features_extractor"):
+        inside, layer = "", layer.replace("features_extractor", "pi_features_extractor", 1)
+    return policy.get_submodule(f"{inside}.{layer}".lstrip("."))
 
 
 def hooked_outputs(policy, layer, neurons, source, target):
     """A patch with a plain hook on the library's own module."""
-    module, held = dict(policy.named_modules())[layer], {}
+    if layer == "output_logits":
+        output, held = policy_output(policy, target).clone(), policy_output(policy, source)
+        output[:, neurons] = held[:, neurons]
+        return output
+    module, held = librarys_module(policy, layer), {}
     handle = module.register_forward_hook(lambda m, a, out: held.setdefault("value", out.clone()))
     policy_output(policy, source)
     handle.remove()
@@ -216,24 +217,57 @@ def hooked_outputs(policy, layer, neurons, source, target):
         handle.remove()
 
 
-@pytest.mark.parametrize(
-    ("name", "inside"),
-    [("dqn_cnn", "q_net."), ("ppo_mlp", ""), ("sac_mlp", "actor."), ("qrdqn_mlp", "quantile_net."),
-     ("td3_mlp", "actor."), ("trpo_mlp", "")],
-)  # fmt: skip
-def test_a_small_sweep_equals_plain_hooks_on_the_librarys_network(tmp_path, name, inside):
+def stacked(samples):
+    """Observations as the library takes a batch of them."""
+    if isinstance(samples[0], dict):
+        return {key: np.stack([s[key] for s in samples]) for key in samples[0]}
+    return np.stack(samples)
+
+
+def write_inputs(folder, samples_by_side) -> None:
+    """As a user has them: raw, images with their channels last, parts by key."""
+    folder.mkdir()
+    for side, samples in samples_by_side.items():
+        ids = [f"obs_{i}" for i in range(len(samples))]
+        if isinstance(samples[0], dict):
+            rows = {
+                key: {"input": {part: np.asarray(v).tolist() for part, v in sample.items()}}
+                for key, sample in zip(ids, samples)
+            }
+            (folder / f"{side}_inputs.json").write_text(json.dumps(rows))
+        else:
+            np.savez(folder / f"{side}_inputs.npz", ids=ids, inputs=np.stack(samples))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_sweep_equals_plain_hooks_on_the_librarys_own_network(tmp_path, name):
     algorithm, policy_name, observation, action, kwargs = CASES[name]
     model = make(algorithm, policy_name, observation, action, **kwargs)
-    model.save(tmp_path / f"{name}.zip")
-    agent = raypatch.load_agent(tmp_path)
+    folder = tmp_path / "agent"
+    folder.mkdir()
+    model.save(folder / f"{name}.zip")
     observation.seed(3)
-    samples = [observation.sample() for _ in range(4)]
-    x, many = packed(agent, observation, samples), np.stack(samples)
-    model.policy.set_training_mode(False)
-    for layer in agent.layers:
-        patched = raypatch.patch(agent.network, [{layer: [0, 1]}], x[:2], x[2:])[0]
-        expected = hooked_outputs(model.policy, inside + layer, [0, 1], many[:2], many[2:])
-        torch.testing.assert_close(patched, expected, rtol=1e-5, atol=1e-5)
+    sides = {side: [observation.sample() for _ in range(2)] for side in ("clean", "corrupted")}
+    write_inputs(folder / "activation_inputs", sides)
+    sizes = raypatch.load_agent(folder).neuron_counts
+    specs = [(layer, chosen) for layer, n in sizes.items() for chosen in ([0], [0, n - 1], "all")]
+    experiments = [{layer: sorted(set(c)) if c != "all" else c} for layer, c in specs]
+    (tmp_path / "d.json").write_text(json.dumps(experiments))
+    results = raypatch.run(
+        agent_path=str(folder), definition_file=str(tmp_path / "d.json"),
+        output_dir=str(tmp_path / "out"), backend="inline",
+    )  # fmt: skip
+    outputs = np.stack(results.dataset().to_table()["patched_output"].to_pylist())
+    outputs = outputs.reshape(len(specs), 2, 2, -1)
+    policy = model.policy
+    policy.set_training_mode(False)
+    clean, corrupted = (stacked(sides[side]) for side in ("clean", "corrupted"))
+    for (layer, chosen), found in zip(specs, outputs):
+        neurons = slice(None) if chosen == "all" else sorted(set(chosen))
+        for direction, (source, target) in enumerate([(clean, corrupted), (corrupted, clean)]):
+            expected = hooked_outputs(policy, layer, neurons, source, target).numpy()
+            bound = 1e-5 * np.maximum(1.0, np.abs(expected))
+            assert (np.abs(found[direction] - expected) <= bound).all(), (layer, chosen, direction)
 
 
 @pytest.mark.filterwarnings("ignore")
