@@ -19,7 +19,7 @@ import torch
 
 from raypatch.agents import Agent, AgentOptions, load_agent
 from raypatch.agents.factories import importable
-from raypatch.errors import InputError, one_line
+from raypatch.errors import InputError, missing_package, one_line
 from raypatch.inputs import INPUTS_FOLDER, SIDES
 
 CORRUPTIONS = ("other_state", "shuffle", "noise", "zero", "mean")
@@ -113,9 +113,7 @@ class _Player:
         try:
             import gymnasium
         except ImportError:
-            raise InputError(
-                "raypatch collect needs gymnasium: pip install 'raypatch[collect]'"
-            ) from None
+            raise missing_package("raypatch collect", "gymnasium", "collect") from None
         try:
             self.env: Any = gymnasium.make(env)
         except Exception as error:  # unknown names, missing extras, faults of the environment

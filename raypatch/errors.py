@@ -19,6 +19,13 @@ class InputError(RaypatchError):
     exit_code = 2
 
 
+def missing_package(what: str, package: str, extra: str) -> InputError:
+    """What to say where a command needs a package that is not installed."""
+    return InputError(
+        f"{what} needs {package}: pip install {package} (all of it: raypatch's extra [{extra}])"
+    )
+
+
 class AgentError(InputError):
     """The agent's files cannot be read or need something the user has not allowed."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raypatch.errors import InputError, RunError
+from raypatch.errors import InputError, RunError, missing_package
 
 # Options of run that name a file to take along.
 FILES = ("definition_file", "clean_inputs", "corrupted_inputs", "source_activations")
@@ -80,7 +80,7 @@ def _client(address: str) -> Any:
 
         return JobSubmissionClient(address)
     except ImportError:
-        raise InputError("raypatch submit needs: pip install 'raypatch[cluster]'") from None
+        raise missing_package("raypatch submit", "'ray[default]'", "cluster") from None
     except Exception as error:  # no server, another version, no right to talk to it
         raise RunError(f"--address {address}: {_hint(error)}") from None
 

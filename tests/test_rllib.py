@@ -16,52 +16,85 @@ gym = pytest.importorskip("gymnasium")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-def saved(folder, action_space, algorithm="ppo"):
+NETWORK = {
+    "fcnet_hiddens": [16, 8], "fcnet_activation": "relu", "head_fcnet_hiddens": [8],
+    "head_fcnet_activation": "relu",
+}  # fmt: skip
+DQN = {"double_q": True, "num_atoms": 1, "epsilon": 0.1, "std_init": 0.5, **NETWORK}
+DISCRETE, TORQUE = gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (2,))
+CASES = {
+    "ppo": ("PPO", DISCRETE, None, "encoder.encoder.net.mlp.0", "action_dist_inputs"),
+    "ppo_box": ("PPO", TORQUE, None, "pi.net.mlp.0", "action_dist_inputs"),
+    "sac": ("SAC", TORQUE, {"twin_q": True, **NETWORK}, "pi_encoder.net.mlp.2", "action_dist_inputs"),
+    "dqn": ("DQN", DISCRETE, {"dueling": False, **DQN}, "af.net.mlp.2", "qf_preds"),
+    "dqn_dueling": ("DQN", DISCRETE, {"dueling": True, **DQN}, "vf.net.mlp.0", "qf_preds"),
+}  # fmt: skip
+
+
+def saved(folder, name="ppo", **changes):
     """A module with RLlib's default network, saved by RLlib."""
+    import importlib
+
     from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
-    if algorithm == "ppo":
-        from ray.rllib.algorithms.ppo.ppo import PPOConfig as Config
-        from ray.rllib.algorithms.ppo.ppo_catalog import PPOCatalog as Catalog
-    else:
-        from ray.rllib.algorithms.sac.sac import SACConfig as Config
-        from ray.rllib.algorithms.sac.sac_catalog import SACCatalog as Catalog
+    algorithm, action_space, config, _, _ = CASES[name]
+    package = f"ray.rllib.algorithms.{algorithm.lower()}"
+    made = importlib.import_module(f"{package}.{algorithm.lower()}")
+    catalog = importlib.import_module(f"{package}.{algorithm.lower()}_catalog")
     torch.manual_seed(0)
-    spec = Config().get_default_rl_module_spec()
+    spec = getattr(made, f"{algorithm}Config")().get_default_rl_module_spec()
     spec.observation_space = gym.spaces.Box(-1, 1, (4,))
     spec.action_space = action_space
     spec.model_config = (
-        DefaultModelConfig(fcnet_hiddens=[16, 8]) if algorithm == "ppo" else
-        {**vars(DefaultModelConfig(fcnet_hiddens=[16, 8])), "twin_q": False}
-    )  # fmt: skip
-    spec.catalog_class = Catalog
+        {**config, **changes} if config else DefaultModelConfig(fcnet_hiddens=[16, 8])
+    )
+    spec.catalog_class = getattr(catalog, f"{algorithm}Catalog")
     module = spec.build()
     module.save_to_path(str(folder))
     return module
 
 
-@pytest.mark.parametrize(
-    "action_space", [gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (2,))], ids=["discrete", "box"]
-)
-def test_a_ppo_module_gives_its_own_outputs_and_patches_as_hooks_do(tmp_path, action_space):
-    module = saved(tmp_path / "checkpoint", action_space)
+@pytest.mark.parametrize("name", CASES)
+def test_a_module_gives_its_own_outputs_and_patches_as_hooks_do(tmp_path, name):
+    algorithm, action_space, _, layer, key = CASES[name]
+    module = saved(tmp_path / "checkpoint", name)
     agent = raypatch.load_agent(tmp_path / "checkpoint", trust_agent_code=True)
     x = torch.randn(6, 4)
     with torch.no_grad():
-        expected = module.forward_inference({"obs": x})["action_dist_inputs"]
-        found = agent.network(x)
+        call = module.compute_q_values if algorithm == "DQN" else module.forward_inference
+        expected, found = call({"obs": x})[key], agent.network(x)
     n = 3 if agent.discrete else 2
-    assert found.shape == (6, n)
+    assert found.shape == (6, n) and agent.discrete == (action_space is DISCRETE)
     torch.testing.assert_close(found, expected[:, :n])
-    assert "encoder.encoder.net.mlp.0" in agent.layers and "pi.net.mlp.0" in agent.layers
-    experiments = [{layer: [0, 1]} for layer in agent.layers]
+    assert layer in agent.layers
+    experiments = [{layer: [0]} for layer in agent.layers]
     patched = raypatch.patch(agent.network, experiments, x[:3], x[3:])
     truth = reference_outputs(agent.network, experiments, x[:3], x[3:])
     np.testing.assert_allclose(patched, truth, atol=1e-5)
 
 
+def test_a_distribution_of_returns_is_refused_not_guessed(tmp_path):
+    saved(tmp_path / "c", "dqn_dueling", num_atoms=5, v_min=-1.0, v_max=1.0)
+    with pytest.raises(AgentError, match="distributional"):
+        raypatch.load_agent(tmp_path / "c", trust_agent_code=True)
+
+
+def test_a_module_that_computes_something_else_is_not_believed(tmp_path, monkeypatch):
+    from raypatch.agents import rllib
+
+    saved(tmp_path / "c", "dqn_dueling")
+    real = rllib._parts
+    monkeypatch.setattr(
+        rllib,
+        "_parts",
+        lambda *a: dict(list(real(*a).items())[:2]),  # the value head forgotten
+    )
+    with pytest.raises(AgentError, match="other outputs than the module"):
+        raypatch.load_agent(tmp_path / "c", trust_agent_code=True)
+
+
 def test_without_trust_nothing_is_unpickled(tmp_path):
-    saved(tmp_path / "checkpoint", gym.spaces.Discrete(2))
+    saved(tmp_path / "checkpoint")
     with pytest.raises(AgentError, match="--trust_agent_code"):
         raypatch.load_agent(tmp_path / "checkpoint")
 
@@ -69,13 +102,13 @@ def test_without_trust_nothing_is_unpickled(tmp_path):
 def test_an_algorithms_checkpoint_is_entered(tmp_path):
     inside = tmp_path / "algo" / "learner_group" / "learner" / "rl_module" / "default_policy"
     inside.parent.mkdir(parents=True)
-    saved(inside, gym.spaces.Discrete(2))
+    saved(inside)
     agent = raypatch.load_agent(tmp_path / "algo", trust_agent_code=True)
-    assert agent.output_size == 2
+    assert agent.output_size == 3
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path):
-    saved(tmp_path / "checkpoint", gym.spaces.Discrete(2))
+    saved(tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "class_and_ctor_args.pkl").write_bytes(b"no pickle")
     with pytest.raises(AgentError, match="RLlib could not load it"):
         raypatch.load_agent(tmp_path / "checkpoint", trust_agent_code=True)

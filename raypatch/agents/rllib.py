@@ -5,6 +5,7 @@ The format is a pickle, so there is no way to read it without running what it sa
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from raypatch.agents.agent import Agent, AgentOptions, make_agent
 from raypatch.agents.factories import importable
-from raypatch.errors import AgentError
+from raypatch.errors import AgentError, missing_package, one_line
 
+TOLERANCE = 1e-5
 STATE, CLASS = "module_state.pkl", "class_and_ctor_args.pkl"
 # Where an algorithm's checkpoint keeps the module of its only policy.
 INSIDE = Path("learner_group") / "learner" / "rl_module" / "default_policy"
@@ -29,22 +31,29 @@ def find_rl_module(directory: Path) -> Path | None:
 
 
 class RLModuleNetwork(nn.Module):
-    """Encoder and policy head of an ``RLModule``, under the names they have in it."""
+    """Encoder and head of an ``RLModule``, under the names they have in it.
 
-    def __init__(self, encoder: tuple[str, nn.Module], head: tuple[str, nn.Module], n: int) -> None:
+    With a value head beside an advantage head these are added as dueling networks do: Q is the
+    value plus the advantage less its mean over the actions (Wang et al. 2016).
+    """
+
+    def __init__(self, parts: dict[str, nn.Module], n_outputs: int) -> None:
         super().__init__()
-        self.path = (encoder[0], head[0])
-        self.n_outputs = n
-        for name, module in (encoder, head):
+        self.path = tuple(parts)
+        self.n_outputs = n_outputs
+        for name, module in parts.items():
             self.add_module(name, module)
 
     def forward(self, obs: Tensor) -> Tensor:
-        encoder, head = (getattr(self, name) for name in self.path)
+        encoder, head, *value = (getattr(self, name) for name in self.path)
         latent = encoder({"obs": obs})["encoder_out"]
         if isinstance(latent, dict):
             latent = latent["actor"]
         # Gaussian policies give means and then log standard deviations.
-        return head(latent)[:, : self.n_outputs]
+        output = head(latent)[:, : self.n_outputs]
+        if not value:
+            return output
+        return output - output.mean(1, keepdim=True) + value[0](latent)
 
 
 def load_rl_module(folder: Path, options: AgentOptions) -> Agent:
@@ -57,9 +66,7 @@ def load_rl_module(folder: Path, options: AgentOptions) -> Agent:
     try:
         from ray.rllib.core.rl_module.rl_module import RLModule
     except ImportError:
-        raise AgentError(
-            f"{folder}: an RLlib checkpoint needs RLlib: pip install 'raypatch[rllib]'"
-        ) from None
+        raise missing_package(f"{folder}: an RLlib checkpoint", "'ray[rllib]'", "rllib") from None
     with importable(folder, Path.cwd()):
         try:
             module: Any = RLModule.from_checkpoint(str(folder.resolve()))
@@ -67,25 +74,59 @@ def load_rl_module(folder: Path, options: AgentOptions) -> Agent:
             raise AgentError(
                 f"{folder}: RLlib could not load it: {type(error).__name__}: {error}"
             ) from None
-    encoder = next((n for n in ("pi_encoder", "encoder") if hasattr(module, n)), None)
-    head = next((n for n in ("pi", "af") if hasattr(module, n)), None)
-    if encoder is None or head is None or getattr(module, "is_stateful", lambda: False)():
-        raise AgentError(
-            f"{folder}: {type(module).__name__} has no plain encoder and policy head; give its "
-            "network with --agent_factory"
-        )
     space = module.action_space
     discrete = hasattr(space, "n")
-    n_outputs = int(space.n) if discrete else int(torch.tensor(space.shape).prod())
-    network = RLModuleNetwork(
-        (encoder, getattr(module, encoder)), (head, getattr(module, head)), n_outputs
+    n_outputs = int(space.n) if discrete else math.prod(space.shape)
+    parts = _parts(module, folder)
+    network = RLModuleNetwork(parts, n_outputs)
+    head = list(parts)[1]
+    observation = torch.randn(
+        3, *module.observation_space.shape, generator=torch.Generator().manual_seed(0)
     )
+    _believe(network, module, observation, folder)
     kind = "Q-values" if head == "af" else "logits" if discrete else "mean"
     return make_agent(
         network,
-        torch.zeros(1, *module.observation_space.shape),
+        observation[:1],
         output_kind=kind,
         discrete=discrete,
         loaded_as=f"RLlib {type(module).__name__}, {folder.name}, with the checkpoint's code",
         files=tuple(sorted(folder / name for name in (CLASS, STATE) if (folder / name).is_file())),
     )
+
+
+def _parts(module: Any, folder: Path) -> dict[str, nn.Module]:
+    """Encoder, head, and where the Q-values are dueling the value head, by their names."""
+    encoder = next((n for n in ("pi_encoder", "encoder") if hasattr(module, n)), None)
+    head = next((n for n in ("pi", "af") if hasattr(module, n)), None)
+    stateful = getattr(module, "is_stateful", lambda: False)()
+    if encoder is None or head is None or stateful or getattr(module, "num_atoms", 1) > 1:
+        raise AgentError(
+            f"{folder}: {type(module).__name__} has no plain encoder and head (recurrent and "
+            "distributional ones have not); give its network with --agent_factory"
+        )
+    names = [encoder, head]
+    if head == "af" and getattr(module, "uses_dueling", False):
+        names.append("vf")
+    return {name: getattr(module, name) for name in names}
+
+
+def _believe(network: RLModuleNetwork, module: Any, observation: Tensor, folder: Path) -> None:
+    """Raises AgentError where the network gives other outputs than the module itself."""
+    with torch.no_grad():
+        try:
+            found = network(observation)
+            if "af" in network.path:
+                own = module.compute_q_values({"obs": observation})["qf_preds"]
+            else:
+                own = module.forward_inference({"obs": observation})["action_dist_inputs"]
+        except Exception as error:  # a module of the user's own may be built in any way
+            raise AgentError(
+                f"{folder}: its encoder and head do not follow one another: {one_line(error)}"
+            ) from None
+    difference = float((found - own[:, : found.shape[1]]).abs().max())
+    if not difference <= TOLERANCE:
+        raise AgentError(
+            f"{folder}: its encoder and head give other outputs than the module, by "
+            f"{difference:.1e}; give its network with --agent_factory"
+        )

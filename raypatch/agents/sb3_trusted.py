@@ -11,7 +11,7 @@ from raypatch.agents.factories import importable
 from raypatch.agents.preprocessing import preprocessing
 from raypatch.agents.sb3_networks import ActionNetwork, MeanOverQuantiles, PolicyExtractor
 from raypatch.agents.spaces import Space
-from raypatch.errors import AgentError
+from raypatch.errors import AgentError, missing_package
 
 
 class ForwardActor(nn.Module):
@@ -30,10 +30,8 @@ def load_trusted_network(file: Path, space: Space) -> tuple[ActionNetwork, str]:
     try:
         from stable_baselines3.common.save_util import load_from_zip_file
     except ImportError:
-        raise AgentError(
-            f"{file}: a custom class inside a zip needs Stable-Baselines3; "
-            "install it with: pip install 'raypatch[sb3]'"
-        ) from None
+        what = f"{file}: a custom class inside a zip"
+        raise missing_package(what, "stable-baselines3", "sb3") from None
     with importable(file.parent, Path.cwd()):
         try:
             loaded, params, _ = load_from_zip_file(str(file), device="cpu")

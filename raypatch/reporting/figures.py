@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from raypatch.errors import InputError
+from raypatch.errors import InputError, missing_package
 from raypatch.reporting.gather import Gathered, gather, ordered_layers
 from raypatch.results.reader import Results
 
@@ -25,7 +25,7 @@ def write_figures(results: Results, metric: str, output: str, form: str) -> list
 
         matplotlib.use("Agg")
     except ImportError:
-        raise InputError("raypatch plot needs matplotlib: pip install 'raypatch[report]'") from None
+        raise missing_package("raypatch plot", "matplotlib", "report") from None
     if metric not in results.metrics:
         raise InputError(
             f"--metric: {metric!r} was not computed; this run holds {', '.join(results.metrics)}"

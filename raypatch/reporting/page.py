@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from raypatch.errors import InputError
+from raypatch.errors import InputError, missing_package
 from raypatch.progress import duration, short_number
 from raypatch.reporting.gather import Gathered, gather, ordered_layers
 from raypatch.results.reader import Results
@@ -25,7 +25,7 @@ def write_report(results: Results, output: str, screen: str | None = None) -> Pa
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise InputError("raypatch report needs plotly: pip install 'raypatch[report]'") from None
+        raise missing_package("raypatch report", "plotly", "report") from None
     if not results.receipts:
         raise InputError(f"{results.path}: nothing is committed yet")
     found = gather(results)
