@@ -113,7 +113,7 @@ class _Player:
         try:
             import gymnasium
         except ImportError:
-            raise missing_package("raypatch collect", "gymnasium", "collect") from None
+            raise InputError(missing_package("raypatch collect", "gymnasium", "collect")) from None
         try:
             self.env: Any = gymnasium.make(env)
         except Exception as error:  # unknown names, missing extras, faults of the environment

@@ -19,11 +19,9 @@ class InputError(RaypatchError):
     exit_code = 2
 
 
-def missing_package(what: str, package: str, extra: str) -> InputError:
-    """What to say where a command needs a package that is not installed."""
-    return InputError(
-        f"{what} needs {package}: pip install {package} (all of it: raypatch's extra [{extra}])"
-    )
+def missing_package(what: str, package: str, extra: str) -> str:
+    """What to say where something needs a package that is not installed."""
+    return f"{what} needs {package}: pip install {package} (all of it: raypatch's extra [{extra}])"
 
 
 class AgentError(InputError):

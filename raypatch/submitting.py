@@ -80,7 +80,7 @@ def _client(address: str) -> Any:
 
         return JobSubmissionClient(address)
     except ImportError:
-        raise missing_package("raypatch submit", "'ray[default]'", "cluster") from None
+        raise InputError(missing_package("raypatch submit", "'ray[default]'", "cluster")) from None
     except Exception as error:  # no server, another version, no right to talk to it
         raise RunError(f"--address {address}: {_hint(error)}") from None
 

@@ -66,7 +66,9 @@ def load_rl_module(folder: Path, options: AgentOptions) -> Agent:
     try:
         from ray.rllib.core.rl_module.rl_module import RLModule
     except ImportError:
-        raise missing_package(f"{folder}: an RLlib checkpoint", "'ray[rllib]'", "rllib") from None
+        raise AgentError(
+            missing_package(f"{folder}: an RLlib checkpoint", "'ray[rllib]'", "rllib")
+        ) from None
     with importable(folder, Path.cwd()):
         try:
             module: Any = RLModule.from_checkpoint(str(folder.resolve()))

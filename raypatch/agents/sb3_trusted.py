@@ -31,7 +31,7 @@ def load_trusted_network(file: Path, space: Space) -> tuple[ActionNetwork, str]:
         from stable_baselines3.common.save_util import load_from_zip_file
     except ImportError:
         what = f"{file}: a custom class inside a zip"
-        raise missing_package(what, "stable-baselines3", "sb3") from None
+        raise AgentError(missing_package(what, "stable-baselines3", "sb3")) from None
     with importable(file.parent, Path.cwd()):
         try:
             loaded, params, _ = load_from_zip_file(str(file), device="cpu")

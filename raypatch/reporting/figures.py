@@ -25,7 +25,7 @@ def write_figures(results: Results, metric: str, output: str, form: str) -> list
 
         matplotlib.use("Agg")
     except ImportError:
-        raise missing_package("raypatch plot", "matplotlib", "report") from None
+        raise InputError(missing_package("raypatch plot", "matplotlib", "report")) from None
     if metric not in results.metrics:
         raise InputError(
             f"--metric: {metric!r} was not computed; this run holds {', '.join(results.metrics)}"

@@ -25,7 +25,7 @@ def write_report(results: Results, output: str, screen: str | None = None) -> Pa
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise missing_package("raypatch report", "plotly", "report") from None
+        raise InputError(missing_package("raypatch report", "plotly", "report")) from None
     if not results.receipts:
         raise InputError(f"{results.path}: nothing is committed yet")
     found = gather(results)
