@@ -16,7 +16,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,16 @@ import ray
 from long_sweep import experiments, make_agent
 
 import raypatch
+from raypatch.actors import WorkerActor
 from raypatch.config import RunConfig
 from raypatch.definition_files import write_definition
 from raypatch.driver import Job
-from raypatch.inline import InlineBackend
+from raypatch.fleet import Fleet
+from raypatch.inline import InlineBackend, halves, without
 from raypatch.interruption import Interruption
+from raypatch.pool import Dispatch
 from raypatch.results import layout
+from raypatch.results.layout import Receipt
 from raypatch.worker import Item, Worker
 
 
@@ -96,30 +100,47 @@ class DataActor:
         return {"rows": np.array(rows)}
 
 
-def through_raypatch(case: Case, n_actors: int) -> float:
-    """The pool's own loop, actors started first as in the other ways."""
-    from raypatch.actors import WorkerActor
-    from raypatch.fleet import Fleet
-    from raypatch.inline import halves, without
-    from raypatch.pool import Dispatch
+def local_ray() -> None:
+    """A Ray on this machine only, as raypatch starts one."""
+    ray.init(
+        address="local", include_dashboard=False, num_cpus=2, log_to_driver=False,
+        logging_level="ERROR", _node_ip_address="127.0.0.1",
+    )  # fmt: skip
 
-    actor_class = ray.remote(num_cpus=1, max_restarts=0)(WorkerActor)
-    fleet = Fleet(ray, actor_class, ray.put(case.spec(f"pool{n_actors}")), [])
-    fleet.grow(n_actors)
-    dispatch: Dispatch[Item] = Dispatch(iter(case.items), halve=halves, without=without)
-    while dispatch.n_actors < n_actors:
-        for event in fleet.events():
-            dispatch.add_actor(event.actor)
+
+class StandingPool:
+    """raypatch's pool with actors that are set up, and its loop."""
+
+    def __init__(self, case: Case, n_actors: int, items: Iterable[Item]) -> None:
+        actor_class = ray.remote(num_cpus=1, max_restarts=0)(WorkerActor)
+        self.case = case
+        self.fleet = Fleet(ray, actor_class, ray.put(case.spec(f"pool{n_actors}")), [])
+        self.fleet.grow(n_actors)
+        self.dispatch: Dispatch[Item] = Dispatch(iter(items), halve=halves, without=without)
+        while self.dispatch.n_actors < n_actors:
+            for event in self.fleet.events():
+                self.dispatch.add_actor(event.actor)
+
+    def run(self) -> Receipt:
+        """Compute every item; the last receipt."""
+        receipt = None
+        while not self.dispatch.done:
+            for send in self.dispatch.sends():
+                self.fleet.send(send, self.case.job.experiments_of(send.item))
+            if not self.dispatch.done:
+                for event in self.fleet.events():
+                    self.dispatch.item_completed(event.actor)
+                    receipt = event.outcome.receipt if event.outcome else receipt
+        self.fleet.close()
+        assert receipt is not None
+        return receipt
+
+
+def through_raypatch(case: Case, n_actors: int) -> float:
+    pool = StandingPool(case, n_actors, case.items)
     started = time.perf_counter()
-    while not dispatch.done:
-        for send in dispatch.sends():
-            fleet.send(send, case.job.experiments_of(send.item))
-        if not dispatch.done:
-            for event in fleet.events():
-                dispatch.item_completed(event.actor)
-    seconds = time.perf_counter() - started
-    fleet.close()
-    return seconds
+    pool.run()
+    return time.perf_counter() - started
 
 
 def through_actor_pool(case: Case, n_actors: int) -> float:
@@ -213,10 +234,7 @@ def main() -> None:
     parser.add_argument("--experiments", type=int, default=200_000)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    ray.init(
-        address="local", include_dashboard=False, num_cpus=2, log_to_driver=False,
-        logging_level="ERROR", _node_ip_address="127.0.0.1",
-    )  # fmt: skip
+    local_ray()
     ray.data.DataContext.get_current().enable_progress_bars = False
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         case = Case(Path(folder), options.experiments)

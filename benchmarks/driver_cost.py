@@ -15,12 +15,8 @@ import time
 from pathlib import Path
 
 import ray
-from dispatch import Case
+from dispatch import Case, StandingPool, local_ray
 
-from raypatch.actors import WorkerActor
-from raypatch.fleet import Fleet
-from raypatch.inline import halves, without
-from raypatch.pool import Dispatch
 from raypatch.results import layout
 from raypatch.results.store import open_store
 from raypatch.worker import Item
@@ -30,30 +26,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--items", type=int, default=2000)
     options = parser.parse_args()
-    ray.init(
-        address="local", include_dashboard=False, num_cpus=2, log_to_driver=False,
-        logging_level="ERROR", _node_ip_address="127.0.0.1",
-    )  # fmt: skip
+    local_ray()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         case = Case(Path(folder), options.items)
-        fleet = Fleet(ray, ray.remote(num_cpus=1)(WorkerActor), ray.put(case.spec("out")), [])
-        fleet.grow(2)
-        items = (Item(i, i, i + 1) for i in range(options.items))
-        dispatch: Dispatch[Item] = Dispatch(items, halve=halves, without=without)
-        while dispatch.n_actors < 2:
-            for event in fleet.events():
-                dispatch.add_actor(event.actor)
-        started, receipt = time.process_time(), None
-        while not dispatch.done:
-            for send in dispatch.sends():
-                fleet.send(send, case.job.experiments_of(send.item))
-            if not dispatch.done:
-                for event in fleet.events():
-                    dispatch.item_completed(event.actor)
-                    receipt = event.outcome.receipt if event.outcome else receipt
+        pool = StandingPool(case, 2, (Item(i, i, i + 1) for i in range(options.items)))
+        started = time.process_time()
+        receipt = pool.run()
         handled = (time.process_time() - started) / options.items
-        fleet.close()
-        assert receipt is not None
         store, flushes = open_store(folder), []
         for _ in range(200):
             begun = time.perf_counter()

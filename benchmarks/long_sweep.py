@@ -7,12 +7,14 @@ and the memory of driver and actors over time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,35 +61,51 @@ def make_agent(folder: Path) -> None:
         (inputs / f"{side}_inputs.json").write_text(json.dumps(rows))
 
 
-def anonymous(pid: int) -> float:
-    """MiB of a process that no file backs."""
+@dataclass(frozen=True)
+class Sample:
+    """Memory at a time in MiB: anonymous of driver and largest actor (mapped files are the
+    kernel's to take back), shared of the object store."""
+
+    seconds: float
+    driver: float
+    actor: float
+    object_store: float
+
+
+def memory_of(pid: int, kind: str) -> float:
+    """MiB of one kind of a process's memory, by the kernel's own count."""
     status = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))
+    return next(int(line.split()[1]) / 1024 for line in status if line.startswith(kind))
 
 
-def watched(arguments: list[str]) -> tuple[float, list[tuple[float, float, float]]]:
-    """Run a command; seconds, and (time, driver MiB, largest actor MiB) twice a second.
-
-    Memory is anonymous memory: mapped files are the kernel's to take back.
-    """
+def watched(arguments: list[str]) -> tuple[float, list[Sample]]:
+    """Run a command; seconds it took, and its memory twice a second."""
     started, samples = time.perf_counter(), []
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
-    driver = psutil.Process(process.pid)
     while process.poll() is None:
-        try:
-            actors = [
-                anonymous(p.pid) for p in driver.children(recursive=True)
-                if "ray::WorkerActor" in " ".join(p.cmdline()[:1])
-            ]  # fmt: skip
-            samples.append(
-                (time.perf_counter() - started, anonymous(driver.pid), max(actors, default=0))
-            )
-        except (psutil.Error, OSError):
-            pass
+        # A process may end between being listed and being read; the next sample has the rest.
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, StopIteration):
+            samples.append(_sample(process.pid, time.perf_counter() - started))
         time.sleep(0.5)
     if process.returncode:
         raise SystemExit(f"the run ended with {process.returncode}")
     return time.perf_counter() - started, samples
+
+
+def _sample(pid: int, seconds: float) -> Sample:
+    by_name: dict[str, list[int]] = {"actor": [], "raylet": []}
+    for child in psutil.Process(pid).children(recursive=True):
+        word = " ".join(child.cmdline()[:1])
+        if "ray::WorkerActor" in word:
+            by_name["actor"].append(child.pid)
+        elif word.endswith("raylet"):
+            by_name["raylet"].append(child.pid)
+    return Sample(
+        seconds,
+        memory_of(pid, "RssAnon"),
+        max((memory_of(actor, "RssAnon") for actor in by_name["actor"]), default=0.0),
+        sum(memory_of(raylet, "RssShmem") for raylet in by_name["raylet"]),
+    )
 
 
 def main() -> None:
@@ -113,14 +131,16 @@ def main() -> None:
             busy = sum(r.seconds for r in results.receipts)
             running = run["seconds"] - run["startup_seconds"]
             speeds[count] = run["passes"] / running
-            half = [s for s in samples if s[0] > samples[-1][0] / 2]
+            most = {
+                name: max(getattr(sample, name) for sample in samples)
+                for name in ("driver", "actor", "object_store")
+            }
             print(
                 f"{count:,} experiments, {run['passes']:,} passes: {speeds[count]:,.0f} passes/s, "
                 f"{running:.1f} s of {seconds:.1f} s in all; actors computing "
                 f"{busy / options.actors / running:.1%} of the time; driver at most "
-                f"{max(s[1] for s in samples):.0f} MiB, an actor {max(s[2] for s in samples):.0f} "
-                f"MiB (second half: {max(s[1] for s in half):.0f} and "
-                f"{max(s[2] for s in half):.0f})"
+                f"{most['driver']:.0f} MiB, an actor {most['actor']:.0f} MiB, object store "
+                f"{most['object_store']:.0f} MiB"
             )
         large, small = speeds[options.experiments], speeds[options.experiments // 100]
         print(f"the large one runs at {large / small:.2f} of the small one's speed")
@@ -128,15 +148,18 @@ def main() -> None:
             draw(samples, options.plot)
 
 
-def draw(samples: list[tuple[float, float, float]], path: str) -> None:
+def draw(samples: list[Sample], path: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.2))
-    times, driver, actor = zip(*samples)
-    axes.plot(times, driver, label="driver", color="#0072B2")
-    axes.plot(times, actor, label="largest actor", color="#D55E00")
+    times = [sample.seconds for sample in samples]
+    for name, label, colour in (
+        ("driver", "driver", "#0072B2"), ("actor", "largest actor", "#D55E00"),
+        ("object_store", "object store", "#009E73"),
+    ):  # fmt: skip
+        axes.plot(times, [getattr(s, name) for s in samples], label=label, color=colour)
     axes.set_xlabel("seconds")
-    axes.set_ylabel("memory of the process (MiB)")
+    axes.set_ylabel("memory (MiB)")
     axes.set_ylim(0)
     axes.legend()
     figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -18,7 +18,7 @@ from raypatch.definition_files import write_definition
 from raypatch.errors import InputError
 from raypatch.inprocess import Bench
 from raypatch.results.store import DiskStore
-from raypatch.sweep import files_digest, sha256_of
+from raypatch.sweep import check_identity, files_digest, sha256_of, unreadable_records
 
 COMBINATIONS = ("mean", "max")
 AGAINST = ("baseline", "current")
@@ -143,16 +143,8 @@ def _resumed(store: DiskStore, identity: dict[str, Any], overwrite: bool) -> lis
             except ValueError:
                 break  # torn by a crash; appending cuts it off
     except (ValueError, TypeError) as error:
-        raise InputError(
-            f"--output_dir {store.location}: its records cannot be read ({error}); choose a new "
-            "directory, or --overwrite"
-        ) from None
-    different = [key for key in identity if held.get(key) != identity[key]]
-    if different:
-        raise InputError(
-            f"--output_dir {store.location}: holds another search; different: "
-            f"{', '.join(different)}; choose a new directory, or --overwrite"
-        )
+        raise unreadable_records(store.location, error) from None
+    check_identity(held, identity, store.location, "search")
     return steps
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 from raypatch.errors import InputError
 from raypatch.results import layout
 from raypatch.results.store import PARTIAL, Store, digest_of
-from raypatch.sweep import Range
+from raypatch.sweep import Range, check_identity, unreadable_records
 
 HASHING_THREADS = 4
 RECORDS = (
@@ -57,16 +57,8 @@ def held_receipts(
         held = layout.parse_sweep(content)["identity"]
         receipts = layout.read_manifest(store.read(layout.MANIFEST))
     except ValueError as error:
-        raise InputError(
-            f"--output_dir {store.location}: its records cannot be read ({error}); choose a new "
-            "directory, or --overwrite"
-        ) from None
-    different = [key for key in identity if held.get(key) != identity[key]]
-    if different:
-        raise InputError(
-            f"--output_dir {store.location}: holds another sweep; different: "
-            f"{', '.join(different)}; choose a new directory, or --overwrite to replace it"
-        )
+        raise unreadable_records(store.location, error) from None
+    check_identity(held, identity, store.location, "sweep")
     beyond = next((r for r in receipts if r.last > identity["n_experiments"]), None)
     if beyond is not None:
         raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from raypatch.definitions import Experiments
+from raypatch.errors import InputError
 
 # Items aim at this many seconds on a slow core, by a count of the network's operations, and
 # at no more rows than suit one Arrow file; a small sweep is still cut for several actors.
@@ -97,6 +98,26 @@ def definition_digest(experiments: Experiments) -> str:
 
 def files_digest(files: tuple[Path, ...]) -> str:
     return sha256_of(*(file.read_bytes() for file in files))
+
+
+def check_identity(
+    held: Mapping[str, Any], identity: Mapping[str, Any], location: str, what: str
+) -> None:
+    """Raises InputError where a directory holds another ``what``, naming the fields that differ."""
+    different = [key for key in identity if held.get(key) != identity[key]]
+    if different:
+        raise InputError(
+            f"--output_dir {location}: holds another {what}; different: {', '.join(different)}; "
+            "choose a new directory, or --overwrite to replace it"
+        )
+
+
+def unreadable_records(location: str, error: Exception) -> InputError:
+    """What to say of a directory whose records are damaged."""
+    return InputError(
+        f"--output_dir {location}: its records cannot be read ({error}); choose a new directory, "
+        "or --overwrite"
+    )
 
 
 def fingerprint(identity: dict[str, Any]) -> str:

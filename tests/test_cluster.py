@@ -33,22 +33,23 @@ def cluster():
     made.shutdown()
 
 
+def all_couples(path, times):
+    """A definition of every couple of neurons of two layers, some times over."""
+    couples = [{"q_net.0": [i], "q_net.2": [j]} for i in range(64) for j in range(64)]
+    path.write_text(json.dumps(couples * times))
+    return path
+
+
 @pytest.fixture
 def definition(tmp_path):
     """Some seconds of work in many items."""
-    path = tmp_path / "long.json"
-    pairs = [{"q_net.0": [i], "q_net.2": [j]} for i in range(64) for j in range(64)]
-    path.write_text(json.dumps(pairs * 4))
-    return path
+    return all_couples(tmp_path / "long.json", 4)
 
 
 @pytest.fixture
 def long_definition(tmp_path):
     """Enough work that an actor which starts late still finds some."""
-    path = tmp_path / "longer.json"
-    pairs = [{"q_net.0": [i], "q_net.2": [j]} for i in range(64) for j in range(64)]
-    path.write_text(json.dumps(pairs * 50))
-    return path
+    return all_couples(tmp_path / "longer.json", 50)
 
 
 def sweep(cluster, definition, out, **options):

@@ -66,9 +66,8 @@ def load_rl_module(folder: Path, options: AgentOptions) -> Agent:
     try:
         from ray.rllib.core.rl_module.rl_module import RLModule
     except ImportError:
-        raise AgentError(
-            missing_package(f"{folder}: an RLlib checkpoint", "'ray[rllib]'", "rllib")
-        ) from None
+        what = f"{folder}: an RLlib checkpoint"
+        raise AgentError(missing_package(what, "'ray[rllib]'", "rllib")) from None
     with importable(folder, Path.cwd()):
         try:
             module: Any = RLModule.from_checkpoint(str(folder.resolve()))
