@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -176,6 +178,78 @@ def test_an_exported_program_runs_as_it_is_with_its_layers_names(folder):
     found, x = assert_same_outputs(agent, module, (1, 4, 4))
     truth = reference_outputs(module, [{"body.0": [0]}], x[:4], x[4:8])
     np.testing.assert_allclose(found[:1], truth, atol=1e-5)
+
+
+class Everything(nn.Module):
+    """Parts that export as in-place, symbolic, tuple-valued and constant operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, stride=2)
+        self.norm = nn.BatchNorm2d(4)
+        self.mix = nn.Conv2d(4, 4, 2, padding=1, groups=2)
+        self.out = nn.Linear(64, 5)
+        self.register_buffer("scale", torch.tensor([2.0]), persistent=False)
+        self.norm.running_var.uniform_(0.5, 1.5)
+
+    def forward(self, x):
+        h = torch.relu_(self.norm(self.conv(x * self.scale)))
+        h = nn.functional.max_pool2d(self.mix(h), 2, 1).view(x.shape[0], -1)
+        a, b = h.chunk(2, 1)
+        h = torch.cat([a * torch.sigmoid(b), nn.functional.gelu(b, approximate="tanh")], 1)
+        return self.out(nn.functional.dropout(h, training=self.training)) + torch.arange(5) / 7
+
+
+def older_layout(path):
+    """The archive as torch wrote it before: one file of each kind."""
+    with zipfile.ZipFile(path) as archive:
+        members = {n.partition("/")[2]: archive.read(n) for n in archive.namelist()}
+    states = []
+    for folder in ("weights", "constants"):
+        config = json.loads(members[f"data/{folder}/model_{folder}_config.json"])["config"]
+        states.append(
+            {
+                name: torch.frombuffer(
+                    bytearray(members[f"data/{folder}/{entry['path_name']}"]),
+                    dtype=torch.int64 if entry["tensor_meta"]["dtype"] == 5 else torch.float32,
+                ).reshape([n["as_int"] for n in entry["tensor_meta"]["sizes"]])
+                for name, entry in config.items()
+            }
+        )
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("serialized_exported_program.json", members["models/model.json"])
+        for name, state in zip(("state_dict", "constants"), states):
+            stream = io.BytesIO()
+            torch.save(state, stream)
+            archive.writestr(f"serialized_{name}.pt", stream.getvalue())
+        archive.writestr("version", "8.8")
+
+
+@pytest.mark.parametrize("layout", ["new", "old"])
+def test_an_exported_program_of_many_kinds_of_operation_gives_the_modules_outputs(folder, layout):
+    torch.manual_seed(0)
+    module = Everything().eval()
+    exported(module, torch.randn(2, 2, 10, 10), folder / "agent.pt2")
+    if layout == "old":
+        older_layout(folder / "agent.pt2")
+    agent = raypatch.load_agent(folder)
+    assert list(agent.layers) == ["conv", "mix", "out"]
+    assert_same_outputs(agent, module, (2, 10, 10))
+
+
+def test_a_program_of_an_unknown_format_names_the_torch_that_wrote_it(folder, cleanrl):
+    exported(cleanrl.actor, torch.randn(2, 4), folder / "agent.pt2")
+    with zipfile.ZipFile(folder / "agent.pt2") as archive:
+        members = {n: archive.read(n) for n in archive.namelist()}
+    with zipfile.ZipFile(folder / "agent.pt2", "w") as archive:
+        for name, content in members.items():
+            if name.endswith("model.json"):
+                model = json.loads(content) | {"torch_version": "9.1"}
+                model["schema_version"]["major"] = 9
+                content = json.dumps(model).encode()
+            archive.writestr(name, content)
+    with pytest.raises(AgentError, match="saved by torch 9.1"):
+        raypatch.load_agent(folder)
 
 
 def test_a_program_exported_for_one_batch_size_is_refused_with_the_way_out(folder, cleanrl):

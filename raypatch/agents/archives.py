@@ -52,6 +52,8 @@ def check_archive(source: Path | BinaryIO, origin: str) -> list[str]:
 
 
 def _fault(member: zipfile.ZipInfo) -> str | None:
+    if not member.filename.isprintable():
+        return "has an unprintable name"
     path = PurePosixPath(member.filename.replace("\\", "/"))
     if path.is_absolute() or (path.parts and path.parts[0].endswith(":")):
         return "has an absolute name"

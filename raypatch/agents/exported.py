@@ -1,8 +1,7 @@
 """Programs saved by ``torch.export`` (``.pt2``): they run as they are.
 
-``torch.export.load`` unpickles parts of the archive, so every member is looked at first, and
-one that would import anything but tensors is refused. The program's linear and convolution
-operations become modules again, under the names their weights have.
+The program's linear and convolution operations become modules again, under the names their
+weights have.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ import torch
 from torch import fx, nn
 
 from raypatch.agents.agent import Agent, make_agent
-from raypatch.agents.archives import check_archive, read_member, repacked
-from raypatch.agents.pickles import refuse_code
-from raypatch.agents.state_dict import add_submodule, finite
+from raypatch.agents.program import read_program
+from raypatch.agents.state_dict import add_submodule, add_tensor
 from raypatch.engine.capture_export import exported_graph_module
 from raypatch.errors import AgentError, one_line
 
@@ -27,34 +25,18 @@ CONVOLUTIONS: dict[str, type[Any]] = {
 
 def load_exported(file: Path) -> Agent:
     """The agent in a ``.pt2`` archive, no code run."""
-    members = {name: read_member(file, name) for name in check_archive(file, str(file))}
-    for name, content in members.items():
-        refuse_code(content, f"{file}: {name}")
+    program, shape = read_program(file)
+    batch = torch.zeros(2, *shape)
+    free = ({0: torch.export.Dim.DYNAMIC},)
     try:
-        program = torch.export.load(repacked(members))
-        traced = exported_graph_module(program)
-    except Exception as error:  # torch raises many kinds for a damaged archive
-        raise AgentError(f"{file}: not a readable exported program: {one_line(error)}") from None
-    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    if len(placeholders) != 1:
+        traced = exported_graph_module(torch.export.export(program, (batch,), dynamic_shapes=free))
+    except Exception as error:  # torch raises many kinds where operations do not fit together
         raise AgentError(
-            f"{file}: takes {len(placeholders)} inputs; an agent takes one tensor of observations"
-        )
-    shape = placeholders[0].meta["val"].shape[1:]
-    for path, parameter in traced.named_parameters():
-        finite(parameter, f"{file}: {path}")
-    network = with_layers(traced)
-    batch = torch.zeros(2, *map(int, shape))
-    try:
-        with torch.no_grad():
-            network(batch)
-    except Exception as error:  # the program's own checks of its inputs
-        raise AgentError(
-            f"{file}: does not take a batch of two observations ({one_line(error)}); export it "
-            "with a free batch dimension: dynamic_shapes=({0: torch.export.Dim.AUTO},)"
+            f"{file}: its operations do not run on a batch of observations: {one_line(error)}"
         ) from None
+    network = with_layers(traced)
     return make_agent(
-        network, batch[:1], output_kind="logits", files=(file,),
+        network, batch, output_kind="logits", files=(file,),
         loaded_as=f"exported program {file.name}, run as it is",
     )  # fmt: skip
 
@@ -126,10 +108,5 @@ def _attribute(root: Any, path: str) -> Any:
 
 def _copy_attribute(source: nn.Module, root: nn.Module, path: str) -> None:
     """Keep a tensor of the program where the operations that use it look for it."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        if not hasattr(root, parent):
-            root.add_module(parent, nn.Module())
-        root = getattr(root, parent)
-    if not hasattr(root, name):
-        root.register_buffer(name, _attribute(source, path).detach())
+    if path not in dict(root.named_buffers()):
+        add_tensor(root, path, _attribute(source, path).detach())

@@ -194,12 +194,24 @@ class ChainedMLP(nn.Module):
 
 def add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put ``module`` at a dotted path, with plain containers on the way."""
+    holder, name = _holder(root, path)
+    holder.add_module(name, module)
+
+
+def add_tensor(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
+    """Put a tensor at a dotted path, as a buffer, with plain containers on the way."""
+    holder, name = _holder(root, path)
+    holder.register_buffer(name, tensor)
+
+
+def _holder(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     *parents, name = path.split(".")
     for parent in parents:
-        if not hasattr(root, parent):
+        children = dict(root.named_children())
+        if parent not in children:
             root.add_module(parent, nn.Module())
-        root = getattr(root, parent)
-    root.add_module(name, module)
+        root = root.get_submodule(parent)
+    return root, name
 
 
 def linear_from(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

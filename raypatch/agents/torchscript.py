@@ -15,7 +15,7 @@ from torch import nn
 
 from raypatch.agents.activations import ACTIVATIONS
 from raypatch.agents.agent import Agent, AgentOptions, make_agent
-from raypatch.agents.archives import check_torch_file
+from raypatch.agents.script_code import checked_script
 from raypatch.agents.state_dict import finite, linear_from
 from raypatch.errors import AgentError, one_line
 
@@ -45,9 +45,9 @@ class Chain(nn.Module):
 
 def load_script(file: Path, options: AgentOptions) -> Agent:
     """The agent in a TorchScript file whose layers follow one another."""
-    check_torch_file(file, str(file))
+    archive = checked_script(file)
     try:
-        script: Any = torch.jit.load(str(file), map_location="cpu")  # type: ignore[no-untyped-call]
+        script: Any = torch.jit.load(archive, map_location="cpu")  # type: ignore[no-untyped-call]
         script.eval()
     except Exception as error:  # torch raises many kinds for a damaged archive
         raise AgentError(f"{file}: not a readable TorchScript: {one_line(error)}") from None
