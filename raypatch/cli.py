@@ -52,6 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.filename is None or "--debug" in arguments:
+            raise
+        return _fail(f"{error.filename}: cannot be used: {error.strerror}; give another path", 2)
 
 
 def _fail(message: str, code: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from raypatch.definition_files import write_definition
+from raypatch.engine.identity import network_digest
 from raypatch.errors import InputError
 from raypatch.inprocess import Bench
 from raypatch.results.store import DiskStore
@@ -90,6 +91,7 @@ def find_coalition(
     identity = {
         **asdict(options),
         "agent": files_digest(bench.agent.files),
+        "network": network_digest(bench.agent.network, bench.patcher.graph),
         "inputs": sha256_of(json.dumps(bench.inputs.ids).encode(), *bench.inputs.sides.values()),
     }
     steps = _resumed(store, identity, overwrite)

@@ -109,7 +109,7 @@ def _table_batches(path: Path) -> Iterator[Any]:
 def _check_table(path: Path, layers: Mapping[str, int]) -> Experiments:
     """Check a table batch by batch; rows are looked at one by one only where one is bad."""
     checker, spool, first = Checker(layers), Spool(tuple(layers)), 0
-    for batch in _table_batches(path):
+    for batch in filter(len, _table_batches(path)):
         spool.add(_packed_batch(batch, checker, first, str(path)))
         first += len(batch)
     if checker.count:
@@ -133,7 +133,8 @@ def _packed_batch(batch: Any, checker: Checker, first: int, origin: str) -> Expe
     index = {name: i for i, name in enumerate(checker.layers)}
     known = [checker.resolve("", word, quiet=True) for word in words.dictionary.to_pylist()]
     numbers = np.array([-1 if name is None else index[name] for name in known], np.int32)
-    starts = lists.offsets.to_numpy().astype(np.int64)
+    # Arrow may leave out the one offset of no lists at all.
+    starts = lists.offsets.to_numpy().astype(np.int64) if len(lists) else np.zeros(1, np.int64)
     packed = Experiments(
         tuple(checker.layers),
         offsets - offsets[0],
@@ -167,7 +168,7 @@ class Spool:
             column = getattr(part, name)
             if name in self._ends:
                 column = column[1:] + self._ends[name]
-                self._ends[name] = int(column[-1])
+                self._ends[name] = int(column[-1]) if len(column) else self._ends[name]
             file.write(np.ascontiguousarray(column).data)
 
     def experiments(self) -> Experiments:

@@ -107,6 +107,8 @@ class Job:
     experiments: Experiments
     patcher: Patcher
     ranges: list[Range]
+    # Parts of a run before that have no record of being checked.
+    adopted: tuple[layout.Receipt, ...]
     # A file that workers look for, to learn whether they see the output directory.
     beacon = ""
 
@@ -246,12 +248,13 @@ class Job:
     def _identity(self) -> dict[str, Any]:
         """Everything that decides the numbers and files; no time, machine or actor count."""
         from raypatch import sweep
+        from raypatch.engine.identity import network_digest
 
         config, inputs = self.config, self.inputs
         return {
             "format_version": FORMAT_VERSION,
             "agent": sweep.files_digest(self.agent.files),
-            "agent_options": [config.agent_file, config.agent_output, config.activation],
+            "network": network_digest(self.agent.network, self.patcher.graph),
             "inputs": sweep.sha256_of(
                 json.dumps(inputs.ids).encode(), *(inputs.sides[s] for s in sorted(inputs.sides))
             ),
@@ -299,6 +302,7 @@ class Job:
             committed = [sweep.Range(r.first, r.last) for r in found.committed]
             self.ranges = sweep.remaining(self.wanted, committed)
             self.n_committed = sum(map(len, committed))
+            self.adopted = found.adopted
             self._describe_sweep()
             self.beacon = f".beacon-{uuid.uuid4().hex}.partial"
             store.write(self.beacon, b"raypatch")
@@ -367,6 +371,8 @@ class Job:
 
         n_items = sweep.count_items(self.ranges, self.item_length)
         verifier, spec = self.verifier(), self.worker_spec()
+        if self.adopted and self.config.verify:
+            self._recheck_adopted(spec, verifier)
         items = (Item(*cut) for cut in sweep.cut(self.ranges, self.item_length))
         n_left = sum(map(len, self.ranges))
         with Progress(n_left, self.passes_each, quiet=self.config.quiet) as progress:
@@ -395,7 +401,8 @@ class Job:
         try:
             for event in events:
                 if isinstance(event, Outcome):
-                    verifier.check(event.samples)
+                    with self._trusting():
+                        verifier.check(event.samples)
                     for name, content in event.files.items():
                         self.store.write(name, content)
                     finished.append(event.receipt)
@@ -414,6 +421,30 @@ class Job:
                 f"{self.store.location}; run the same command again to resume",
                 int(self.interruption.signal_number or signal.SIGINT),
             )
+
+    def _recheck_adopted(self, spec: WorkerSpec, verifier: Verifier) -> None:
+        """A run that died may not have checked what it finished last."""
+        from raypatch.rechecking import recheck
+        from raypatch.sweep import Range
+        from raypatch.verification import choose_sample
+
+        config, adopted = self.config, self.adopted
+        chosen = choose_sample(
+            [Range(r.first, r.last) for r in adopted], config.verify, config.seed
+        )
+        with self._trusting():
+            recheck(self.store, adopted, chosen, spec, self.experiments_of, verifier)
+
+    @contextmanager
+    def _trusting(self) -> Iterator[None]:
+        """Where a verification fails, no later run goes on from this directory."""
+        from raypatch import records
+
+        try:
+            yield
+        except RunError as error:
+            records.distrust(self.store, str(error))
+            raise
 
     def _quarantine(self, event: Quarantined, n_failures: int) -> None:
         name = experiment_name(event.experiment, self.experiments[event.experiment])

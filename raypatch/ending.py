@@ -27,6 +27,7 @@ def status_of(results: Results) -> dict[str, Any]:
         "items_retried": sum(r.tries > 1 for r in results.receipts),
         "agent": results.sweep["agent"]["loaded_as"],
         "fingerprint": results.sweep["fingerprint"],
+        "verification_failed": results.distrusted,
         "runs": results.sweep.get("runs", []),
     }
 
@@ -42,6 +43,8 @@ def _next_command(facts: dict[str, Any]) -> str:
     if facts["state"] == "running":
         return f"raypatch status {where}"
     if facts["state"] == "stopped":
+        if facts["verification_failed"]:
+            return "report this with your agent; --overwrite computes everything anew"
         return "the run's own command again; it resumes where it stopped"
     return f"raypatch rank {where}"
 
@@ -59,6 +62,8 @@ def show_status(facts: dict[str, Any]) -> None:
     table.add_row("size", f"{facts['bytes'] / 1e6:.1f} MB")
     table.add_row("retried items", f"{facts['items_retried']:,}")
     table.add_row("agent", facts["agent"])
+    if facts["verification_failed"]:
+        table.add_row("not to be trusted", facts["verification_failed"])
     if facts["quarantined"]:
         table.add_row("quarantined", f"{len(facts['quarantined']):,} experiments without results")
     console = _console()

@@ -70,7 +70,8 @@ class Bench:
     def check_metric(self, metric: str) -> None:
         """Raises InputError for a metric this agent has not."""
         choose_metrics(metric, discrete=self.agent.discrete)
-        assert metric in METRICS
+        if metric not in METRICS:
+            raise InputError(f"--metric {metric!r}: a search goes by one of {', '.join(METRICS)}")
 
     def scores(
         self, metric: str, outputs: Mapping[str, Tensor], against: Mapping[str, Tensor]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ SIDES = ("clean", "corrupted")
 # Where inputs lie beside an agent.
 INPUTS_FOLDER = "activation_inputs"
 SUFFIXES = (".json", ".npz", ".npy", ".arrow", ".parquet")
-UNREADABLE = (ValueError, OSError, KeyError, EOFError, RecursionError, zipfile.BadZipFile)
+UNREADABLE = (
+    ValueError, OSError, KeyError, EOFError, RecursionError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

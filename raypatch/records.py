@@ -61,6 +61,17 @@ def add_run(store: Store, ending: Mapping[str, Any]) -> None:
         write_sweep(store, record)
 
 
+def distrust(store: Store, reason: str) -> None:
+    """Note that a verification failed: no run goes on from what lies here."""
+    with store.changing():
+        content = store.read(layout.SWEEP)
+        assert content is not None
+        record = layout.parse_sweep(content)
+        record.setdefault(layout.DISTRUSTED, reason)
+        write_sweep(store, record)
+        store.remove(layout.SUCCESS)
+
+
 def write_experiments(store: Store, experiments: Experiments) -> None:
     """``experiments.arrow``, batch by batch."""
     import pyarrow as pa

@@ -54,11 +54,18 @@ def held_receipts(
             )
         return []
     try:
-        held = layout.parse_sweep(content)["identity"]
+        record = layout.parse_sweep(content)
+        held = record["identity"]
         receipts = layout.read_manifest(store.read(layout.MANIFEST))
     except ValueError as error:
         raise unreadable_records(store.location, error) from None
     check_identity(held, identity, store.location, "sweep")
+    if layout.DISTRUSTED in record:
+        raise InputError(
+            f"--output_dir {store.location}: a run before failed its verification, so what lies "
+            f"there is not to be trusted ({record[layout.DISTRUSTED]}); choose a new directory, "
+            "or --overwrite to compute everything anew"
+        )
     beyond = next((r for r in receipts if r.last > identity["n_experiments"]), None)
     if beyond is not None:
         raise InputError(

@@ -299,6 +299,19 @@ def test_a_mistake_is_one_line_exit_2_and_nothing_written(command, tmp_path, cha
     assert ended.out == "" and not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_be_written_is_one_line(command, run_inline, single_neurons):
+    out = run_inline(LAVA, single_neurons(LAVA))
+    for words in (
+        ("generate", "--type", "layer", "--agent_path", LAVA, "--output", "/proc/no/d.json"),
+        ("report", out, "--output", "/proc/no/r.html"),
+        ("plot", out, "--output", "/proc/no"),
+        ("export", out, "--format", "csv", "--output", "/proc/no"),
+    ):
+        ended = command(*words)
+        assert ended.code in (1, 2), words
+        assert "/proc/" in ended.err and len(ended.err.strip().splitlines()) == 1
+
+
 def test_another_sweeps_directory_is_refused_naming_what_differs(command, tmp_path, run_inline):
     options = good(tmp_path)
     out = run_inline(LAVA, options["--definition_file"])

@@ -193,6 +193,7 @@ TABLES = [
     ([["q_net.0"]], [[[1], [2]]], "lists of equal length"),
     ([[None]], [[[1]]], "without nulls"),
     ([], [], "the definition is empty"),
+    ([[]], [[]], "experiment 0: patches nothing"),
 ]
 
 
@@ -210,6 +211,21 @@ def test_a_bad_table_is_refused_like_a_bad_list(tmp_path, layers, neurons, messa
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
     with pytest.raises(InputError, match=message):
         read_definition(tmp_path / "d.parquet", LAYERS)
+
+
+def test_a_batch_without_rows_is_no_matter(tmp_path):
+    import pyarrow as pa
+
+    rows = {"layers": [["q_net.0"]], "neurons": [[[1]]]}
+    schema = pa.schema(
+        [("layers", pa.list_(pa.string())), ("neurons", pa.list_(pa.list_(pa.int32())))]
+    )
+    batch = pa.record_batch(rows, schema=schema)
+    path = str(tmp_path / "d.arrow")
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for part in (batch.slice(0, 0), batch, batch.slice(0, 0)):
+            writer.write_batch(part)
+    assert list(read_definition(path, LAYERS)) == [{"q_net.0": [1]}]
 
 
 def test_a_table_with_other_columns_is_refused(tmp_path):

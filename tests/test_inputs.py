@@ -216,3 +216,15 @@ def test_recorded_activations_that_lack_a_layer_are_refused_by_name(
     ended = command(*words, "--direction", "denoising")
     assert ended.code == 2 and "_features_extractor.mlp.0', which the definition needs" in ended.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_compressed_archive_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, ids=IDS, inputs=np.random.default_rng(0).normal(size=np.shape(ROWS)))
+    content = bytearray(path.read_bytes())
+    start = content.index(b"inputs.npy") + 40
+    for at in range(start, start + 20):
+        content[at] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not readable inputs"):
+        read_inputs({"clean": path}, ObservationShape((np.shape(ROWS)[1],)))

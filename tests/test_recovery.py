@@ -296,3 +296,36 @@ def test_a_write_that_fails_leaves_no_half_line(tmp_path, monkeypatch):
     with pytest.raises(raypatch.errors.RunError, match="free some space"):
         place.append_lines("lines", ["two"])
     assert (tmp_path / "lines").read_text() == "one\n"
+
+
+def test_a_write_that_is_cut_short_is_an_error_and_leaves_no_file(tmp_path):
+    """A limit on the size of files makes the system take only a part, as a full disk may."""
+    program = (
+        "import resource, sys\n"
+        "from raypatch.errors import RunError\n"
+        "from raypatch.results.store import open_store\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        "    open_store(sys.argv[1]).write('part', bytes(1500))\n"
+        "except RunError as error:\n"
+        "    print(error)\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout
+    assert "cannot be written: File too large" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_renamed_while_a_directory_is_listed_is_no_error(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"x")
+
+    def scandir(path):
+        found = list(os_scandir(path))
+        (tmp_path / "a").rename(tmp_path / "c")
+        return iter(found)
+
+    os_scandir = os.scandir
+    monkeypatch.setattr(store.os, "scandir", scandir)
+    assert store.open_store(tmp_path).entries() == {"b": 1}

@@ -120,7 +120,8 @@ def test_what_a_search_writes_can_be_run(command, run_inline, tmp_path):
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(("--metric", "x"), "unknown metric"), (("--candidates", 0), "below 1"),
+    [(("--metric", "x"), "unknown metric"), (("--metric", "all"), "goes by one of"),
+     (("--candidates", 0), "below 1"),
      (("--combine", "x"), "not one of mean, max"), (("--direction", "x"), "--direction")],
 )  # fmt: skip
 def test_bad_search_options_are_one_line(command, tmp_path, more, message):

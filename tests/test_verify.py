@@ -10,6 +10,7 @@ import pytest
 from conftest import CARTPOLE, LAVA
 
 from raypatch.results import layout
+from raypatch.worker import Worker
 
 
 @pytest.mark.parametrize("save", ["full", "metrics", "summary"])
@@ -81,3 +82,60 @@ def test_a_moved_agent_is_found_with_the_option(command, run_inline, single_neur
 def test_a_run_with_continuous_or_two_actions_verifies_too(command, run_inline, single_neurons):
     out = run_inline(CARTPOLE, single_neurons(CARTPOLE), "--source", "mean")
     assert command("verify", out, "--sample", 3).code == 0
+
+
+@pytest.fixture
+def wrong_engine(monkeypatch):
+    """Every patched output is off by 0.1, as if the engine had a bug."""
+    right = Worker._outputs
+    monkeypatch.setattr(Worker, "_outputs", lambda self, e: right(self, e) + 0.1)
+
+
+def test_a_run_whose_verification_failed_is_never_gone_on_with(
+    command, run_inline, single_neurons, tmp_path, wrong_engine, monkeypatch
+):
+    words = (
+        "run", "--agent_path", LAVA, "--definition_file", single_neurons(LAVA),
+        "--output_dir", tmp_path / "out", "--backend", "inline", "--quiet",
+    )  # fmt: skip
+    ended = command(*words)
+    assert ended.code == 1 and "verification failed: experiment" in ended.err
+    monkeypatch.undo()
+    ended = command(*words)
+    assert ended.code == 2 and "failed its verification" in ended.err
+    assert len(ended.err.splitlines()) == 1
+    assert command("verify", tmp_path / "out").code == 1
+    assert "not to be trusted" in command("status", tmp_path / "out").out
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert command(*words, "--overwrite").code == 0
+    assert command("verify", tmp_path / "out").code == 0
+
+
+def test_parts_kept_from_a_run_that_died_before_checking_them_are_checked(
+    command, run_inline, single_neurons, wrong_engine, monkeypatch
+):
+    out = run_inline(LAVA, single_neurons(LAVA), "--verify", 0)
+    (out / "manifest.jsonl").unlink()
+    (out / "_SUCCESS").unlink()
+    monkeypatch.undo()
+    ended = command(
+        "run", "--agent_path", LAVA, "--definition_file", single_neurons(LAVA),
+        "--output_dir", out, "--backend", "inline", "--verify", 2,
+    )  # fmt: skip
+    assert ended.code == 1 and "is not what the agent gives now" in ended.err
+    assert not (out / "_SUCCESS").exists()
+
+
+def test_a_manifest_or_a_factory_that_means_another_network_makes_another_sweep(
+    command, run_inline, single_neurons, lava_copy
+):
+    definition = single_neurons(lava_copy)
+    out = run_inline(lava_copy, definition)
+    manifest = json.loads((lava_copy / "agent.json").read_text())
+    (lava_copy / "agent.json").write_text(json.dumps({**manifest, "activation": "tanh"}))
+    words = (
+        "run", "--agent_path", lava_copy, "--definition_file", definition, "--output_dir", out,
+        "--backend", "inline",
+    )  # fmt: skip
+    ended = command(*words)
+    assert ended.code == 2 and "another sweep; different: network;" in ended.err

@@ -7,13 +7,13 @@ then part of the network: inputs stay raw observations.
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from raypatch.agents.archives import DAMAGE
 from raypatch.agents.preprocessing import Normalise
 from raypatch.agents.sb3_networks import ActionNetwork
 from raypatch.agents.spaces import Space
@@ -44,7 +44,7 @@ def normalised(
             mean, var = (torch.from_numpy(np.asarray(content[k], float)) for k in ("mean", "var"))
             epsilon = float(content["epsilon"]) if "epsilon" in content else 1e-8
             clip = float(content["clip_obs"]) if "clip_obs" in content else 10.0
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError) as error:
+    except (*DAMAGE, KeyError, TypeError) as error:
         raise AgentError(
             f"{path}: unreadable statistics ({error}); write it so: {EXPORT}"
         ) from None

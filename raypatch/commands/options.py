@@ -42,4 +42,7 @@ def open_run(output_dir: str) -> Results:
     """The results in a run's output directory."""
     from raypatch.results.reader import open_results
 
-    return open_results(output_dir)
+    results = open_results(output_dir)
+    if results.distrusted is not None:
+        click.echo(f"warning: not to be trusted: {results.distrusted}", err=True)
+    return results

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments, check_experiments
-from raypatch.engine.capture import CaptureError, capture
+from raypatch.engine.capture import CaptureError, Graph, capture
 from raypatch.engine.capture_export import capture_export
 from raypatch.engine.incremental import Incremental, Prepared
 from raypatch.engine.layers import Args, Layer, as_args, find_layers
@@ -134,6 +134,11 @@ class Patcher:
         if self._network is not None:
             self._network.to(self.device)
         return self
+
+    @property
+    def graph(self) -> Graph | None:
+        """The captured network; None before inputs were seen, and where it goes by hooks."""
+        return self._engine.graph if isinstance(self._engine, Incremental) else None
 
     @property
     def neuron_counts(self) -> dict[str, int]:

@@ -140,6 +140,8 @@ def read_failures(content: bytes | None) -> list[Failure]:
     return list(found.values())
 
 
+# The field of sweep.json that says how a verification failed.
+DISTRUSTED = "verification_failed"
 # What other code relies on in sweep.json: path of keys and type.
 _SWEEP_FIELDS: dict[tuple[str, ...], type] = {
     ("format_version",): int,

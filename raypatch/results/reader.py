@@ -41,6 +41,12 @@ class Results:
         return layout.SUCCESS in self.store.entries()
 
     @property
+    def distrusted(self) -> str | None:
+        """Why nothing here should be believed, where a run has failed its verification."""
+        reason = self.sweep.get(layout.DISTRUSTED)
+        return None if reason is None else str(reason)
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         return tuple(self.sweep["identity"]["metrics"])
 

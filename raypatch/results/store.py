@@ -13,7 +13,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -137,7 +137,9 @@ class DiskStore:
         with _disk_errors(self.path(folder), "read"):
             if self.path(folder).is_dir():
                 for entry in os.scandir(self.path(folder)):
-                    found[entry.name] = entry.stat().st_size
+                    # Another run may rename or remove a file between its name and its size.
+                    with suppress(FileNotFoundError):
+                        found[entry.name] = entry.stat().st_size
         return found
 
     def read(self, name: str) -> bytes | None:
@@ -151,6 +153,7 @@ class DiskStore:
         with self.sink(name) as file:
             half = len(content) // 2
             file.write(content[:half])
+            file.flush()
             on_step(f"{name}: half written")
             file.write(content[half:])
         return hashlib.sha256(content).hexdigest()
@@ -161,9 +164,12 @@ class DiskStore:
         partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
         with _disk_errors(target):
             try:
-                with partial.open("wb", buffering=0) as file:
+                # Buffered: an unbuffered file may take less than it is given, and say so only
+                # by a number.
+                with partial.open("wb") as file:
                     on_step(f"{name}: opened")
                     yield file
+                    file.flush()
                     on_step(f"{name}: written")
                     os.fsync(file.fileno())
                     on_step(f"{name}: synced")
