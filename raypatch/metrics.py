@@ -14,9 +14,10 @@ logits, so that tiny effects keep their digits: with m = sum P_b d and e = d - m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from raypatch.errors import InputError
 # Rows at a time: enough to make the call of an operation cheap, few enough for the cache.
 BLOCK_ROWS = 16384
 SMALL = 1e-10  # keeps the saturating ratios defined, as in the original
+WILD = 500  # beyond this exp comes near the end of float64's range
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -41,248 +45,301 @@ class Baselines:
 
 
 class Fixed:
-    """What depends on the baselines only, for a block of rows; computed once a block size."""
+    """What depends on the baselines only, for a block of rows; computed once a block size.
+
+    ``[outputs, rows]``, or ``[rows]`` where there is one number a row.
+    """
 
     def __init__(self, baselines: Baselines, repeats: int) -> None:
-        def columns(outputs: Tensor) -> Tensor:
-            return outputs.double().t().repeat(1, repeats).contiguous()
+        def columns(outputs: Tensor) -> Array:
+            return np.tile(outputs.double().numpy().T, (1, repeats))
 
         self.b = columns(baselines.target)
         self.b_source = None if baselines.source is None else columns(baselines.source)
+        self._row = np.arange(self.b.shape[1])
 
-    def pick(self, columns: Tensor, which: Tensor) -> Tensor:
-        """Each column's element at row ``which``, ``[1, rows]``."""
-        return columns.view(-1).index_select(0, which).view(1, -1)
-
-    @cached_property
-    def at_a(self) -> Tensor:
-        """Flat places of the actions, for :meth:`pick`."""
-        return _flat_places(self.a)
+    def places(self, which: Array) -> Array:
+        """Output numbers ``[rows]`` as places in the flattened columns, for :func:`pick`."""
+        return which * self.b.shape[1] + self._row
 
     @cached_property
-    def at_s(self) -> Tensor:
-        return _flat_places(self.s)
+    def at_a(self) -> Array:
+        """Places of the actions."""
+        return self.places(self.a)
 
     @cached_property
-    def a(self) -> Tensor:
-        return first_argmax(self.b).view(1, -1)
+    def at_s(self) -> Array:
+        return self.places(self.s)
 
     @cached_property
-    def s(self) -> Tensor:
+    def a(self) -> Array:
+        return self.b.argmax(0)
+
+    @cached_property
+    def s(self) -> Array:
         """Runner-up; the action itself where there is only one."""
         if len(self.b) == 1:
             return self.a
-        return first_argmax(self.b.scatter(0, self.a, -torch.inf)).view(1, -1)
+        others = self.b.copy()
+        others[self.a, self._row] = -np.inf
+        return others.argmax(0)
 
     @cached_property
-    def prob(self) -> Tensor:
-        return self.b.softmax(0)
+    def prob(self) -> Array:
+        return softmax(self.b)
 
     @cached_property
-    def sqrt_prob(self) -> Tensor:
-        return self.prob.sqrt()
+    def prob_a(self) -> Array:
+        return pick(self.prob, self.at_a)
 
     @cached_property
-    def share(self) -> Tensor:
-        return self.b.gather(0, self.a).abs() / self.b.abs().sum(0, keepdim=True)
+    def prob_s(self) -> Array:
+        return pick(self.prob, self.at_s)
 
     @cached_property
-    def centred_unit(self) -> Tensor:
-        return _unit(self.b - self.b.mean(0, keepdim=True))
+    def sqrt_prob(self) -> Array:
+        return np.sqrt(self.prob)
 
     @cached_property
-    def unit(self) -> Tensor:
-        return _unit(self.b)
+    def share(self) -> Array:
+        return np.abs(pick(self.b, self.at_a)) / np.abs(self.b).sum(0)
 
     @cached_property
-    def recovery(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Flat places of the source's action, LD_b, and LD_src - LD_b (NaN where the actions
-        agree)."""
+    def centred_unit(self) -> Array:
+        return _unit(self.b - self.b.mean(0))
+
+    @cached_property
+    def unit(self) -> Array:
+        return _unit(self.b.copy())
+
+    @cached_property
+    def recovery(self) -> tuple[Array, Array, Array] | None:
+        """Places of the source's action, LD_b, and LD_src - LD_b (NaN where the actions agree)."""
         if self.b_source is None:
             return None
-        a_source = first_argmax(self.b_source).view(1, -1)
-        base = self.b.gather(0, a_source) - self.b.gather(0, self.a)
-        span = self.b_source.gather(0, a_source) - self.b_source.gather(0, self.a) - base
-        span = torch.where((a_source == self.a) | (span == 0), torch.nan, span)
-        return _flat_places(a_source), base, span
+        a_source = self.b_source.argmax(0)
+        at_source = self.places(a_source)
+        base = pick(self.b, at_source) - pick(self.b, self.at_a)
+        span = pick(self.b_source, at_source) - pick(self.b_source, self.at_a) - base
+        return at_source, base, np.where((a_source == self.a) | (span == 0), np.nan, span)
 
 
-def _flat_places(which: Tensor) -> Tensor:
-    """Row numbers ``[1, rows]`` of columns to places in the flattened columns."""
-    n_rows = which.shape[1]
-    return which.view(-1) * n_rows + torch.arange(n_rows)
+def pick(columns: Array, places: Array) -> Array:
+    """One element of each column, ``[rows]``."""
+    return columns.reshape(-1).take(places)
 
 
-def first_argmax(columns: Tensor) -> Tensor:
-    """Row of each column's largest element, the first of several, int64 ``[rows]``.
+def dot(x: Array, y: Array) -> Array:
+    """Sum of products down the columns, ``[rows]``, without the products in between."""
+    found: Array = np.einsum("or,or->r", x, y)
+    return found
 
-    torch's reductions over a short first axis are ten times slower than comparing rows.
+
+def softmax(columns: Array) -> Array:
+    powers = np.exp(columns - columns.max(0))
+    powers /= powers.sum(0)
+    return powers
+
+
+def log_sum_exp(columns: Array) -> Array:
+    top = columns.max(0)
+    found: Array = np.log(np.exp(columns - top).sum(0)) + top
+    return found
+
+
+def first_argmax(columns: Array) -> Array:
+    """Row of each column's largest element, the first of several, int32 ``[rows]``.
+
+    NumPy's own over a short first axis is several times slower than comparing rows.
     """
     if len(columns) > 32:
-        return torch.from_numpy(columns.t().contiguous().numpy().argmax(1))
-    best, place = columns[0].clone(), torch.zeros(columns.shape[1], dtype=torch.int64)
+        return columns.argmax(0).astype(np.int32)
+    best, place = columns[0].copy(), np.zeros(columns.shape[1], np.int32)
     for number in range(1, len(columns)):
-        place.masked_fill_(columns[number] > best, number)
-        torch.maximum(best, columns[number], out=best)
+        np.putmask(place, columns[number] > best, number)
+        np.maximum(best, columns[number], out=best)
     return place
 
 
-def _length(x: Tensor) -> Tensor:
-    """L2 norm of each column. Squares of float32 logits stay far inside float64's range, and
-    this is several times faster than torch.linalg.vector_norm across short columns."""
-    return (x * x).sum(0, keepdim=True).sqrt_()
+def _length(x: Array) -> Array:
+    """L2 norm of each column. Squares of float32 logits stay far inside float64's range."""
+    found: Array = np.sqrt(dot(x, x))
+    return found
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Columns over their length; NaN for a zero column."""
-    return x / _length(x)
+def _unit(x: Array) -> Array:
+    """Columns over their length, in place; NaN for a zero column."""
+    x /= _length(x)
+    return x
 
 
 class Rows:
     """One block: patched logits ``p`` ``[outputs, rows]`` and the terms formulas share."""
 
-    def __init__(self, p: Tensor, fixed: Fixed) -> None:
+    def __init__(self, p: Array, fixed: Fixed) -> None:
         self.p = p
         self.fixed = fixed
         self.d = p - fixed.b
 
     @cached_property
-    def p_a(self) -> Tensor:
-        return self.fixed.pick(self.p, self.fixed.at_a)
+    def p_a(self) -> Array:
+        return pick(self.p, self.fixed.at_a)
 
     @cached_property
-    def d_a(self) -> Tensor:
-        return self.fixed.pick(self.d, self.fixed.at_a)
+    def d_a(self) -> Array:
+        return pick(self.d, self.fixed.at_a)
 
     @cached_property
-    def e(self) -> Tensor:
-        return self.d - (self.fixed.prob * self.d).sum(0, keepdim=True)
+    def mean_d(self) -> Array:
+        """m."""
+        return dot(self.fixed.prob, self.d)
 
     @cached_property
-    def x(self) -> Tensor:
-        """expm1(e), by NumPy, whose vector kernel is several times faster than torch's."""
-        with np.errstate(over="ignore"):
-            return torch.from_numpy(np.expm1(self.e.numpy()))
+    def e(self) -> Array:
+        return self.d - self.mean_d
 
     @cached_property
-    def excess(self) -> Tensor:
+    def x(self) -> Array:
+        """expm1(e)."""
+        return np.expm1(self.e)
+
+    @cached_property
+    def excess(self) -> Array:
         """S - 1."""
-        return (self.fixed.prob * (self.x - self.e)).sum(0, keepdim=True)
+        return dot(self.fixed.prob, self.x - self.e)
 
     @cached_property
-    def wild(self) -> Tensor | None:
+    def sum(self) -> Array:
+        """S."""
+        return 1 + self.excess
+
+    @cached_property
+    def wild(self) -> Array | None:
         """Rows whose probabilities change by more than float64's range; None if there are none."""
-        if float(self.e.max()) <= 500:
-            return None
-        return (self.e > 500).any(0, keepdim=True)
+        return np.any(self.e > WILD, 0) if self.e.max() > WILD else None
 
     @cached_property
-    def log_s(self) -> Tensor:
-        log_s = torch.log1p(self.excess)
+    def log_s(self) -> Array:
+        log_s = np.log1p(self.excess)
         if self.wild is not None:
-            shift = (self.fixed.prob * self.d).sum(0, keepdim=True)
-            exact = self.p.logsumexp(0, keepdim=True) - self.fixed.b.logsumexp(0, keepdim=True)
-            log_s = torch.where(self.wild, exact - shift, log_s)
+            exact = log_sum_exp(self.p) - log_sum_exp(self.fixed.b) - self.mean_d
+            log_s = np.where(self.wild, exact, log_s)
         return log_s
 
     @cached_property
-    def prob_change(self) -> Tensor:
+    def prob_change(self) -> Array:
         """P_p - P_b."""
-        change = (self.x - self.excess).mul_(self.fixed.prob).div_(1 + self.excess)
+        change = self.x - self.excess
+        change *= self.fixed.prob
+        change /= self.sum
         if self.wild is not None:
-            change = torch.where(self.wild, self.p.softmax(0) - self.fixed.prob, change)
+            change = np.where(self.wild, softmax(self.p) - self.fixed.prob, change)
         return change
 
     @cached_property
-    def chebyshev(self) -> Tensor:
+    def prob_change_a(self) -> Array:
+        """P_p(a) - P_b(a)."""
+        return self._prob_change(self.fixed.at_a, self.fixed.prob_a)
+
+    @cached_property
+    def margin_change(self) -> Array:
+        return self.prob_change_a - self._prob_change(self.fixed.at_s, self.fixed.prob_s)
+
+    def _prob_change(self, places: Array, prob: Array) -> Array:
+        if self.wild is not None:
+            return pick(self.prob_change, places)
+        return (pick(self.x, places) - self.excess) * prob / self.sum
+
+    @cached_property
+    def chebyshev(self) -> Array:
         """max |p - b| over the outputs but the action."""
-        size = self.d.abs()
-        size.view(-1).index_fill_(0, self.fixed.at_a, 0.0)
-        return size.amax(0, keepdim=True)
+        size = np.abs(self.d)
+        size.reshape(-1)[self.fixed.at_a] = 0.0
+        largest: Array = size.max(0)
+        return largest
 
     @cached_property
-    def directed(self) -> Tensor:
+    def directed(self) -> Array:
         """Saturating ratio; the chebyshev distance is the scale."""
-        return self.d_a / (self.chebyshev + self.d_a.abs() + SMALL)
+        return self.d_a / self.scale
 
     @cached_property
-    def pearson_distance(self) -> Tensor:
+    def scale(self) -> Array:
+        return self.chebyshev + np.abs(self.d_a) + SMALL
+
+    @cached_property
+    def pearson_distance(self) -> Array:
         """1 - r as half the squared distance of the centred unit vectors."""
-        mine = _unit(self.p - self.p.mean(0, keepdim=True))
-        return (mine - self.fixed.centred_unit).square_().sum(0, keepdim=True) / 2
+        mine = _unit(self.p - self.p.mean(0))
+        mine -= self.fixed.centred_unit
+        return dot(mine, mine) / 2
 
 
-def _reverse_kl(r: Rows) -> Tensor:
-    kl = (r.fixed.prob * r.x).mul_(r.e).sum(0, keepdim=True) / (1 + r.excess) - r.log_s
+def _reverse_kl(r: Rows) -> Array:
+    kl = dot(r.fixed.prob * r.x, r.e) / r.sum - r.log_s
     if r.wild is not None:
-        far = r.p.softmax(0) * (r.p.log_softmax(0) - r.fixed.b.log_softmax(0))
-        kl = torch.where(r.wild, far.sum(0, keepdim=True), kl)
-    return kl.clamp_(min=0)
+        ratio = r.p - log_sum_exp(r.p) - (r.fixed.b - log_sum_exp(r.fixed.b))
+        kl = np.where(r.wild, dot(softmax(r.p), ratio), kl)
+    return np.maximum(kl, 0)
 
 
-def _hellinger(r: Rows) -> Tensor:
-    change = torch.expm1((r.e - r.log_s) / 2) * r.fixed.sqrt_prob
+def _hellinger(r: Rows) -> Array:
+    change = np.expm1((r.e - r.log_s) / 2)
+    change *= r.fixed.sqrt_prob
     if r.wild is not None:
-        change = torch.where(r.wild, r.p.softmax(0).sqrt() - r.fixed.sqrt_prob, change)
+        change = np.where(r.wild, np.sqrt(softmax(r.p)) - r.fixed.sqrt_prob, change)
     return _length(change) / 2**0.5
 
 
-def _margin_change(r: Rows) -> Tensor:
-    change = r.prob_change
-    return r.fixed.pick(change, r.fixed.at_a) - r.fixed.pick(change, r.fixed.at_s)
+def _probability_gap(r: Rows) -> Array:
+    gap: Array = (r.fixed.prob + r.prob_change).max(0) - r.fixed.prob.max(0)
+    return gap
 
 
-def _recovered(r: Rows) -> Tensor:
+def _recovered(r: Rows) -> Array:
     if r.fixed.recovery is None:
-        return torch.full_like(r.p_a, torch.nan)
+        return np.full_like(r.p_a, np.nan)
     at_source, base, span = r.fixed.recovery
-    return (r.fixed.pick(r.p, at_source) - r.p_a - base) / span
+    return (pick(r.p, at_source) - r.p_a - base) / span
 
 
-def _proportion_change(r: Rows) -> Tensor:
-    return r.p_a.abs() / r.p.abs().sum(0, keepdim=True) - r.fixed.share
+def _proportion_change(r: Rows) -> Array:
+    share: Array = np.abs(r.p_a) / np.abs(r.p).sum(0)
+    return share - r.fixed.share
+
+
+def _cosine_similarity(r: Rows) -> Array:
+    apart = _unit(r.p.copy())
+    apart -= r.fixed.unit
+    return 1 - dot(apart, apart) / 2
 
 
 @dataclass(frozen=True)
 class Metric:
     """A formula and what to say of it. ``discrete``: needs an action or probabilities."""
 
-    formula: Callable[[Rows], Tensor]
+    formula: Callable[[Rows], Array]
     unit: str
     discrete: bool = True
 
 
 METRICS: dict[str, Metric] = {
     "output_logit_delta": Metric(lambda r: r.d_a, "logits"),
-    "top_logit_delta_magnitude": Metric(lambda r: r.d_a.abs(), "logits"),
+    "top_logit_delta_magnitude": Metric(lambda r: np.abs(r.d_a), "logits"),
     "logit_difference_norm": Metric(lambda r: _length(r.d), "logits", discrete=False),
-    "action_probability_delta": Metric(
-        lambda r: r.fixed.pick(r.prob_change, r.fixed.at_a), "probability"
-    ),
-    "top_action_probability_gap": Metric(
-        lambda r: (
-            (r.fixed.prob + r.prob_change).amax(0, keepdim=True)
-            - r.fixed.prob.amax(0, keepdim=True)
-        ),
-        "probability",
-    ),
-    "kl_divergence": Metric(lambda r: r.log_s.clamp(min=0), "nats"),
+    "action_probability_delta": Metric(lambda r: r.prob_change_a, "probability"),
+    "top_action_probability_gap": Metric(_probability_gap, "probability"),
+    "kl_divergence": Metric(lambda r: np.maximum(r.log_s, 0), "nats"),
     "reverse_kl_divergence": Metric(_reverse_kl, "nats"),
     "hellinger_distance": Metric(_hellinger, "1"),
-    "confidence_margin_change": Metric(_margin_change, "probability"),
-    "confidence_margin_magnitude": Metric(lambda r: _margin_change(r).abs(), "probability"),
+    "confidence_margin_change": Metric(lambda r: r.margin_change, "probability"),
+    "confidence_margin_magnitude": Metric(lambda r: np.abs(r.margin_change), "probability"),
     "logit_proportion_change": Metric(_proportion_change, "1"),
     "chebyshev_distance_excluding_top": Metric(lambda r: r.chebyshev, "logits"),
     "directed_saturating_chebyshev": Metric(lambda r: r.directed, "1"),
-    "undirected_saturating_chebyshev": Metric(lambda r: r.directed.abs(), "1"),
-    "reversed_undirected_saturating_chebyshev": Metric(
-        lambda r: r.chebyshev / (r.chebyshev + r.d_a.abs() + SMALL), "1"
-    ),
-    "cosine_similarity": Metric(
-        lambda r: 1 - (_unit(r.p) - r.fixed.unit).square_().sum(0, keepdim=True) / 2,
-        "1",
-        discrete=False,
-    ),
+    "undirected_saturating_chebyshev": Metric(lambda r: np.abs(r.directed), "1"),
+    "reversed_undirected_saturating_chebyshev": Metric(lambda r: r.chebyshev / r.scale, "1"),
+    "cosine_similarity": Metric(_cosine_similarity, "1", discrete=False),
     "pearson_correlation": Metric(lambda r: 1 - r.pearson_distance, "1", discrete=False),
     "reversed_pearson_correlation": Metric(lambda r: r.pearson_distance, "1", discrete=False),
     "logit_diff_recovered": Metric(_recovered, "1"),
@@ -336,62 +393,93 @@ class MetricTable:
     def __init__(self, names: Sequence[str], baselines: Baselines) -> None:
         self.names = tuple(names)
         self.baselines = baselines
-        self._fixed: dict[int, Fixed] = {}
+        self._kept: dict[int, Fixed] = {}
 
-    def compute(self, patched: Tensor, out: Tensor, actions: Tensor | None = None) -> None:
-        """Fill ``out`` ``[metrics, experiments, inputs]`` from ``patched`` ``[experiments,
-        inputs, outputs]``; NaN where a metric is not defined. ``actions``, if given,
-        ``[experiments, inputs]``, receives the greedy actions."""
+    def compute(
+        self,
+        patched: Tensor,
+        values: Tensor | None = None,
+        *,
+        statistics: Mapping[str, Tensor] | None = None,
+        actions: Tensor | None = None,
+    ) -> None:
+        """Compute from ``patched`` ``[experiments, inputs, outputs]`` what is asked for.
+
+        ``values`` ``[metrics, experiments, inputs]`` receives every number, NaN where a metric
+        is not defined; ``statistics`` those of :func:`summarise`, ``[metrics, experiments]``
+        each; ``actions`` ``[experiments, inputs]`` the greedy actions.
+        """
         n_experiments, n_inputs, n_outputs = patched.shape
         step = max(1, BLOCK_ROWS // n_inputs)
+        buffer = torch.empty(
+            len(self.names), min(step, n_experiments), n_inputs, dtype=torch.float64
+        )
         for start in range(0, n_experiments, step):
             block = patched[start : start + step]
-            repeats = len(block)
-            if repeats not in self._fixed:
-                # At most the full block and one rest are kept.
-                self._fixed = {k: v for k, v in self._fixed.items() if k == step}
-                self._fixed[repeats] = Fixed(self.baselines, repeats)
-            flat = block.reshape(-1, n_outputs)
-            columns = torch.empty(n_outputs, len(flat), dtype=torch.float64).copy_(flat.t())
-            rows = Rows(columns, self._fixed[repeats])
+            columns = np.ascontiguousarray(block.reshape(-1, n_outputs).numpy().T)
+            part = slice(start, start + len(block))
             if actions is not None:
-                place = first_argmax(columns).view(repeats, n_inputs)
-                actions[start : start + step] = place
+                place = first_argmax(columns).reshape(len(block), n_inputs)
+                actions[part] = torch.from_numpy(place)
+            found = buffer[:, : len(block)]
+            self._fill(found.numpy(), Rows(columns.astype(np.float64), self._fixed(len(block))))
+            if values is not None:
+                values[:, part] = found
+            if statistics is not None:
+                for name, summary in summarise(found).items():
+                    statistics[name][:, part] = summary
+
+    def _fixed(self, repeats: int) -> Fixed:
+        if repeats not in self._kept:
+            # At most the full block and one rest are kept.
+            largest = max(self._kept, default=0)
+            self._kept = {k: v for k, v in self._kept.items() if k == largest}
+            self._kept[repeats] = Fixed(self.baselines, repeats)
+        return self._kept[repeats]
+
+    def _fill(self, found: Array, rows: Rows) -> None:
+        # Overflow is looked for, and what is undefined is NaN on purpose.
+        with np.errstate(all="ignore"):
             for number, name in enumerate(self.names):
-                values = METRICS[name].formula(rows)
-                out[number, start : start + step] = values.view(repeats, n_inputs)
+                found[number] = METRICS[name].formula(rows).reshape(found.shape[1:])
+
+
+STATISTICS = ("mean", "std", "min", "max")
 
 
 def summarise(values: Tensor) -> dict[str, Tensor]:
     """Statistics of metrics ``[metrics, ..., inputs]`` over the inputs, in float64, leaving
     out NaN: mean, std (population), min, max; NaN where nothing is defined."""
-    found = {
-        name: torch.empty(values.shape[:-1], dtype=values.dtype)
-        for name in ("mean", "std", "min", "max")
-    }
-    for number, metric in enumerate(values):
-        low = metric.amin(-1)
-        if bool(torch.isnan(low).any()):
-            _summarise_defined(metric, number, found)
-            continue
-        # Plain reductions: torch.std_mean and torch.aminmax are ten times slower here.
-        mean = metric.mean(-1)
-        deviation = metric - mean[..., None]
-        found["mean"][number], found["min"][number] = mean, low
-        found["max"][number] = metric.amax(-1)
-        found["std"][number] = deviation.mul_(deviation).mean(-1).sqrt_()
+    found = _plain_statistics(values)
+    undefined = found["min"].isnan().view(len(values), -1).any(1)
+    for number in undefined.nonzero().flatten().tolist():
+        for name, summary in _defined_statistics(values[number]).items():
+            found[name][number] = summary
     return found
 
 
-def _summarise_defined(metric: Tensor, number: int, found: dict[str, Tensor]) -> None:
-    """The statistics of one metric that is undefined for some inputs."""
-    defined = ~torch.isnan(metric)
-    count = defined.sum(-1)
-    mean = torch.where(defined, metric, 0.0).sum(-1) / count
-    deviation = torch.where(defined, metric - mean[..., None], 0.0)
-    low = torch.where(defined, metric, torch.inf).amin(-1)
-    high = torch.where(defined, metric, -torch.inf).amax(-1)
-    found["mean"][number] = mean
-    found["std"][number] = (deviation.square().sum(-1) / count).sqrt()
-    found["min"][number] = torch.where(count == 0, torch.nan, low)
-    found["max"][number] = torch.where(count == 0, torch.nan, high)
+def _plain_statistics(values: Tensor) -> dict[str, Tensor]:
+    # Plain reductions: torch.std_mean and torch.aminmax are ten times slower here.
+    mean = values.mean(-1)
+    deviation = values - mean[..., None]
+    std = deviation.mul_(deviation).mean(-1).sqrt_()
+    return dict(zip(STATISTICS, (mean, std, values.amin(-1), values.amax(-1))))
+
+
+def _defined_statistics(metric: Tensor) -> dict[str, Tensor]:
+    """The statistics of one metric ``[..., inputs]`` that is undefined for some inputs."""
+    undefined = metric.isnan()
+    somewhere = undefined.view(-1, metric.shape[-1]).any(0)
+    if bool((undefined == somewhere).all()):
+        # As a rule it is the pair that leaves a metric undefined, not the patch.
+        if bool(somewhere.all()):
+            return dict.fromkeys(STATISTICS, metric[..., 0])
+        return _plain_statistics(metric[..., ~somewhere])
+    count = (~undefined).sum(-1)
+    mean = torch.where(undefined, 0.0, metric).sum(-1) / count
+    deviation = torch.where(undefined, 0.0, metric - mean[..., None])
+    low = torch.where(undefined, torch.inf, metric).amin(-1)
+    high = torch.where(undefined, -torch.inf, metric).amax(-1)
+    std = (deviation.square().sum(-1) / count).sqrt()
+    low, high = (torch.where(count == 0, torch.nan, extreme) for extreme in (low, high))
+    return dict(zip(STATISTICS, (mean, std, low, high)))

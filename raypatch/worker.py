@@ -18,7 +18,7 @@ from raypatch.allocator import keep_freed_memory
 from raypatch.definitions import Experiments
 from raypatch.engine.patcher import Patcher, PatchRun
 from raypatch.errors import RaypatchError
-from raypatch.metrics import Baselines, MetricTable, first_argmax, summarise
+from raypatch.metrics import STATISTICS, Baselines, MetricTable, first_argmax
 from raypatch.results import layout, schema, tables
 from raypatch.results.schema import TARGET_SIDE
 from raypatch.results.store import open_store
@@ -118,7 +118,7 @@ class Worker:
         self.runs = [prepare_direction(self.patcher, spec, d) for d in spec.directions]
         self.tables = [self._metric_table(d, run) for d, run in zip(spec.directions, self.runs)]
         self.baseline_actions = torch.stack(
-            [first_argmax(run.baseline.cpu().t()).to(torch.int32) for run in self.runs]
+            [torch.from_numpy(first_argmax(run.baseline.cpu().numpy().T)) for run in self.runs]
         )
         self.row_schema = schema.row_schema(spec.columns, spec.metadata)
         self.summary_schema = schema.summary_schema(spec.columns.metrics, spec.metadata)
@@ -185,7 +185,9 @@ class Worker:
     def _outputs(self, experiments: Experiments) -> torch.Tensor:
         """Patched outputs ``[experiments, directions, inputs, outputs]`` on the CPU."""
         first = self.runs[0].baseline
-        outputs = torch.empty(len(experiments), len(self.runs), *first.shape, dtype=first.dtype)
+        # Each direction lies in one piece, for whoever works on one.
+        shape = (len(self.runs), len(experiments), *first.shape)
+        outputs = torch.empty(shape, dtype=first.dtype).transpose(0, 1)
         if not len(experiments):
             return outputs
         plan = self.runs[0].plan(experiments)
@@ -199,19 +201,23 @@ class Worker:
     def _arrays(self, item: Item, outputs: torch.Tensor) -> ItemArrays:
         columns = self.spec.columns
         n_experiments, n_directions, n_inputs, _ = outputs.shape
-        values = torch.empty(
-            len(columns.metrics), n_experiments, n_directions, n_inputs, dtype=torch.float64
-        )
+        rows = columns.save != "summary"
+        shape = (len(columns.metrics), n_experiments, n_directions)
+        statistics = {name: torch.empty(shape) for name in STATISTICS}
+        values = torch.empty(*shape, n_inputs) if rows else None
         actions = changed = rate = None
         if self.spec.discrete:
             actions = torch.empty(n_experiments, n_directions, n_inputs, dtype=torch.int32)
         for number, table in enumerate(self.tables):
-            chosen = None if actions is None else actions[:, number]
-            table.compute(outputs[:, number], values[:, :, number], chosen)
+            table.compute(
+                outputs[:, number],
+                None if values is None else values[:, :, number],
+                statistics={name: summary[:, :, number] for name, summary in statistics.items()},
+                actions=None if actions is None else actions[:, number],
+            )
         if actions is not None:
             changed = actions != self.baseline_actions
             rate = changed.double().mean(-1).float().numpy()
-        rows = columns.save != "summary"
         return ItemArrays(
             indices=item.indices,
             directions=self.spec.directions,
@@ -219,8 +225,8 @@ class Worker:
             outputs=outputs.float().numpy() if columns.save == "full" else None,
             actions=actions.numpy() if actions is not None else None,
             changed=changed.numpy() if changed is not None else None,
-            metrics=values.float().numpy() if rows else None,
-            statistics={name: v.float().numpy() for name, v in summarise(values).items()},
+            metrics=values.numpy() if values is not None else None,
+            statistics={name: summary.numpy() for name, summary in statistics.items()},
             changed_rate=rate,
         )
 

@@ -182,11 +182,15 @@ def test_without_a_source_run_nothing_is_recovered():
 
 
 def test_statistics_leave_out_what_is_undefined():
-    values = torch.tensor([[1.0, 3.0, torch.nan], [torch.nan] * 3], dtype=torch.float64)
-    found = summarise(values)
-    assert found["mean"][0] == 2 and found["std"][0] == 1
-    assert found["min"][0] == 1 and found["max"][0] == 3
-    assert all(bool(v[1].isnan()) for v in found.values())
+    nan = torch.nan
+    columns = [[1.0, 3.0, nan], [2.0, 6.0, nan]]
+    mixed = [[1.0, 3.0, nan], [nan, 2.0, 6.0]]
+    nothing = [[nan] * 3, [nan] * 3]
+    found = summarise(torch.tensor([columns, mixed, nothing], dtype=torch.float64))
+    for number in range(2):
+        assert found["mean"][number].tolist() == [2, 4] and found["std"][number].tolist() == [1, 2]
+        assert found["min"][number].tolist() == [1, 2] and found["max"][number].tolist() == [3, 6]
+    assert all(bool(v[2].isnan().all()) for v in found.values())
 
 
 def test_a_continuous_agent_is_refused_metrics_of_actions_by_name():
