@@ -61,6 +61,8 @@ def collect_pairs(
 
     Raises InputError where the environment and the agent do not fit, or files are in the way.
     """
+    if seed < 0:
+        raise InputError(f"--seed: {seed} is below 0")
     if pairs < 2:
         raise InputError(f"--pairs: {pairs} is below 2")
     agent = load_agent(agent_path, AgentOptions(**agent_options))
@@ -187,7 +189,7 @@ def _corruption(name: str, directory: Path) -> Corruption:
         raise InputError(
             f"--corruption: {name!r} is not one of {', '.join(CORRUPTIONS)} or module:function"
         )
-    with importable(directory, Path.cwd()):
+    with importable(Path.cwd(), last=directory):
         try:
             function = getattr(importlib.import_module(module_name), function_name)
         except Exception as error:  # whatever the user's module raises

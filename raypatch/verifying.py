@@ -12,13 +12,16 @@ from typing import Any
 
 from raypatch.config import RunConfig
 from raypatch.driver import Job
-from raypatch.errors import RunError
+from raypatch.errors import InputError, RunError
 from raypatch.inline import InlineBackend
 from raypatch.interruption import Interruption
 from raypatch.rechecking import recheck
 from raypatch.recovery import fault_of
 from raypatch.results.reader import Results, open_results
 from raypatch.verification import choose_sample
+
+# Options that allow code to run. A directory from elsewhere cannot give them: only the user can.
+CONSENTS = ("agent_factory", "trust_agent_code")
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,19 @@ def _config(results: Results, agent_options: dict[str, Any], sample: int) -> Run
     """The run's own options, with today's place of its files."""
     record = results.sweep
     known = {field.name for field in fields(RunConfig)}
-    options = {name: value for name, value in record["options"].items() if name in known}
+    options = {
+        name: value
+        for name, value in record["options"].items()
+        if name in known and name not in CONSENTS
+    }
     options |= {name: value for name, value in agent_options.items() if value}
+    needed = [name for name in CONSENTS if record["options"].get(name) and not options.get(name)]
+    if needed:
+        given = " ".join(f"--{name}" for name in needed)
+        raise InputError(
+            f"{results.path}: this run's agent was loaded with {given}, which runs code; give it "
+            "again to allow that here"
+        )
     sides = dict(zip(record["identity"]["sides"], record["input_files"]))
     return RunConfig(
         **{

@@ -93,6 +93,11 @@ def make_agent(
             f"{origin}: the network does not take an observation of shape "
             f"{list(observation.shape[1:])}: {one_line(error)}"
         ) from None
+    if OUTPUT_LOGITS in layers:
+        raise AgentError(
+            f"{origin}: a layer is named {OUTPUT_LOGITS!r}, which stands for the network's own "
+            "outputs; rename it"
+        )
     if not isinstance(output, torch.Tensor) or output.dim() != 2 or not output.shape[1]:
         shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise AgentError(

@@ -6,6 +6,8 @@ weights have.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import fx, nn
 
 from raypatch.agents.agent import Agent, make_agent
 from raypatch.agents.program import read_program
+from raypatch.agents.spaces import MAX_VALUES
 from raypatch.agents.state_dict import add_submodule, add_tensor
 from raypatch.engine.capture_export import exported_graph_module
 from raypatch.errors import AgentError, one_line
@@ -21,11 +24,16 @@ from raypatch.errors import AgentError, one_line
 CONVOLUTIONS: dict[str, type[Any]] = {
     "conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d,
 }  # fmt: skip
+# Of the weight.
+DIMENSIONS = {"linear": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}
+TOLERANCE = 1e-5
 
 
 def load_exported(file: Path) -> Agent:
     """The agent in a ``.pt2`` archive, no code run."""
     program, shape = read_program(file)
+    if math.prod(shape) > MAX_VALUES or min(shape, default=1) < 1:
+        raise AgentError(f"{file}: takes observations of shape {list(shape)}; refused")
     batch = torch.zeros(2, *shape)
     free = ({0: torch.export.Dim.DYNAMIC},)
     try:
@@ -35,6 +43,10 @@ def load_exported(file: Path) -> Agent:
             f"{file}: its operations do not run on a batch of observations: {one_line(error)}"
         ) from None
     network = with_layers(traced)
+    some = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        if not torch.allclose(network(some), traced(some), rtol=TOLERANCE, atol=TOLERANCE):
+            raise AgentError(f"{file}: taken apart into layers it gives other outputs; refused")
     return make_agent(
         network, batch, output_kind="logits", files=(file,),
         loaded_as=f"exported program {file.name}, run as it is",
@@ -44,15 +56,21 @@ def load_exported(file: Path) -> Agent:
 def with_layers(traced: fx.GraphModule) -> nn.Module:
     """The same program, its linear and convolution operations as modules of their own."""
     root, graph = nn.Module(), fx.Graph()
-    layers = {node: made for node in traced.graph.nodes if (made := _layer(traced, node))}
-    for path, layer in layers.values():
-        add_submodule(root, path, layer)
+    layers: dict[fx.Node, str] = {}
+    made: dict[str, _Layer] = {}
+    for node in traced.graph.nodes:
+        found = _layer_of(traced, node)
+        # A weight that is used in another way again, with another bias, stays an operation.
+        if found is not None and made.setdefault(found.path, found) == found:
+            layers[node] = found.path
+    for path, layer in made.items():
+        add_submodule(root, path, layer.module(traced))
     copied: dict[fx.Node, fx.Node] = {}
     for node in traced.graph.nodes:
         if node.op == "call_module":
             continue  # guards on the shape of the example input
         if node in layers:
-            copied[node] = graph.call_module(layers[node][0], (copied[node.args[0]],))
+            copied[node] = graph.call_module(layers[node], (copied[node.args[0]],))
             continue
         if node.op == "get_attr":
             if all(user in layers for user in node.users):
@@ -66,34 +84,54 @@ def with_layers(traced: fx.GraphModule) -> nn.Module:
     return fx.GraphModule(root, graph)
 
 
-def _layer(traced: fx.GraphModule, node: fx.Node) -> tuple[str, nn.Module] | None:
-    """Path and module of a linear or convolution operation on weights of the program."""
+@dataclass(frozen=True)
+class _Layer:
+    """A linear or convolution operation on weights of the program."""
+
+    path: str
+    name: str
+    weight: str
+    bias: str | None
+    options: tuple[Any, ...]
+
+    def module(self, traced: fx.GraphModule) -> nn.Module:
+        w = _attribute(traced, self.weight)
+        bias = None if self.bias is None else _attribute(traced, self.bias)
+        module: nn.Module
+        if self.name == "linear":
+            module = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None, device="meta")
+        else:
+            defaults = (1, 0, 1, 1)
+            given = self.options + defaults[len(self.options) :]
+            stride, padding, dilation, groups = given
+            module = CONVOLUTIONS[self.name](
+                w.shape[1] * groups, w.shape[0], tuple(w.shape[2:]), stride, padding, dilation,
+                groups, bias=bias is not None, device="meta",
+            )  # fmt: skip
+        module.weight = nn.Parameter(w.detach(), requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return module
+
+
+def _layer_of(traced: fx.GraphModule, node: fx.Node) -> _Layer | None:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     name = node.target._schema.name.removeprefix("aten::")
-    weight = node.args[1] if len(node.args) > 1 else None
-    if name not in ("linear", *CONVOLUTIONS) or not isinstance(weight, fx.Node):
+    if name not in DIMENSIONS or node.kwargs or len(node.args) < 2:
+        return None
+    weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    if bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr"):
         return None
     target = str(weight.target)
-    if weight.op != "get_attr" or not target.endswith(".weight"):
+    if not target.endswith(".weight") or _attribute(traced, target).dim() != DIMENSIONS[name]:
         return None
-    w = _attribute(traced, target)
-    bias_node = node.args[2] if len(node.args) > 2 else None
-    bias = _attribute(traced, str(bias_node.target)) if isinstance(bias_node, fx.Node) else None
-    if name == "linear":
-        module: nn.Module = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None, device="meta")
-    else:
-        defaults = (1, 0, 1, 1)
-        given: tuple[Any, ...] = node.args[3:]
-        stride, padding, dilation, groups = given + defaults[len(given) :]
-        module = CONVOLUTIONS[name](
-            w.shape[1] * groups, w.shape[0], tuple(w.shape[2:]), _many(stride), _many(padding),
-            _many(dilation), groups, bias=bias is not None, device="meta",
-        )  # fmt: skip
-    module.weight = nn.Parameter(w.detach(), requires_grad=False)
-    if bias is not None:
-        module.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return target.removesuffix(".weight"), module
+    return _Layer(
+        target.removesuffix(".weight"), name, target, None if bias is None else str(bias.target),
+        tuple(map(_many, node.args[3:])),
+    )  # fmt: skip
 
 
 def _many(value: Any) -> Any:
@@ -108,5 +146,5 @@ def _attribute(root: Any, path: str) -> Any:
 
 def _copy_attribute(source: nn.Module, root: nn.Module, path: str) -> None:
     """Keep a tensor of the program where the operations that use it look for it."""
-    if path not in dict(root.named_buffers()):
+    if path not in {name for name, _ in (*root.named_buffers(), *root.named_parameters())}:
         add_tensor(root, path, _attribute(source, path).detach())

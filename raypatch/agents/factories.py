@@ -18,15 +18,16 @@ from raypatch.errors import AgentError
 
 
 @contextmanager
-def importable(*directories: Path) -> Iterator[None]:
-    """Directories at the front of ``sys.path`` for the time of a load."""
-    added = [str(directory.resolve()) for directory in directories]
-    sys.path[:0] = added
+def importable(*directories: Path, last: Path | None = None) -> Iterator[None]:
+    """Directories at the front of ``sys.path`` for the time of a load; ``last`` behind all
+    others, so that nothing there takes the place of a module that is found elsewhere."""
+    before = list(sys.path)
+    after = [] if last is None else [str(last.resolve())]
+    sys.path[:] = [str(directory.resolve()) for directory in directories] + before + after
     try:
         yield
     finally:
-        for directory in added:
-            sys.path.remove(directory)
+        sys.path[:] = before
 
 
 def build_with_factory(factory: str, directory: Path) -> nn.Module:

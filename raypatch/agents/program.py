@@ -9,6 +9,7 @@ and a file a weight) and the one before it (one file of each kind).
 from __future__ import annotations
 
 import json
+import keyword
 import math
 import operator
 import re
@@ -38,7 +39,7 @@ MEMORY_FORMATS = {
 }  # fmt: skip
 STRIDED = 7
 KEYWORD = 2
-# Names end up in the source of the graph module, which is Python.
+# Names of tensors become names of modules and attributes.
 NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 ON_NUMBERS = {
     **{f"_operator.{name}": getattr(operator, name) for name in (
@@ -53,8 +54,20 @@ ON_NUMBERS = {
 DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
 
 
-def read_program(file: Path) -> tuple[fx.GraphModule, tuple[int, ...]]:
-    """The program as a graph module, and the shape of one observation.
+class Program(nn.Module):
+    """A graph run operation by operation. An ``fx.GraphModule`` would write it out as Python
+    source and execute that, with a stranger's words in it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__()
+        self._graph = graph
+
+    def forward(self, observations: torch.Tensor) -> Any:
+        return fx.Interpreter(self, graph=self._graph).run(observations)
+
+
+def read_program(file: Path) -> tuple[Program, tuple[int, ...]]:
+    """The program, and the shape of one observation.
 
     Raises AgentError for an archive that is damaged, takes anything but one batch of
     observations, or does more than compute.
@@ -130,11 +143,11 @@ class _Builder:
         self._signature = content["signature"]
         self._tensors = tensors
         self._file = file
-        self._root = nn.Module()
         self._graph = fx.Graph()
+        self._program = Program(self._graph)
         self._values: dict[str, Any] = {}
 
-    def build(self) -> tuple[fx.GraphModule, tuple[int, ...]]:
+    def build(self) -> tuple[Program, tuple[int, ...]]:
         shapes = [
             self._input(number, *next(iter(spec.items())))
             for number, spec in enumerate(self._signature["input_specs"])
@@ -153,7 +166,7 @@ class _Builder:
             if "user_output" in spec
         ]
         self._graph.output(self._argument(outputs[0]))
-        return fx.GraphModule(self._root, self._graph), observations[0]
+        return self._program, observations[0]
 
     def _input(self, number: int, kind: str, spec: Mapping[str, Any]) -> tuple[int, ...] | None:
         """Provide an input's value; the shape of an observation where it is the user's."""
@@ -175,18 +188,23 @@ class _Builder:
         if kind not in named:
             raise AgentError(f"{self._file}: has an input of kind {kind}; not known here")
         path = spec[named[kind]]
-        if not NAME.fullmatch(path):
+        if not NAME.fullmatch(path) or any(map(keyword.iskeyword, path.split("."))):
             raise AgentError(f"{self._file}: {path[:100]!r} is no name of a tensor; refused")
         tensor = self._tensors[path]
         if kind == "parameter":
             finite(tensor, f"{self._file}: {path}")
-        add_tensor(self._root, path, tensor)
+        add_tensor(self._program, path, tensor)
         self._values[spec["arg"]["name"]] = self._graph.get_attr(path)
         return None
 
     def _operation(self, node: Mapping[str, Any]) -> None:
         target = self._target(node["target"])
         inputs, outputs = node["inputs"], node["outputs"]
+        schema = getattr(target, "_schema", None)
+        known = {argument.name for argument in schema.arguments} if schema else set()
+        unknown = {one["name"] for one in inputs if one["kind"] == KEYWORD} - known
+        if unknown:
+            raise ValueError(f"{node['target']} takes no {str(unknown.pop())[:100]!r}")
         args = [self._argument(one["arg"]) for one in inputs if one["kind"] != KEYWORD]
         kwargs = {
             one["name"]: self._argument(one["arg"]) for one in inputs if one["kind"] == KEYWORD
@@ -216,11 +234,15 @@ class _Builder:
         match target.split("."):
             case ["torch", "ops", "aten", name, overload]:
                 found = getattr(getattr(torch.ops.aten, name), overload)
-                if isinstance(found, torch._ops.OpOverload) and only_computes(found._schema):
+                if isinstance(found, torch._ops.OpOverload) and only_computes(name):
                     return found
         if target in ON_NUMBERS:
             return ON_NUMBERS[target]
-        raise AgentError(f"{self._file}: uses {target[:100]}, which is not known to only compute")
+        raise AgentError(
+            f"{self._file}: uses {target[:100]!r}, which is not among the operations that are "
+            "known to only compute (raypatch/agents/operators.py); give the module by "
+            "--agent_factory"
+        )
 
     def _argument(self, argument: Mapping[str, Any]) -> Any:
         kind, content = next(iter(argument.items()))

@@ -10,15 +10,30 @@ from __future__ import annotations
 import ast
 import io
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from raypatch.agents.archives import check_archive, read_member, repacked
-from raypatch.agents.operators import aten_schemas, only_computes
 from raypatch.errors import AgentError
+
+Node = TypeVar("Node", bound=ast.AST)
 
 PLAIN_CALLS = frozenset({"annotate", "float", "getattr", "int", "unchecked_cast", "uninitialized"})
 PRIMITIVES = frozenset({"NumToTensor", "RaiseException", "data", "unchecked_cast"})
-# Operators on texts that make texts and numbers of them.
-TEXT_OPERATORS = frozenset({"add", "eq", "format", "ge", "gt", "le", "len", "lt", "ne", "slice"})
+ROOTS = frozenset({"torch", "ops", "__torch__"})
+# What the layers that can be rebuilt consist of, and operators on texts and sizes around them.
+LAYER_OPERATORS = {
+    "Linear": frozenset({"add", "addmm", "linear", "matmul", "t"}),
+    "Flatten": frozenset({"flatten"}),
+    "Dropout": frozenset({"dropout"}),
+    "Identity": frozenset[str](),
+    **{name: frozenset({operator}) for name, operator in (
+        ("ReLU", "relu"), ("Tanh", "tanh"), ("Sigmoid", "sigmoid"), ("ELU", "elu"),
+        ("LeakyReLU", "leaky_relu"), ("SiLU", "silu"), ("GELU", "gelu"), ("SELU", "selu"),
+        ("Softplus", "softplus"), ("Mish", "mish"), ("Hardtanh", "hardtanh"), ("ReLU6", "hardtanh"),
+    )},
+}  # fmt: skip
+AROUND = frozenset({"add", "eq", "format", "ge", "gt", "le", "len", "lt", "ne"})
+OPERATORS = AROUND.union({"to"}, *LAYER_OPERATORS.values())
 CARRIED = ("data.pkl", "constants.pkl", "byteorder", "version", ".data/version")
 MAX_CODE_BYTES = 16 << 20
 
@@ -36,7 +51,7 @@ def checked_script(file: Path) -> io.BytesIO:
             members[name] = _checked(read_member(file, name), f"{file}: {name}")
         elif inside in CARRIED or PurePosixPath(inside).parts[:1] in (("data",), ("constants",)):
             members[name] = read_member(file, name)
-            if inside.endswith(".pkl") and b"torch.classes" in members[name]:
+            if inside.endswith(".pkl") and b"classes" in members[name]:
                 raise AgentError(f"{file}: {name}: holds an object of a library's class; refused")
     if not any(name.endswith("/data.pkl") for name in members):
         raise AgentError(f"{file}: not a readable TorchScript: it holds no module")
@@ -49,37 +64,52 @@ def _checked(content: bytes, origin: str) -> bytes:
     try:
         tree = ast.parse(content)
         functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-        inside = {id(call) for function in functions for call in _calls(function)}
-        if any(id(call) not in inside for call in _calls(tree)):
+        inside = {id(call) for function in functions for call in _nodes(function, ast.Call)}
+        if any(id(call) not in inside for call in _nodes(tree, ast.Call)):
             raise AgentError(f"{origin}: calls something outside of its functions; refused")
         for function in functions:
-            _check_calls(function, origin)
+            _check_function(function, origin)
         return f"{ast.unparse(tree)}\n".encode()
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise AgentError(f"{origin}: not readable as TorchScript code: {error}") from None
 
 
-def _check_calls(function: ast.FunctionDef, origin: str) -> None:
-    """A call may be of an operator that computes or of the script's own code."""
-    assigned = [n for n in ast.walk(function) if isinstance(n, ast.Assign)]
-    values: dict[str, list[bool]] = {}
-    for assignment in assigned:
-        for target in assignment.targets:
-            for name in [n.id for n in ast.walk(target) if isinstance(n, ast.Name)]:
-                values.setdefault(name, []).append(_own(_dotted(assignment.value)))
-    for call in _calls(function):
-        called = _dotted(call.func)
-        alias = len(called) == 1 and all(values.get(called[0], [False]))
+def _check_function(function: ast.FunctionDef, origin: str) -> None:
+    """A call may be of an operator that computes or of the script's own code, by a name that
+    means nothing else; raises AgentError for any other."""
+
+    def refuse(what: str) -> AgentError:
+        return AgentError(
+            f"{origin}: {function.name} {what[:100]}, which no layer known here needs and which "
+            "may do more than compute; export the module instead: torch.export.save(...)"
+        )
+
+    names = _nodes(function, ast.Name)
+    bound = [n.id for n in names if not isinstance(n.ctx, ast.Load)]
+    bound += [n.arg for n in _nodes(function, ast.arg)]
+    taken = (ROOTS | PLAIN_CALLS).intersection(bound)
+    if taken:
+        raise refuse(f"gives {min(taken)} another meaning")
+    own = [
+        assignment.targets[0].id
+        for assignment in _nodes(function, ast.Assign)
+        if len(assignment.targets) == 1
+        and isinstance(assignment.targets[0], ast.Name)
+        and _own(_dotted(assignment.value))
+    ]
+    calls = [_dotted(call.func) for call in _nodes(function, ast.Call)]
+    for called in calls:
+        alias = len(called) == 1 and 0 < own.count(called[0]) == bound.count(called[0])
         if not (alias or _computes(called)):
-            text = ast.unparse(call.func)
-            raise AgentError(
-                f"{origin}: {function.name} calls {text[:100]}, which may do more than compute; "
-                "refused"
-            )
+            raise refuse(f"calls {'.'.join(called)}")
+    # Operators are only ever called: one that is handed on could be called by any name.
+    handed_on = sum(n.id in ("torch", "ops") for n in names)
+    if handed_on != sum(called[0] in ("torch", "ops") for called in calls):
+        raise refuse("hands an operator on")
 
 
-def _calls(node: ast.AST) -> list[ast.Call]:
-    return [inner for inner in ast.walk(node) if isinstance(inner, ast.Call)]
+def _nodes(tree: ast.AST, kind: type[Node]) -> list[Node]:
+    return [inner for inner in ast.walk(tree) if isinstance(inner, kind)]
 
 
 def _dotted(node: ast.expr) -> tuple[str, ...]:
@@ -98,10 +128,7 @@ def _own(called: tuple[str, ...]) -> bool:
 def _computes(called: tuple[str, ...]) -> bool:
     match called:
         case ("torch", operator):
-            schemas = aten_schemas(operator)
-            return operator in TEXT_OPERATORS or (
-                bool(schemas) and all(map(only_computes, schemas))
-            )
+            return operator.removesuffix("_") in OPERATORS
         case ("ops", "prim", primitive):
             return primitive in PRIMITIVES
         case (name,):

@@ -20,6 +20,8 @@ from raypatch.agents.factories import action_network, build_with_factory, import
 from raypatch.agents.observations import trial_observation
 from raypatch.errors import AgentError
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def load_state_dict_agent(file: Path, options: AgentOptions) -> Agent:
     """An agent from a state dict: built by the user's factory, or, without one, of linear
@@ -38,6 +40,8 @@ def load_state_dict_agent(file: Path, options: AgentOptions) -> Agent:
             '(or tanh, ...), or an agent.json with "activation"'
         )
     activation = activation_by_name(options.activation, "--activation")
+    if file.suffix == ".safetensors":
+        state = _in_order(state, str(file))
     network = chained_mlp(state, activation, str(file))
     first = next(module for module in network.modules() if isinstance(module, nn.Linear))
     return make_agent(
@@ -125,6 +129,46 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     return {name: state[name] for name in sorted(state, key=_natural)}
 
 
+def _in_order(state: Mapping[str, torch.Tensor], origin: str) -> dict[str, torch.Tensor]:
+    """The layers as their numbers say, or else in the one order in which they chain.
+
+    Raises AgentError where several orders do: safetensors keeps none of its own.
+    """
+    weights = weight_layers(state)
+    if len({re.sub(r"\d+", "#", path) for path in weights}) > 1 and all(
+        weight.ndim == 2 for weight in weights.values()
+    ):
+        orders = _chains(tuple(weights), weights)
+        if len(orders) > 1:
+            shown = " or ".join(", ".join(order) for order in orders[:2])
+            raise AgentError(
+                f"{origin}: keeps no order of its layers, and several fit: {shown}; save the state "
+                "dict with torch.save, which keeps it, or give --agent_factory"
+            )
+        if orders:
+            state = {
+                name: state[name]
+                for path in orders[0]
+                for name in (f"{path}.weight", f"{path}.bias")
+                if name in state
+            } | dict(state)
+    return dict(state)
+
+
+def _chains(
+    paths: tuple[str, ...], weights: Mapping[str, torch.Tensor], width: int | None = None
+) -> list[tuple[str, ...]]:
+    """Up to two orders in which each layer takes what the one before gives."""
+    if not paths:
+        return [()]
+    found: list[tuple[str, ...]] = []
+    for path in paths:
+        if width in (None, weights[path].shape[1]) and len(found) < 2:
+            rest = tuple(other for other in paths if other != path)
+            found += [(path, *tail) for tail in _chains(rest, weights, weights[path].shape[0])]
+    return found[:2]
+
+
 def _natural(name: str) -> list[tuple[int, int | str]]:
     parts = (part for part in re.split(r"(\d+)", name) if part)
     return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
@@ -166,6 +210,10 @@ def weight_layers(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def finite(tensor: torch.Tensor, origin: str) -> None:
     """Raises AgentError for NaN, infinity, and tensors that claim more than they hold."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise AgentError(f"{origin}: is no plain tensor of numbers")
+    if tensor.dtype not in FLOATS:
+        raise AgentError(f"{origin}: has the type {tensor.dtype}; weights are floating point")
     held = tensor.untyped_storage().nbytes()
     if tensor.numel() * tensor.element_size() > held:
         raise AgentError(
@@ -180,21 +228,23 @@ class ChainedMLP(nn.Module):
 
     def __init__(self, layers: Mapping[str, nn.Linear], activation: type[nn.Module]) -> None:
         super().__init__()
-        self.paths = list(layers)
         for path, layer in layers.items():
             add_submodule(self, path, layer)
-        self.activation = activation()
+        self._paths = list(layers)
+        self._between = activation()
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        x = self.get_submodule(self.paths[0])(obs)
-        for path in self.paths[1:]:
-            x = self.get_submodule(path)(self.activation(x))
+        x = self.get_submodule(self._paths[0])(obs)
+        for path in self._paths[1:]:
+            x = self.get_submodule(path)(self._between(x))
         return x
 
 
 def add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put ``module`` at a dotted path, with plain containers on the way."""
     holder, name = _holder(root, path)
+    for child_name, child in dict(holder.named_children()).get(name, nn.Module()).named_children():
+        module.add_module(child_name, child)  # a container was there for what lies deeper
     holder.add_module(name, module)
 
 
@@ -259,4 +309,9 @@ def chained_mlp(
                 )
         layers[path] = linear_from(weight, bias)
         width, previous = weight.shape[0], path
-    return ChainedMLP(layers, activation)
+    try:
+        return ChainedMLP(layers, activation)
+    except (KeyError, TypeError) as error:
+        raise AgentError(
+            f"{origin}: a layer cannot have the name of a part of every module: {error}"
+        ) from None

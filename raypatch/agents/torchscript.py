@@ -15,7 +15,7 @@ from torch import nn
 
 from raypatch.agents.activations import ACTIVATIONS
 from raypatch.agents.agent import Agent, AgentOptions, make_agent
-from raypatch.agents.script_code import checked_script
+from raypatch.agents.script_code import AROUND, LAYER_OPERATORS, checked_script
 from raypatch.agents.state_dict import finite, linear_from
 from raypatch.errors import AgentError, one_line
 
@@ -64,17 +64,19 @@ def load_script(file: Path, options: AgentOptions) -> Agent:
     first = next((m for m in network.modules() if isinstance(m, nn.Linear)), None)
     if first is None:
         raise _refusal(file, "it has no linear layer")
-    observations = torch.randn(
-        TRIALS, first.in_features, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-2, 3, TRIALS)[:, None]
+    observations = sizes * torch.randn(TRIALS, first.in_features, generator=generator)
     try:
         with torch.no_grad():
-            difference = float((network(observations) - script(observations)).abs().max())
+            expected = script(observations)
+            difference = (network(observations) - expected).abs()
+            relative = float((difference / expected.abs().clamp(min=1)).max())
     except Exception as error:  # layers that do not chain, or a script that takes something else
         raise _refusal(file, f"its layers do not follow one another: {one_line(error)}") from None
-    if not difference <= TOLERANCE:
+    if not relative <= TOLERANCE:
         raise _refusal(
-            file, f"its layers in a row give other outputs than the script, by {difference:.1e}"
+            file, f"its layers in a row give other outputs than the script, by {relative:.1e}"
         )
     return make_agent(
         network, observations[:1], output_kind="logits", files=(file,),
@@ -91,15 +93,74 @@ def _refusal(file: Path, reason: str) -> AgentError:
 
 def _rebuilt(script: Any, path: str, file: Path) -> nn.Module:
     kind = script.original_name
-    children = list(script.named_children())
+    if kind in LAYER_OPERATORS:
+        strange = _operators(script.inlined_graph) - LAYER_OPERATORS[kind] - AROUND
+        if strange:
+            raise _refusal(file, f"{path or 'the module'}, a {kind}, uses {min(strange)}")
     if kind == "Linear":
         for name, tensor in script.named_parameters():
             finite(tensor, f"{file}: {path}.{name}")
         return linear_from(script.weight, getattr(script, "bias", None))
     if kind in WITHOUT_WEIGHTS:
         return WITHOUT_WEIGHTS[kind]()
-    if not children or any(True for _ in script.parameters(recurse=False)):
-        raise _refusal(file, f"{path or 'the module'} is a {kind}, not a layer known here")
+    names = _called_in_a_row(script.graph)
+    if not names:
+        raise _refusal(
+            file,
+            f"{path or 'the module'}, a {kind}, is no layer known here and does not only call its "
+            "layers one after another",
+        )  # fmt: skip
     return Chain(
-        {name: _rebuilt(child, f"{path}.{name}".lstrip("."), file) for name, child in children}
+        {
+            name: _rebuilt(getattr(script, name), f"{path}.{name}".lstrip("."), file)
+            for name in names
+        }
     )
+
+
+def _operators(graph: Any) -> set[str]:
+    """Names of the operators a graph uses, at any depth, in place or not."""
+    found = set()
+    for node in graph.nodes():
+        if node.kind().startswith("aten::"):
+            found.add(node.kind().removeprefix("aten::").removesuffix("_"))
+        for block in node.blocks():
+            found |= _operators(block)
+    return found
+
+
+def _to_floats(node: Any) -> bool:
+    """Whether a conversion is to float32 or float64, which observations are already."""
+    kinds = [value.toIValue() for value in node.inputs()]
+    return kinds[1] in (6, 7)
+
+
+def _called_in_a_row(graph: Any) -> list[str]:
+    """Submodules a forward calls, each once and on what the one before gave; none where it
+    does anything else."""
+    own, *inputs = graph.inputs()
+    if len(inputs) != 1:
+        return []
+    at, submodules, called = inputs[0].debugName(), {}, []
+    for node in graph.nodes():
+        if node.kind() == "prim::GetAttr" and node.input().debugName() == own.debugName():
+            submodules[node.output().debugName()] = node.s("name")
+            continue
+        given = [value.debugName() for value in node.inputs()]
+        if node.kind() == "prim::Constant":
+            continue
+        if node.kind() == "aten::to" and given[0] == at and _to_floats(node):
+            at = node.output().debugName()
+            continue
+        if (
+            node.kind() != "prim::CallMethod"
+            or node.s("name") != "forward"
+            or len(given) != 2
+            or given[0] not in submodules
+            or given[1] != at
+        ):
+            return []
+        called.append(submodules[given[0]])
+        at = node.output().debugName()
+    returned = [value.debugName() for value in graph.outputs()]
+    return called if returned == [at] and len(set(called)) == len(called) else []
