@@ -276,5 +276,6 @@ def single_neuron_effects(
     }
     for batch in results.experiment_batches():
         for index, layer, neuron in zip(*single_neurons(batch)):
-            found[layer][neuron] = values.get(int(index), np.nan)
+            if int(index) in values:  # the same neuron may come twice, once committed
+                found[layer][neuron] = values[int(index)]
     return found

@@ -95,6 +95,8 @@ def find_coalition(
         "inputs": sha256_of(json.dumps(bench.inputs.ids).encode(), *bench.inputs.sides.values()),
     }
     steps = _resumed(store, identity, overwrite)
+    if steps:
+        _write_prefixes(steps, store)
     search = _Search(bench, options)
     while len(steps) < min(max_size, len(search.ranked)):
         step = search.next_step(steps)
@@ -102,12 +104,17 @@ def find_coalition(
             break
         store.append_lines(STEPS, [step.line()])
         steps.append(step)
-        neurons = [(done.layer, done.neuron) for done in steps]
-        prefixes = [specification(neurons[: n + 1]) for n in range(len(neurons))]
-        write_definition(prefixes, store.path(DEFINITION))
+        _write_prefixes(steps, store)
         on_step(step)
     _draw_curve(steps, options, store.path(CURVE))
     return steps
+
+
+def _write_prefixes(steps: list[Step], store: DiskStore) -> None:
+    """The coalition after each step, as a definition."""
+    neurons = [(done.layer, done.neuron) for done in steps]
+    prefixes = [specification(neurons[: n + 1]) for n in range(len(neurons))]
+    write_definition(prefixes, store.path(DEFINITION))
 
 
 def _check(options: SearchOptions, max_size: int) -> None:

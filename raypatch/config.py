@@ -10,6 +10,7 @@ from raypatch.errors import InputError
 from raypatch.results.schema import COMPRESSIONS, DIRECTIONS, SAVE_MODES
 
 DTYPES = ("float32", "float64")
+MAX_SEED = 1 << 63
 SOURCES = ("pair", "zero", "mean", "resample")
 
 
@@ -87,6 +88,8 @@ def check_config(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise InputError(f"--{name}: {value} is below {least}")
+    if not -MAX_SEED <= config.seed < MAX_SEED:
+        raise InputError(f"--seed: {config.seed} does not fit into 64 bits")
     for name in ("gpus_per_actor", "watchdog_s"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name}: {getattr(config, name)} is not above 0")

@@ -95,7 +95,7 @@ def _table_batches(path: Path) -> Iterator[Any]:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             found = reader.schema
             batches = map(reader.get_batch, range(reader.num_record_batches))
-        if not set(wanted) <= set(found.names):
+        if not set(wanted) <= set(found.names) or any(found.names.count(n) > 1 for n in wanted):
             raise InputError(
                 f"{path}: a definition has the columns layers: list<string> and "
                 f"neurons: list<list<int32>>; this one has {few(map(str, found))}"
@@ -123,7 +123,8 @@ def _packed_batch(batch: Any, checker: Checker, first: int, origin: str) -> Expe
     """One batch as packed experiments; its problems go to the checker."""
     names, cells = batch["layers"], batch["neurons"]
     offsets = names.offsets.to_numpy().astype(np.int64)
-    whole = not any(a.null_count for a in (names, cells, names.flatten(), cells.flatten()))
+    inside = (names.flatten(), cells.flatten(), cells.flatten().flatten())
+    whole = not any(array.null_count for array in (names, cells, *inside))
     if not whole or not np.array_equal(np.diff(offsets), np.diff(cells.offsets.to_numpy())):
         raise InputError(
             f"{origin}: columns layers and neurons must be lists of equal length in every row, "

@@ -30,6 +30,8 @@ DEFAULT_GROUP_SIZE = 5
 NAME_LIMIT = 100
 # Experiments handled at a time wherever there may be many millions.
 CHUNK = 65536
+# Of a layer: what fits the columns' int32.
+MAX_NEURONS = (1 << 31) - 1
 PROBLEMS_SHOWN = 10
 
 # What the original tool assumes of an agent it cannot read.
@@ -221,9 +223,10 @@ def check_layer_structure(structure: Any, origin: str) -> dict[str, int]:
             f'like {{"q_net.0": 64}}; got {_brief(structure)}'
         )
     for layer, size in structure.items():
-        if not _is_index(size) or size < 1:
+        if not _is_index(size) or not 0 < size <= MAX_NEURONS:
             raise InputError(
-                f"{origin}: layer {layer!r}: size {_brief(size)} is not a whole number above 0"
+                f"{origin}: layer {layer!r}: size {_brief(size)} is not a whole number from 1 to "
+                f"{MAX_NEURONS}"
             )
     return structure
 

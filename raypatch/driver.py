@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -36,6 +35,7 @@ from raypatch.inputs import (
 from raypatch.interruption import Interruption, signals_caught
 from raypatch.progress import Progress
 from raypatch.results import layout
+from raypatch.results.locks import ALL_EXPERIMENTS
 from raypatch.results.schema import (
     DIRECTIONS,
     FORMAT_VERSION,
@@ -285,7 +285,8 @@ class Job:
 
         store, config = self.store, self.config
         store.make(*([layout.SHARDS] if config.save != "summary" else []), layout.SUMMARY)
-        with store.lock(self.wanted.first, self.wanted.last):
+        held = (0, ALL_EXPERIMENTS) if config.overwrite else (self.wanted.first, self.wanted.last)
+        with store.lock(*held):
             if config.overwrite:
                 recovery.clear(store)
             # Another run may have come and gone since the plan was made.
@@ -304,8 +305,9 @@ class Job:
             self.n_committed = sum(map(len, committed))
             self.adopted = found.adopted
             self._describe_sweep()
-            self.beacon = f".beacon-{uuid.uuid4().hex}.partial"
-            store.write(self.beacon, b"raypatch")
+            self.beacon = recovery.beacon_name(self.wanted)
+            with store.changing():
+                store.write(self.beacon, b"raypatch")
             try:
                 yield
             finally:
@@ -319,15 +321,17 @@ class Job:
 
         store, config = self.store, self.config
         with store.changing():
-            if store.read(layout.SWEEP) is not None:
+            there = store.entries()
+            if layout.EXPERIMENTS not in there:
+                records.write_experiments(store, self.experiments)
+            if layout.BASELINES not in there:
+                baselines = tables.baseline_table(
+                    self.outputs_by_side, self.inputs.ids, discrete=self.agent.discrete
+                )
+                content = tables.file_bytes(baselines, config.compression)
+                store.write(layout.BASELINES, memoryview(content))
+            if layout.SWEEP in there:
                 return
-            records.write_experiments(store, self.experiments)
-            baselines = tables.baseline_table(
-                self.outputs_by_side, self.inputs.ids, discrete=self.agent.discrete
-            )
-            store.write(
-                layout.BASELINES, memoryview(tables.file_bytes(baselines, config.compression))
-            )
             path = str(Path(config.agent_path).resolve())
             record = {
                 "format_version": FORMAT_VERSION,
@@ -537,8 +541,14 @@ class Job:
         records.add_run(self.store, ending)
         receipts = layout.read_manifest(self.store.read(layout.MANIFEST))
         done = [sweep.Range(r.first, r.last) for r in receipts]
+        if left := sweep.remaining(self.wanted, done):
+            raise RunError(
+                f"{self.store.location}: experiments {left[0].first} to {left[0].last - 1} are not "
+                "committed; run the same command again, and report this"
+            )
         if not sweep.remaining(sweep.Range(0, len(self.experiments)), done):
-            self.store.write(layout.SUCCESS, b"")
+            with self.store.changing():
+                self.store.write(layout.SUCCESS, b"")
 
 
 def _absolute(location: str) -> str:

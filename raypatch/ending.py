@@ -53,19 +53,20 @@ def show_status(facts: dict[str, Any]) -> None:
     """Print a run's state."""
     share = facts["experiments_committed"] / facts["experiments"]
     table = _facts_table()
-    table.add_row("state", facts["state"])
-    table.add_row(
+    _add_row(table, "state", facts["state"])
+    _add_row(
+        table,
         "experiments",
         f"{facts['experiments_committed']:,} of {facts['experiments']:,} committed ({share:.0%})",
     )
-    table.add_row("rows", f"{facts['rows']:,} in {facts['items_committed']:,} items")
-    table.add_row("size", f"{facts['bytes'] / 1e6:.1f} MB")
-    table.add_row("retried items", f"{facts['items_retried']:,}")
-    table.add_row("agent", facts["agent"])
+    _add_row(table, "rows", f"{facts['rows']:,} in {facts['items_committed']:,} items")
+    _add_row(table, "size", f"{facts['bytes'] / 1e6:.1f} MB")
+    _add_row(table, "retried items", f"{facts['items_retried']:,}")
+    _add_row(table, "agent", facts["agent"])
     if facts["verification_failed"]:
-        table.add_row("not to be trusted", facts["verification_failed"])
+        _add_row(table, "not to be trusted", facts["verification_failed"])
     if facts["quarantined"]:
-        table.add_row("quarantined", f"{len(facts['quarantined']):,} experiments without results")
+        _add_row(table, "quarantined", f"{len(facts['quarantined']):,} experiments without results")
     console = _console()
     console.print(table)
     show_failures(facts["quarantined"])
@@ -88,18 +89,20 @@ def show_ending(results: Results) -> None:
     last = results.sweep["runs"][-1]
     facts = status_of(results)
     table = _facts_table()
-    table.add_row(
+    _add_row(table, 
         "ran", f"{last['passes']:,} passes in {duration(last['seconds'])}, "
         f"{short_number(last['passes_per_second'])} passes/s",
     )  # fmt: skip
-    table.add_row(
+    _add_row(
+        table,
         "committed",
         f"{facts['experiments_committed']:,} of {facts['experiments']:,} experiments, "
         f"{facts['rows']:,} rows, {facts['bytes'] / 1e6:.1f} MB in {results.path}",
     )
-    table.add_row("verified", _verified(last["verification"]))
+    _add_row(table, "verified", _verified(last["verification"]))
     if facts["quarantined"]:
-        table.add_row(
+        _add_row(
+            table,
             "quarantined",
             f"{len(facts['quarantined']):,} experiments failed every try and have no results:",
         )
@@ -108,7 +111,8 @@ def show_ending(results: Results) -> None:
     show_failures(facts["quarantined"])
     if results.receipts:
         metric = DEFAULT_METRIC if DEFAULT_METRIC in results.metrics else results.metrics[0]
-        console.print(f"\nStrongest neurons by mean {metric}, both directions", markup=False)
+        sides = "both directions" if len(results.directions) > 1 else results.directions[0]
+        console.print(f"\nStrongest neurons by mean {metric}, {sides}", markup=False)
         show_ranking(rank(results, metric, top=8, internal_only=True), metric)
     command = f"raypatch rank {shlex.quote(str(results.path))} --metric {results.metrics[-1]}"
     console.print(f"\nNext: {command}", markup=False, soft_wrap=True)
@@ -133,7 +137,7 @@ def show_ranking(rows: list[dict[str, Any]], metric: str, statistic: str = "mean
         if with_interval:
             low, high = row["ci_low"], row["ci_high"]
             cells.append("-" if low is None else f"{low:.3g} to {high:.3g}")
-        table.add_row(*cells, f"{row['z_score']:+.2f}", "-" if rate is None else f"{rate:.1%}")
+        _add_row(table, *cells, f"{row['z_score']:+.2f}", "-" if rate is None else f"{rate:.1%}")
     _console().print(table)
 
 
@@ -144,6 +148,13 @@ def _verified(record: dict[str, Any]) -> str:
         f"{record['checked']} experiments against the float64 reference, "
         f"largest difference {record['largest_difference']:.1e}"
     )
+
+
+def _add_row(table: Any, *cells: str) -> None:
+    """Add a row as it is: names may hold what looks like the printer's markup."""
+    from rich.text import Text
+
+    table.add_row(*map(Text, cells))
 
 
 def _facts_table() -> Any:

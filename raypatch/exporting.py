@@ -7,6 +7,8 @@ a direction, and ``patching_summary_<direction>.json`` beside them.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -26,6 +28,8 @@ from raypatch.results.schema import TARGET_SIDE
 
 FORMATS = ("json", "parquet", "csv")
 LAYOUTS = ("experiment", "input")
+# Leaves room for a number and a suffix.
+MAX_NAME_BYTES = 200
 
 
 def export(results: Results, form: str, by: str, output: str) -> Path:
@@ -37,8 +41,7 @@ def export(results: Results, form: str, by: str, output: str) -> Path:
     target = Path(output)
     if target.exists():
         raise InputError(f"--output {output}: exists; choose a new directory")
-    if not results.receipts:
-        raise InputError(f"{results.path}: nothing is committed yet")
+    results.require_rows()
     if form == "json" and results.sweep["identity"]["save"] != "full":
         raise InputError(
             f"{results.path}: was run with --save {results.sweep['identity']['save']}; the json "
@@ -108,7 +111,7 @@ def _by_experiment(results: Results, folder: Path) -> None:
     """``<direction>/<name>.json``: input id to what the patch did to it."""
     names = _Names()
     for index, name, spec, rows in _experiments(results):
-        unique = names.unique(name, index)
+        unique = names.unique(_file_name(name), index)
         for direction, by_input in rows.items():
             content = {
                 key: {
@@ -126,7 +129,7 @@ def _by_input(results: Results, folder: Path) -> None:
     names, files = _Names(), _Names()
     ids = results.sweep["input_ids"]
     safe = {
-        key: files.unique("".join(c if c.isalnum() else "_" for c in key), number)
+        key: files.unique(_file_name(key.replace(".", "_")), number)
         for number, key in enumerate(ids)
     }
     opened: set[Path] = set()
@@ -152,9 +155,23 @@ class _Names:
         self._seen: set[str] = set()
 
     def unique(self, name: str, index: int) -> str:
-        found = name if name not in self._seen else f"{name}_{index}"
+        found, more = name, itertools.count(index)
+        while found in self._seen:
+            found = f"{name}_{next(more)}"
         self._seen.add(found)
         return found
+
+
+def _file_name(name: str) -> str:
+    """A name as a file's: no folders, not hidden, not too long for any file system."""
+    safe = "".join(c if c.isalnum() or c in "._-+" else "_" for c in name)
+    if safe.startswith("."):
+        safe = f"_{safe[1:]}"
+    if len(safe.encode()) <= MAX_NAME_BYTES:
+        return safe
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    start = safe.encode()[: MAX_NAME_BYTES - 17].decode(errors="ignore")
+    return f"{start}_{digest}"
 
 
 def _experiments(

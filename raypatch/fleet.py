@@ -106,7 +106,11 @@ class Fleet:
         if not self._pending:
             time.sleep(WAIT_S)
             return []
-        waiting = list(self._pending)
+        # An actor answers in order, but a large answer may arrive after a small one that follows.
+        oldest: dict[int, Any] = {}
+        for reference, pending in self._pending.items():
+            oldest.setdefault(pending.actor, reference)
+        waiting = list(oldest.values())
         ready, rest = self._ray.wait(waiting, num_returns=1, timeout=WAIT_S)
         if ready and rest:
             # What else has happened, without waiting for it.

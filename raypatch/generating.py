@@ -10,6 +10,7 @@ from raypatch.definition_files import write_definition
 from raypatch.definitions import (
     DEFAULT_GROUP_SIZE,
     FALLBACK_LAYERS,
+    MAX_NEURONS,
     OUTPUT_LOGITS,
     Experiment,
     check_experiments,
@@ -37,8 +38,8 @@ def generate_definition(
 
     Parameters are the command's options. Raises InputError for what cannot be used.
     """
-    if group_size < 1:
-        raise InputError(f"--group_size: {group_size} is below 1")
+    if not 0 < group_size <= MAX_NEURONS:
+        raise InputError(f"--group_size: {group_size} is not between 1 and {MAX_NEURONS}")
     options = AgentOptions(**agent_options)  # type: ignore[arg-type]
     path = Path(output) if output else DEFAULT_FOLDER / f"{kind}_experiment.json"
     if kind == "custom":

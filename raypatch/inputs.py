@@ -25,7 +25,8 @@ SIDES = ("clean", "corrupted")
 INPUTS_FOLDER = "activation_inputs"
 SUFFIXES = (".json", ".npz", ".npy", ".arrow", ".parquet")
 UNREADABLE = (
-    ValueError, OSError, KeyError, EOFError, RecursionError, zipfile.BadZipFile, zlib.error,
+    ValueError, OSError, KeyError, EOFError, RecursionError, AttributeError, MemoryError,
+    zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
 
@@ -84,6 +85,9 @@ def read_inputs(
                     "every id must be in both files"
                 )
     ids = tuple(raw[first])
+    for key in ids:
+        if not key.isprintable():
+            raise InputError(f"{paths[first]}: input id {key!r} holds what cannot be printed")
     if input_ids is not None:
         for wanted in input_ids:
             if wanted not in raw[first]:
@@ -222,8 +226,11 @@ def _array(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
     if isinstance(value, Mapping):
         raise InputError(f"{where}: holds several parts; the agent takes one array")
     try:
-        array = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise ValueError
+        array = array.astype(np.float64)
+    except (TypeError, ValueError, OverflowError):
         raise InputError(
             f"{where}: holds something that is not a number, or ragged lists"
         ) from None

@@ -51,6 +51,7 @@ def show_agent(facts: dict[str, Any]) -> None:
     """Print the facts as a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False)
     console.print(facts["loaded_as"], markup=False)
@@ -66,8 +67,7 @@ def show_agent(facts: dict[str, Any]) -> None:
     for column in ("neurons", "parameters"):
         table.add_column(column, justify="right")
     for layer in facts["layers"]:
-        table.add_row(
-            layer["name"], layer["kind"], f"{layer['neurons']:,}", f"{layer['parameters']:,}"
-        )
+        counts = (f"{layer['neurons']:,}", f"{layer['parameters']:,}")
+        table.add_row(*map(Text, (layer["name"], layer["kind"], *counts)))
     table.add_row("output_logits", "the output itself", f"{facts['outputs']:,}", "")
     console.print(table)

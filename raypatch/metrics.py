@@ -3,8 +3,9 @@
 Symbols (design 9): b and p are baseline and patched logits, P_b and P_p their softmax, a the
 argmax of b, s its runner-up. Every formula works on columns ``[outputs, rows]``.
 
-Formulas are written in the differences d = p - b, which are exact in float64 for float32
-logits, so that tiny effects keep their digits: with m = sum P_b d and e = d - m,
+Formulas are written in the differences d = p - b, so that tiny effects keep their digits: in
+float64 they are exact for float32 logits whose sizes are not more than 2^29 apart. With
+m = sum P_b d and e = d - m,
 
     S              = 1 + sum P_b (expm1(e) - e)                    because sum P_b e = 0
     P_p - P_b      = P_b (expm1(e) - (S - 1)) / S                  because P_p = P_b exp(e) / S

@@ -11,6 +11,7 @@ have a run of their own.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from raypatch.results.store import PARTIAL, Store, digest_of
 from raypatch.sweep import Range, check_identity, unreadable_records
 
 HASHING_THREADS = 4
+BEACON = ".beacon-"
 RECORDS = (
     layout.SUCCESS, layout.MANIFEST, layout.FAILURES, layout.SWEEP, layout.EXPERIMENTS,
     layout.BASELINES,
@@ -289,5 +291,18 @@ def remove_partials(store: Store, wanted: Range) -> None:
                 store.remove(f"{folder}/{name}")
     with store.changing():
         for name in store.entries():
-            if name.startswith(".") and name.endswith(PARTIAL):
+            if name.startswith(".") and name.endswith(PARTIAL) and not _of_another(name, wanted):
                 store.remove(name)
+
+
+def beacon_name(wanted: Range) -> str:
+    """A file that the workers of the run on a range look for."""
+    return f"{BEACON}{wanted.first}-{wanted.last}-{uuid.uuid4().hex}{PARTIAL}"
+
+
+def _of_another(name: str, wanted: Range) -> bool:
+    """Whether a beacon stands for experiments outside of the range."""
+    words = name.removeprefix(BEACON).split("-")
+    if not name.startswith(BEACON) or not (words[0].isdigit() and words[1].isdigit()):
+        return False
+    return not _inside((int(words[0]), int(words[1])), wanted)

@@ -64,39 +64,49 @@ def attribute(
 ) -> dict[str, np.ndarray]:
     """First-order changes of the baseline action's logit, float64 ``[inputs, neurons]`` a layer.
 
-    Positions of a feature map or sequence are added up, as a patch replaces them together.
+    Positions of a feature map or sequence are added up, as a patch replaces them together, and
+    so are the calls of a layer that is called several times.
     """
     with torch.no_grad():
         from_source = _activations(network, layers, source)
     with torch.enable_grad():
         on_target = _activations(network, layers, target.clone().requires_grad_(True))
-        output = on_target.pop(OUTPUT_LOGITS)
+        (output,) = on_target.pop(OUTPUT_LOGITS)
         top = output.gather(1, output.argmax(1, keepdim=True))
-        gradients = torch.autograd.grad(top.sum(), list(on_target.values()), allow_unused=True)
+        # A layer may be called several times, or hang on nothing that has a gradient.
+        calls = [a for taken in on_target.values() for a in taken if a.requires_grad]
+        gradients = iter(torch.autograd.grad(top.sum(), calls, allow_unused=True) if calls else ())
     found = {}
-    for (name, activation), gradient in zip(on_target.items(), gradients):
-        if gradient is None:  # not on the path to the outputs
-            gradient = torch.zeros_like(activation)
-        change = ((from_source[name] - activation) * gradient).detach().double()
-        by_neuron = change.movedim(layers[name].axis, 1).flatten(2) if change.dim() > 2 else change
-        found[name] = (by_neuron.sum(2) if by_neuron.dim() > 2 else by_neuron).numpy()
+    for name, taken in on_target.items():
+        total = np.zeros((len(target), layers[name].neurons))
+        for before, activation in zip(from_source[name], taken):
+            gradient = next(gradients) if activation.requires_grad else None
+            if gradient is None:  # not on the path to the outputs
+                continue
+            change = ((before - activation) * gradient).detach().double()
+            by_neuron = change.movedim(layers[name].axis, 1)
+            total += (by_neuron.flatten(2).sum(2) if change.dim() > 2 else by_neuron).numpy()
+        found[name] = total
     return found
 
 
-def _activations(network: nn.Module, layers: dict[str, Layer], obs: Tensor) -> dict[str, Tensor]:
-    """Outputs of the layers and of the network, in the graph where gradients are on."""
-    taken: dict[str, Tensor] = {}
+def _activations(
+    network: nn.Module, layers: dict[str, Layer], obs: Tensor
+) -> dict[str, list[Tensor]]:
+    """Outputs of the layers, one a call, and of the network; in the graph where gradients are
+    on."""
+    taken: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def recorder(name: str) -> Any:
         def record(_: int, output: Tensor) -> Tensor:
             # A copy goes on, so that no in-place activation changes what was taken.
-            taken[name] = output
+            taken[name].append(output)
             return output.clone()
 
         return record
 
     with hooked(network, {name: recorder(name) for name in layers}):
-        taken[OUTPUT_LOGITS] = network(obs)
+        taken[OUTPUT_LOGITS] = [network(obs)]
     return taken
 
 

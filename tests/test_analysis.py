@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from conftest import CARTPOLE, LAVA
 from scipy import stats
+from torch import nn
 
 import raypatch
 from raypatch.analysis import Moments, rank
 from raypatch.errors import InputError
 from raypatch.exporting import export
+from raypatch.results.tables import baseline_table
 from raypatch.screening import rank_correlation
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -228,3 +232,83 @@ def test_rank_correlation_is_spearmans():
     b = a + rng.integers(0, 4, 40)
     assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
     assert rank_correlation(np.ones(4), np.arange(4.0)) is None
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A one-layer agent whose layer has the name a test gives, with its pairs."""
+
+    def make(*names: str, ids=("a", "b")) -> Path:
+        folder = tmp_path / "named"
+        (folder / "activation_inputs").mkdir(parents=True)
+        torch.manual_seed(0)
+        widths = [4, *[5] * (len(names) - 1), 3]
+        state = {}
+        for name, (n_in, n_out) in zip(names, itertools.pairwise(widths)):
+            layer = nn.Linear(n_in, n_out)
+            state |= {f"{name}.weight": layer.weight.data, f"{name}.bias": layer.bias.data}
+        torch.save(state, folder / "policy.pt")
+        (folder / "agent.json").write_text('{"file": "policy.pt", "activation": "relu"}')
+        for side in ("clean", "corrupted"):
+            rows = {key: {"input": torch.randn(4).tolist()} for key in ids}
+            path = folder / "activation_inputs" / f"{side}_inputs.json"
+            path.write_text(json.dumps(rows))
+        return folder
+
+    return make
+
+
+def swept(run_inline, agent, experiments, tmp_path):
+    path = tmp_path / "named.json"
+    path.write_text(json.dumps(experiments))
+    return raypatch.open_results(run_inline(agent, path, out=tmp_path / "named_out"))
+
+
+def test_names_are_never_read_as_folders_and_never_too_long(named, run_inline, tmp_path):
+    layers = ["/tmp/mlp/~/linear", "a" * 180, "b" * 180]
+    agent = named(*layers, ids=("x/../y", "z" * 300))
+    results = swept(
+        run_inline, agent, [{n: [0]} for n in layers] + [{n: [1] for n in layers}], tmp_path
+    )
+    for by in ("experiment", "input"):
+        folder = export(results, "json", by, str(tmp_path / by))
+        files = [p for p in folder.rglob("*") if p.is_file()]
+        assert len(files) == 2 * (4 if by == "experiment" else 2) + 2
+        assert all(p.parent in (folder, *(folder / d for d in results.directions)) for p in files)
+
+
+def test_names_that_meet_stay_apart(named, run_inline, tmp_path):
+    layer = "q_net.0"
+    agent = named(layer, "q_net.2", ids=("1.5", "1_5_2", "1-5", "1_5"))
+    results = swept(run_inline, agent, [{layer: [1]}] * 3, tmp_path)
+    folder = export(results, "json", "experiment", str(tmp_path / "e"))
+    assert len(list((folder / "noising").iterdir())) == 3
+    folder = export(results, "json", "input", str(tmp_path / "i"))
+    files = list((folder / "noising").iterdir())
+    assert len(files) == 4
+    assert all(len(json.loads(path.read_text())) == 3 for path in files)
+
+
+def test_a_name_that_looks_like_the_printers_markup_is_shown_as_it_is(
+    named, run_inline, command, tmp_path
+):
+    results = swept(
+        run_inline, named("net[a]", "[/red]x"), [{"net[a]": [2]}, {"[/red]x": [1]}], tmp_path
+    )
+    shown = command("rank", results.path).out
+    assert "net[a]_neuron_2" in shown and "[/red]x_neuron_1" in shown
+    assert "net[a]" in command("inspect", tmp_path / "named").out
+
+
+def test_a_committed_effect_is_not_hidden_by_a_duplicate_that_is_not(run_inline, tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text('[{"q_net.0": [5]}, {"q_net.0": [6]}, {"q_net.0": [5]}]')
+    out = run_inline(LAVA, path, "--end_index", 2)
+    effects = raypatch.open_results(out).effect_matrix("kl_divergence", "noising")["q_net.0"]
+    assert np.isfinite(effects[[5, 6]]).all() and np.isnan(effects[7])
+
+
+def test_the_recorded_baseline_action_is_that_of_the_unrounded_outputs():
+    outputs = np.array([[1.0, 1.0 + 1e-12]])
+    table = baseline_table({"clean": outputs}, ("a",), discrete=True)
+    assert table["action"].to_pylist() == [1]

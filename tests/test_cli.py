@@ -285,6 +285,9 @@ MISTAKES = [
     ({"--additional_args": "--tpyo=1"}, r"--additional_args: No such option.*tpyo"),
     ({"--additional_args": "word"}, r"--additional_args: 'word' is no option"),
     ({"--tpyo": "1"}, r"No such option.*tpyo"),
+    ({"--memory_per_actor": "inf"}, r"--memory_per_actor: 'inf' is not a size"),
+    ({"--additional_args": "--additional_args=--seed=1"}, r"cannot be given inside itself"),
+    ({"--seed": "9" * 23}, r"--seed: 9+ does not fit into 64 bits"),
 ]
 
 
@@ -362,7 +365,7 @@ def test_an_unknown_metric_or_layer_to_rank_by_is_refused(command, tmp_path, run
         (["--type", "custom", "--custom_spec", "[{]"], "not JSON at line 1"),
         (["--type", "layer", "--layer_structure", "[1]"], "a layer structure is a non-empty object"),
         (["--type", "layer", "--layer_structure", '{"a": 0}'], "size 0 is not a whole number"),
-        (["--type", "neuron_groups", "--group_size", "0"], "--group_size: 0 is below 1"),
+        (["--type", "neuron_groups", "--group_size", "0"], "--group_size: 0 is not between 1 and"),
         (["--type", "pairs"], "'pairs' is not one of"),
         ([], "Missing option '--type'"),
     ],

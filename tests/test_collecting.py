@@ -154,3 +154,23 @@ def test_greedy_actions_of_every_space():
     box = spaces.Box(np.array([-2.0, 0]), np.array([2.0, 1]), dtype=np.float64)
     assert greedy_action(np.array([9.0, -9]), box, squashed=False).tolist() == [2, 0]
     np.testing.assert_allclose(greedy_action(np.array([0.0, 0]), box, squashed=True), [0, 0.5])
+
+
+def test_nothing_in_the_agents_directory_takes_the_place_of_the_users_modules(
+    command, cartpole, tmp_path, monkeypatch
+):
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "my_corrupting.py").write_text(
+        "import my_helpers\ndef negate(states, rng):\n    return my_helpers.negated(states)\n"
+    )
+    (here / "my_helpers.py").write_text("def negated(x):\n    return -x\n")
+    (cartpole / "my_helpers.py").write_text("raise SystemExit('the stranger's')\n")
+    monkeypatch.chdir(here)
+    ended = collect(command, cartpole, "--corruption", "my_corrupting:negate")
+    assert ended.code == 0, ended.err
+
+
+def test_a_negative_seed_is_one_line(command, cartpole):
+    ended = collect(command, cartpole, "--seed", -1)
+    assert ended.code == 2 and "--seed: -1 is below 0" in ended.err

@@ -192,6 +192,7 @@ TABLES = [
     ([["q_net.0"]], [[[-1]]], "neuron -1 is negative"),
     ([["q_net.0"]], [[[1], [2]]], "lists of equal length"),
     ([[None]], [[[1]]], "without nulls"),
+    ([["q_net.0"]], [[[1, None]]], "without nulls"),
     ([], [], "the definition is empty"),
     ([[]], [[]], "experiment 0: patches nothing"),
 ]
@@ -252,3 +253,26 @@ def test_names_made_by_columns_are_those_made_one_by_one(data):
     packed = Experiments.from_list(drawn, layers)
     names = experiments_table(5, packed)["name"].to_pylist()
     assert names == [experiment_name(5 + i, e) for i, e in enumerate(drawn)]
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path):
+    import pyarrow as pa
+
+    layers = pa.array([["q_net.0"]])
+    table = pa.table([layers, pa.array([[[1]]]), layers], names=["layers", "neurons", "layers"])
+    path = str(tmp_path / "d.arrow")
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(InputError, match="a definition has the columns"):
+        read_definition(tmp_path / "d.arrow", LAYERS)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--group_size", "9" * 20, "--layer_structure", '{"a": 4}'),
+     ("--layer_structure", json.dumps({"a": 10**20}))],
+)  # fmt: skip
+def test_sizes_beyond_any_network_are_one_line(command, words):
+    ended = command("generate", "--type", "neuron_groups", *words)
+    assert ended.code == 2 and "2147483647" in ended.err
+    assert len(ended.err.strip().splitlines()) == 1

@@ -225,7 +225,7 @@ def test_no_hook_is_left_after_an_error_in_the_middle():
 
         def forward(self, x):
             self.calls += 1
-            if x.sum() == x.sum() and self.calls > 60:
+            if x.sum() == x.sum() and self.calls > 600:
                 raise ZeroDivisionError("in the middle")
             return self.b(torch.relu(self.a(x)))
 
@@ -234,7 +234,7 @@ def test_no_hook_is_left_after_an_error_in_the_middle():
     run = patcher.prepare(torch.randn(3, 2), torch.randn(3, 2))
     inner = run._engine.network
     with pytest.raises(ZeroDivisionError):
-        for _ in range(100):
+        for _ in range(1000):
             run([{"a": [0]}])
     assert all(not m._forward_hooks for m in [*network.modules(), *inner.modules()])
 

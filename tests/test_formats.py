@@ -455,3 +455,92 @@ def test_loading_a_large_checkpoint_costs_its_size_about_once(tmp_path):
         check=True,
     )  # fmt: skip
     assert int(found.stdout) < 1.5 * size
+
+
+class TwoBiases(nn.Module):
+    """One weight in two operations, which cannot be one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.other = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return self.two(self.one(x) * nn.functional.linear(x, self.one.weight, self.other))
+
+
+class Nested(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 2)
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return super().forward(torch.tanh(self.inner(x)))
+
+
+class Computed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+
+    def forward(self, x):
+        bias = self.two.weight.sum(0)
+        return self.two(nn.functional.linear(x, self.one.weight, bias))
+
+
+@pytest.mark.parametrize("module", [TwoBiases, Nested, Computed])
+def test_a_program_taken_apart_into_layers_gives_its_own_outputs(folder, module):
+    torch.manual_seed(0)
+    module = module().eval()
+    exported(module, torch.randn(2, 4), folder / "agent.pt2")
+    assert_same_outputs(raypatch.load_agent(folder), module, (4,))
+
+
+def test_an_exported_program_is_swept_through_its_files(folder, run_inline, tmp_path):
+    torch.manual_seed(0)
+    exported(Everything().eval(), torch.randn(2, 2, 10, 10), folder / "agent.pt2")
+    (folder / "activation_inputs").mkdir()
+    for side in ("clean", "corrupted"):
+        path = folder / "activation_inputs" / f"{side}_inputs.npz"
+        np.savez(path, ids=["a", "b"], inputs=np.random.rand(2, 2, 10, 10).astype(np.float32))
+    (tmp_path / "d.json").write_text('[{"conv": [1]}, {"mix": "all"}, {"out": [0]}]')
+    results = raypatch.open_results(
+        run_inline(
+            folder, tmp_path / "d.json",
+            *(f"--{side}_inputs={folder}/activation_inputs/{side}_inputs.npz"
+              for side in ("clean", "corrupted")),
+        )
+    )  # fmt: skip
+    assert results.complete and results.sweep["agent"]["engine"].startswith("incremental")
+
+
+def test_safetensors_in_an_order_that_would_be_guessed_are_refused(folder):
+    def saved(**shapes):
+        state = {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+        save_file(state, folder / "policy.safetensors")
+
+    saved(input=(16, 16), hidden=(16, 16), output=(4, 16))
+    with pytest.raises(AgentError, match="several fit: hidden, input, output"):
+        raypatch.load_agent(folder, activation="relu")
+    saved(output=(4, 16), hidden=(16, 8), first=(8, 6))
+    agent = raypatch.load_agent(folder, activation="relu")
+    assert list(agent.layers) == ["first", "hidden", "output"]
+
+
+@pytest.mark.parametrize("name", ["activation", "paths", "a.b"])
+def test_a_layer_may_have_almost_any_name(folder, name):
+    torch.manual_seed(0)
+    state = {f"{name}.weight": torch.randn(8, 4), "a.weight": torch.randn(3, 8)}
+    torch.save(state, folder / "policy.pt")
+    agent = raypatch.load_agent(folder, activation="relu")
+    assert list(agent.layers) == [name, "a"]
+    x = torch.randn(5, 4)
+    expected = torch.relu(x @ state[f"{name}.weight"].T) @ state["a.weight"].T
+    torch.testing.assert_close(agent.network(x), expected)
+
+
+@pytest.mark.parametrize("name", ["forward", "", "output_logits"])
+def test_a_layer_with_a_name_that_means_something_else_is_refused(folder, name):
+    torch.save({f"{name}.weight": torch.randn(3, 4)}, folder / "policy.pt")
+    with pytest.raises(AgentError, match="name"):
+        raypatch.load_agent(folder, activation="relu")

@@ -265,6 +265,34 @@ def test_a_tensors_name_never_becomes_code(folder, flag, tmp_path, name):
     assert_refused(folder, "no name of a tensor|not a readable")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["x=1)\r__import__('os').system('touch FLAG')\rdef forward(self, a):\r    z = dict", "y", ""],
+)
+def test_a_keywords_name_never_becomes_code(folder, flag, tmp_path, name):
+    good = tmp_path / "good.pt2"
+    exported(good)
+
+    def add(model):
+        node = model["graph_module"]["graph"]["nodes"][1]
+        extra = {"name": name.replace("FLAG", str(flag)), "arg": {"as_int": 1}, "kind": 2}
+        node["inputs"].append(extra)
+
+    changed_program(good, folder / "agent.pt2", add)
+    assert_refused(folder, "takes no ")
+
+
+@pytest.mark.parametrize(
+    "operator",
+    ["_sparse_coo_tensor_unsafe", "set_", "manual_seed", "resize_", "_nested_view_from_buffer"],
+)
+def test_operators_that_touch_memory_or_state_are_not_known(operator):
+    from raypatch.agents.operators import only_computes
+
+    assert not only_computes(operator)
+    assert only_computes("linear") and only_computes("relu_")
+
+
 class Saves(nn.Module):
     """A script of this writes a file wherever it is run."""
 
@@ -324,6 +352,12 @@ def rewritten_script(folder: Path, old: str, new: str) -> None:
         'torch.classes.dist_rpc.WorkerInfo("FLAG", 1)',
         '__torch__.torch.classes.dist_rpc.WorkerInfo("FLAG", 1)',
         'torch.cuda.set_device(1)',
+        'float = torch.save\n    float(input, "FLAG")',
+        '__torch__ = torch\n    __torch__.save(input, "FLAG")',
+        '__torch__ = ops\n    __torch__.aten.save(input, "FLAG")',
+        '_f = __torch__.x\n    _f : Any = torch.save\n    _f(input, "FLAG")',
+        'for _f in [torch.save]:\n      _f(input, "FLAG")',
+        '_t = torch\n    _t.save(input, "FLAG")',
         'print(input)',
     ],
 )  # fmt: skip
@@ -339,6 +373,32 @@ def test_code_that_runs_while_a_script_is_loaded_is_refused(folder, flag):
     assert_refused(folder, "__setstate__ calls torch.save")
     rewritten_script(folder, "  training : bool\n", "  training : Final[int] = torch.len([1])\n")
     assert_refused(folder, "outside of its functions")
+
+
+def test_results_from_elsewhere_cannot_consent_to_running_code(folder, flag, command, tmp_path):
+    """A directory of results names its agent and its options; code needs the user's own word."""
+    (folder / "mine.py").write_text(
+        "import os\nfrom torch import nn\n"
+        f"def make():\n    os.system('touch {flag}')\n    return nn.Linear(4, 2)\n"
+    )
+    torch.save(nn.Linear(4, 2).state_dict(), folder / "policy.pt")
+    (folder / "agent.json").write_text('{"file": "policy.pt", "factory": "mine:make"}')
+    (folder / "activation_inputs").mkdir()
+    for side in ("clean", "corrupted"):
+        path = folder / "activation_inputs" / f"{side}_inputs.json"
+        path.write_text('{"a": {"input": [1, 2, 3, 4]}}')
+    (tmp_path / "d.json").write_text('[{"output_logits": [0]}]')
+    ended = command(
+        "run", "--agent_path", folder, "--definition_file", tmp_path / "d.json", "--output_dir",
+        tmp_path / "out", "--backend", "inline", "--quiet", "--trust_agent_code",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    flag.unlink()
+    ended = command("verify", tmp_path / "out")
+    assert ended.code == 2 and "give it again to allow that" in ended.err
+    assert not flag.exists()
+    assert command("verify", tmp_path / "out", "--trust_agent_code").code == 0
+    flag.unlink()
 
 
 def test_a_zip_bomb_is_refused_before_it_unpacks(folder):

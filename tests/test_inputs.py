@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -228,3 +230,33 @@ def test_a_damaged_compressed_archive_is_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match="not readable inputs"):
         read_inputs({"clean": path}, ObservationShape((np.shape(ROWS)[1],)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"a": {"input": ["1", "2"]}}, "not a number"),
+        ({"a": {"input": [10**400, 1]}}, "not a number"),
+        ({"\ud800": {"input": [1, 2]}}, "cannot be printed"),
+        ({"a\nb": {"input": [1, 2]}}, "cannot be printed"),
+    ],
+)
+def test_what_is_no_number_or_no_name_is_refused(tmp_path, rows, message):
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=message):
+        read_inputs({"clean": tmp_path / "x.json"}, ObservationShape((2,)))
+
+
+def test_archives_and_arrays_that_lie_about_themselves_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        stream = io.BytesIO()
+        np.save(stream, np.array(["a"]))
+        archive.writestr("ids.npy", stream.getvalue())
+        archive.writestr("inputs", "nonsense")
+    with (tmp_path / "x.npy").open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (10**13, 4)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(b"0" * 64)
+    for suffix in ("npz", "npy"):
+        with pytest.raises(InputError, match="not readable inputs"):
+            read_inputs({"clean": tmp_path / f"x.{suffix}"}, ObservationShape((4,)))

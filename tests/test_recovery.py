@@ -16,7 +16,9 @@ from conftest import LAVA
 from kill_points import state_of
 
 import raypatch
+from raypatch import recovery
 from raypatch.results import layout, locks, store
+from raypatch.sweep import Range
 
 HERE = Path(__file__).parent
 
@@ -43,12 +45,19 @@ def resume(command, small, out, *more):
 
 @contextmanager
 def another_run(out):
-    """A process of its own that holds a directory as a run does; killed, not ended."""
+    with ranged_run(out, 0, 33):
+        yield
+
+
+@contextmanager
+def ranged_run(out, first, last):
+    """A process of its own that holds a range as a run does; killed, not ended."""
     holder = subprocess.Popen(
         [sys.executable, "-c",
          "import sys, time; from pathlib import Path; from raypatch.results.locks import RangeLock\n"
-         "with RangeLock(Path(sys.argv[1]), 0, 33): print('held', flush=True); time.sleep(60)",
-         str(out)], stdout=subprocess.PIPE, text=True,
+         "with RangeLock(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])):\n"
+         "    print('held', flush=True); time.sleep(60)",
+         str(out), str(first), str(last)], stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         assert holder.stdout.readline() == "held\n"
@@ -329,3 +338,52 @@ def test_a_file_renamed_while_a_directory_is_listed_is_no_error(tmp_path, monkey
     os_scandir = os.scandir
     monkeypatch.setattr(store.os, "scandir", scandir)
     assert store.open_store(tmp_path).entries() == {"b": 1}
+
+
+def test_overwriting_is_refused_while_another_range_is_being_written(command, small, tmp_path):
+    out = tmp_path / "out"
+    assert resume(command, small, out, "--quiet", "--end_index", 11).code == 0
+    before = state_of(out)
+    with ranged_run(out, 0, 11):
+        ended = resume(command, small, out, "--overwrite", "--start_index", 11)
+        assert ended.code == 2 and "another run is writing" in ended.err
+    assert state_of(out) == before
+
+
+def test_what_another_run_is_just_writing_is_left_alone(tmp_path):
+    place = store.open_store(tmp_path)
+    place.make("shards", "summary")
+    theirs, mine = (recovery.beacon_name(Range(*r)) for r in ((0, 5), (5, 9)))
+    for name in (theirs, mine, "._SUCCESS.77.partial"):
+        (tmp_path / name).write_bytes(b"x")
+    recovery.remove_partials(place, Range(5, 9))
+    assert [path.name for path in tmp_path.iterdir() if "beacon" in path.name] == [theirs]
+    assert not (tmp_path / "._SUCCESS.77.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["experiments.arrow", "baselines.arrow"])
+def test_a_lost_record_is_written_again_by_the_same_command(command, small, finished, name):
+    content = (finished / name).read_bytes()
+    (finished / name).unlink()
+    assert resume(command, small, finished, "--quiet").code == 0
+    assert (finished / name).read_bytes() == content
+
+
+def test_a_lease_is_refused_to_the_second_whatever_is_refreshed_in_between(tmp_path):
+    import pyarrow.fs
+
+    system = pyarrow.fs.LocalFileSystem()
+    with locks.Lease("here", system, str(tmp_path)):
+        second = locks.Lease("here", system, str(tmp_path))
+        put = second._put
+
+        def put_and_be_overtaken():
+            put()
+            for path in tmp_path.glob(f"{locks.Lease.PREFIX}*"):
+                if path.name != second._name:
+                    os.utime(path)  # the holder's refresh comes right after
+
+        second._put = put_and_be_overtaken
+        with pytest.raises(raypatch.errors.InputError, match="another run is writing here"):
+            second.__enter__()
+    assert list(tmp_path.iterdir()) == []

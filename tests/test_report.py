@@ -13,6 +13,7 @@ from conftest import LAVA
 
 import raypatch
 from raypatch.reporting.page import write_report
+from raypatch.worker import Worker
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -155,3 +156,46 @@ def test_figures_are_written_in_the_format_asked_for(command, run_inline, single
         "kl_divergence_heatmap_noising.svg", "kl_divergence_scatter.svg",
     ]  # fmt: skip
     assert command("plot", out, "--metric", "nonsense").code == 2
+
+
+def test_no_name_can_break_the_page(run_inline, tmp_path, lava_copy):
+    ids = ["{{plotly}}", "<!--<script>", "{{data}}", "</script>"]
+    for side in ("clean", "corrupted"):
+        path = lava_copy / "activation_inputs" / f"{side}_inputs.json"
+        rows = list(json.loads(path.read_text()).values())
+        path.write_text(json.dumps(dict(zip(ids, rows))))
+    definition = tmp_path / "d.json"
+    definition.write_text('[{"q_net.0": [1]}, {"q_net.0": [2]}]')
+    results = raypatch.open_results(run_inline(lava_copy, definition))
+    text = write_report(results, str(tmp_path / "r.html")).read_text()
+    data = text[text.index("const DATA") :]
+    data = data[data.index("{") : data.index("</script>")]
+    assert "<" not in data[: data.index("\n")] and "{{plotly}}" in data
+    assert len(text) < 6 << 20
+
+
+def test_where_every_experiment_was_quarantined_each_command_says_so(
+    command, tmp_path, monkeypatch, single_neurons
+):
+    computed = Worker._outputs
+
+    def fails(self, experiments):
+        if len(experiments):
+            raise ValueError("no")
+        return computed(self, experiments)
+
+    monkeypatch.setattr(Worker, "_outputs", fails)
+    definition, out = tmp_path / "d.json", tmp_path / "out"
+    definition.write_text('[{"q_net.0": [1]}, {"q_net.0": [2]}]')
+    ended = command(
+        "run", "--agent_path", LAVA, "--definition_file", definition, "--output_dir", out,
+        "--backend", "inline", "--quiet",
+    )  # fmt: skip
+    assert ended.code == 3
+    for words in (
+        ("report", out, "--output", tmp_path / "r.html"),
+        ("plot", out, "--output", tmp_path / "p"),
+        ("export", out, "--format", "json", "--output", tmp_path / "e"),
+    ):
+        ended = command(*words)
+        assert ended.code == 2 and "no experiment has results" in ended.err

@@ -92,6 +92,8 @@ def test_an_interrupted_search_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     with (tmp_path / "parts" / "steps.jsonl").open("a") as file:
         file.write('{"size": 4, "lay')  # torn by a crash
     assert find_coalition(str(LAVA), str(tmp_path / "parts"), options, max_size=6) == whole
+    (tmp_path / "parts" / "definition.json").unlink()  # a crash before it was written
+    find_coalition(str(LAVA), str(tmp_path / "parts"), options, max_size=6)
     for name in ("steps.jsonl", "definition.json"):
         one, two = ((tmp_path / f / name).read_text() for f in ("whole", "parts"))
         assert one == two
@@ -191,3 +193,25 @@ def test_a_search_for_cartpole_grows_by_one_neuron_a_step(tmp_path):
         str(CARTPOLE), str(tmp_path / "c"), SearchOptions("logit_difference_norm"), max_size=5
     )
     assert [s.size for s in steps] == [1, 2, 3, 4, 5]
+
+
+def test_a_layer_called_twice_counts_twice_and_one_without_a_gradient_for_nothing():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.a, self.b = nn.Embedding(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = x + self.table(torch.zeros(len(x), dtype=torch.int64))
+            return self.b(self.a(h) + self.a(2 * h))
+
+    torch.manual_seed(0)
+    network, source, target = Twice(), torch.randn(5, 4), torch.randn(5, 4)
+    network.table.weight.requires_grad_(False)
+    found = attribute(network, find_layers(network, (target,)), source, target)
+    action = network(target).argmax(1)
+    for i in range(4):
+        patched = reference_outputs(network, [{"a": [i]}], source, target)[0]
+        change = (patched - network(target).double()).gather(1, action[:, None])[:, 0].detach()
+        np.testing.assert_allclose(found["a"][:, i], change, atol=1e-6)
+    assert not found["table"].any()

@@ -152,7 +152,7 @@ def _manifest(path: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
     """Read ``agent.json``; what the command line says goes before what the manifest says."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise AgentError(f"{path}: not a readable JSON manifest: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("file"), str):
         raise AgentError(
@@ -161,8 +161,8 @@ def _manifest(path: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
     unknown = sorted(set(content) - set(MANIFEST_KEYS))
     if unknown:
         raise AgentError(f"{path}: unknown key {unknown[0]!r}; valid: {', '.join(MANIFEST_KEYS)}")
-    if any(not isinstance(value, str) for value in content.values()):
-        raise AgentError(f"{path}: every value of a manifest is a text")
+    if any(not isinstance(value, str) or "\0" in value for value in content.values()):
+        raise AgentError(f"{path}: every value of a manifest is a text, without null characters")
     file = path.parent / content["file"]
     if path.parent.resolve() not in file.resolve().parents:
         raise AgentError(f"{path}: file {content['file']!r} lies outside the agent's directory")

@@ -57,13 +57,15 @@ class PreprocessDict(nn.Module):
     def __init__(self, space: Space, *, scale_images: bool = True) -> None:
         super().__init__()
         self.unpack = Unpack({key: part.shape for key, part in space.parts.items()})
-        self.parts = nn.ModuleDict(
-            {key: Preprocess(part, scale_images=scale_images) for key, part in space.parts.items()}
+        # A key may be any text, which the name of a module may not.
+        self.keys = tuple(space.parts)
+        self.parts = nn.ModuleList(
+            Preprocess(part, scale_images=scale_images) for part in space.parts.values()
         )
 
     def forward(self, packed: Tensor) -> dict[str, Tensor]:
         obs = self.unpack(packed)
-        return {key: part(obs[key]) for key, part in self.parts.items()}
+        return {key: part(obs[key]) for key, part in zip(self.keys, self.parts)}
 
 
 def preprocessing(space: Space, *, scale_images: bool = True) -> nn.Module:

@@ -83,7 +83,10 @@ class CombinedExtractor(nn.Module):
 
     def __init__(self, extractors: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.extractors = nn.ModuleDict(extractors)
+        try:
+            self.extractors = nn.ModuleDict(extractors)
+        except KeyError as error:
+            raise AgentError(f"a key of the observation cannot name a module: {error}") from None
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
         return torch.cat([one(obs[key]) for key, one in self.extractors.items()], 1)

@@ -117,7 +117,10 @@ def _number(kwargs: dict[str, Any], key: str, default: Any, file: Path) -> Any:
     value = kwargs.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise AgentError(f"{file}: policy_kwargs: {key} is {value!r}, not a number")
-    return type(default)(value)
+    try:
+        return type(default)(value)
+    except (ValueError, OverflowError):
+        raise AgentError(f"{file}: policy_kwargs: {key} is {value!r}") from None
 
 
 def _read_data(file: Path) -> dict[str, Any]:

@@ -43,10 +43,9 @@ def load_state_dict_agent(file: Path, options: AgentOptions) -> Agent:
     if file.suffix == ".safetensors":
         state = _in_order(state, str(file))
     network = chained_mlp(state, activation, str(file))
-    first = next(module for module in network.modules() if isinstance(module, nn.Linear))
     return make_agent(
         network,
-        torch.zeros(1, first.in_features),
+        torch.zeros(1, network.in_features),
         output_kind="logits",
         loaded_as=f"state dict {file.name}, plain MLP, {activation.__name__} between layers",
         files=(file,),
@@ -231,6 +230,7 @@ class ChainedMLP(nn.Module):
         for path, layer in layers.items():
             add_submodule(self, path, layer)
         self._paths = list(layers)
+        self.in_features = layers[self._paths[0]].in_features
         self._between = activation()
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:

@@ -124,6 +124,8 @@ def run_options(given: dict[str, Any]) -> dict[str, Any]:
             parsed, rest, _ = parser.parse_args(args=joined)
             if rest:
                 raise InputError(f"--additional_args: {rest[0]!r} is no option; write --name=value")
+            if "additional_args" in parsed:
+                raise InputError("--additional_args: cannot be given inside itself")
             for parameter in run.params:
                 if parameter.name in parsed:
                     value = parameter.type_cast_value(context, parsed[parameter.name])
@@ -155,7 +157,7 @@ def _bytes(text: str) -> int:
     unit = units.get(number[-1:], 1)
     try:
         return int(float(number.rstrip("KMGT")) * unit)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(f"--memory_per_actor: {text!r} is not a size like 512M or 4G") from None
 
 
@@ -166,10 +168,9 @@ def _bytes(text: str) -> int:
 def submit(address: str, no_wait: bool, run_words: tuple[str, ...]) -> None:
     """The same run as a job on a Ray cluster: raypatch submit --address URL -- RUN OPTIONS."""
     given = run.make_context("run", list(run_words)).params
-    run_options(dict(given))  # refuses what run would refuse
+    options = run_options(dict(given))  # refuses what run would refuse
     from raypatch.submitting import submit as send
 
-    options = {name: value for name, value in given.items() if value not in (None, False)}
     done = send(address, options, wait=not no_wait, say=lambda text: click.echo(text, err=True))
     if done.exit_code is not None:
         _say_outcome(str(options["output_dir"]))

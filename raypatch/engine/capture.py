@@ -6,6 +6,7 @@ travels to actors that have neither the agent's files nor its code.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from raypatch.engine.layers import owns_weights
+from raypatch.engine.layers import owns_weights, widened
 
 
 class CaptureError(Exception):
@@ -28,6 +29,25 @@ class Ref:
     """Stands for another node's value among a node's arguments."""
 
     node: int
+
+
+@dataclass(frozen=True)
+class AtenOperation:
+    """An aten operator by name: unlike the operator itself it can be pickled.
+
+    Rules know it by the name of the method or function it belongs to.
+    """
+
+    name: str
+    overload: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        packet = getattr(torch.ops.aten, self.name)
+        return getattr(packet, self.overload)(*args, **kwargs)
+
+
+def aten_operation(target: torch._ops.OpOverload) -> AtenOperation:
+    return AtenOperation(target._schema.name.removeprefix("aten::"), target._overloadname)
 
 
 @dataclass
@@ -89,6 +109,13 @@ class Graph:
     nodes: list[Node]
     how: str  # "torch.fx" or "torch.export"
 
+    def widen(self) -> None:
+        """Let casts to float32 be casts to float64."""
+        for node in self.nodes:
+            if node.op == "method" and node.target == "float":
+                node.target = "double"
+            node.args, node.kwargs = widened((node.args, node.kwargs))
+
     def run(self, args: tuple[Any, ...]) -> list[Any]:
         """Values of all nodes in one plain forward."""
         values: list[Any] = []
@@ -101,13 +128,8 @@ class Graph:
 def capture(network: nn.Module) -> Graph:
     """Trace with torch.fx; raises CaptureError with the reason where that is impossible.
 
-    The graph refers to the network's own modules, whose ``inplace`` flags are cleared; give
-    it a copy.
+    The graph refers to the network's own modules; give it a copy.
     """
-    for module in network.modules():
-        # Values are kept and shared between passes, so nothing may overwrite its input.
-        if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
     tracer = _Tracer()
     try:
         traced = tracer.trace(network, concrete_args=_defaults(network))
@@ -154,10 +176,17 @@ def _nodes(traced: fx.Graph, network: nn.Module) -> list[Node]:
             nodes.append(Node(index, "constant", _attribute(network, item.target)))
         elif item.op == "call_module":
             module = network.get_submodule(item.target)
+            if getattr(module, "inplace", False):
+                module = copy.copy(module)
+                module.inplace = False  # type: ignore[assignment]
+                if isinstance(item.args[0], fx.Node):
+                    current[item.args[0]] = index
             nodes.append(Node(index, "module", module, args, kwargs, path=item.target))
         else:
             op = {"call_function": "function", "call_method": "method"}[item.op]
             target, overwrites = _out_of_place(item.target, kwargs)
+            if isinstance(target, torch._ops.OpOverload):
+                target = aten_operation(target)
             nodes.append(Node(index, op, target, args, kwargs))
             if overwrites and isinstance(item.args[0], fx.Node):
                 current[item.args[0]] = index
@@ -171,7 +200,13 @@ def _nodes(traced: fx.Graph, network: nn.Module) -> list[Node]:
 def replaced(arguments: Any, current: dict[fx.Node, int]) -> Any:
     """Arguments of a traced node with references in the place of traced nodes."""
     mapped: Any = fx.map_arg(arguments, lambda n: Ref(current[n]))  # type: ignore[arg-type, return-value]
+    if any(_in_slice(leaf) for leaf in tree_flatten(mapped, is_leaf=_is_ref)[0]):
+        raise CaptureError("a slice whose bounds are computed")
     return dict(mapped) if isinstance(arguments, dict) else mapped
+
+
+def _in_slice(leaf: Any) -> bool:
+    return isinstance(leaf, slice) and any(map(_is_ref, (leaf.start, leaf.stop, leaf.step)))
 
 
 def finished_graph(nodes: list[Node], how: str) -> Graph:

@@ -11,30 +11,22 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from raypatch.engine.capture import CaptureError, Graph, Node, finished_graph, first_line, replaced
+from raypatch.engine.capture import (
+    CaptureError,
+    Graph,
+    Node,
+    aten_operation,
+    finished_graph,
+    first_line,
+    replaced,
+)
 from raypatch.engine.layers import Args
-
-
-@dataclass(frozen=True)
-class AtenOperation:
-    """An aten operator by name: unlike the operator itself it can be pickled.
-
-    Rules know it by the name of the method or function it belongs to.
-    """
-
-    name: str
-    overload: str
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        packet = getattr(torch.ops.aten, self.name)
-        return getattr(packet, self.overload)(*args, **kwargs)
 
 
 def capture_export(network: nn.Module, args: Args) -> Graph:
@@ -113,7 +105,7 @@ def _operation(index: int, item: fx.Node, current: dict[fx.Node, int], network: 
         return Node(index, "module", module, args[:1], path=path)
     if isinstance(module, nn.modules.conv._ConvNd) and name.startswith("conv"):
         return Node(index, "module", module, args[:1], path=path)
-    return Node(index, "function", AtenOperation(name, target._overloadname), args, kwargs)
+    return Node(index, "function", aten_operation(target), args, kwargs)
 
 
 def _module(network: nn.Module, path: str) -> nn.Module | None:

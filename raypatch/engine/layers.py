@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
 
 Args = tuple[Any, ...]
 # Called with the number of the layer's call within one forward and the layer's output;
@@ -29,8 +32,49 @@ class Layer:
 
 
 def owns_weights(module: nn.Module) -> bool:
-    """Whether the module itself holds a parameter of more than one dimension."""
-    return any(p is not None and p.dim() > 1 for p in module._parameters.values())
+    """Whether the module itself holds a parameter of more than one dimension, be it one that a
+    parametrisation (as spectral norm is) makes of others."""
+    if isinstance(module, ParametrizationList):
+        return False
+    held = [p for p in module._parameters.values() if p is not None]
+    if is_parametrized(module):
+        held += [getattr(module, name) for name in module.parametrizations]  # type: ignore[union-attr]
+    return any(isinstance(p, Tensor) and p.dim() > 1 for p in held)
+
+
+class _Widened(TorchFunctionMode):
+    """Where a forward asks for float32, it gets float64."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args, kwargs = widened((args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def widened(arguments: Any) -> Any:
+    """Arguments with float64 in the place of float32."""
+    return tree_map(lambda leaf: torch.float64 if leaf is torch.float32 else leaf, arguments)
+
+
+def forward(network: nn.Module, args: Args) -> Any:
+    """The network's outputs; it gets inputs of its own, which it may overwrite.
+
+    On float64 inputs, a cast to float32 in the forward is one to float64.
+    """
+    fresh = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
+    tensors = [x for x in tree_flatten(fresh)[0] if isinstance(x, Tensor)]
+    if not any(x.dtype is torch.float64 for x in tensors):
+        return network(*fresh)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widened():
+            return network(*fresh)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def as_args(inputs: Any) -> Args:
@@ -89,7 +133,7 @@ def find_layers(network: nn.Module, args: Args) -> dict[str, Layer]:
         if name and owns_weights(module)
     }
     with torch.no_grad(), hooked(network, hooks):
-        network(*args)
+        forward(network, args)
     return found
 
 
@@ -107,5 +151,5 @@ def record_activations(network: nn.Module, args: Args, names: list[str]) -> dict
         return lambda _, output: taken[name].append(output.clone())
 
     with torch.no_grad(), hooked(network, {n: recorder(n) for n in names if n != OUTPUT_LOGITS}):
-        taken[OUTPUT_LOGITS] = [network(*args)]
+        taken[OUTPUT_LOGITS] = [forward(network, args)]
     return taken

@@ -9,13 +9,14 @@ from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten, tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments, check_experiments
-from raypatch.engine.capture import CaptureError, Graph, capture
+from raypatch.engine.capture import CaptureError, Graph, capture, first_line
 from raypatch.engine.capture_export import capture_export
 from raypatch.engine.incremental import Incremental, Prepared
-from raypatch.engine.layers import Args, Layer, as_args, find_layers
+from raypatch.engine.layers import Args, Layer, as_args, find_layers, forward
 from raypatch.engine.plan import Plan, plan_experiments
 from raypatch.engine.reference import cast
 from raypatch.engine.sources import (
@@ -24,6 +25,7 @@ from raypatch.engine.sources import (
     GivenFill,
     MeanFill,
     SourceKind,
+    noise_fill,
     resample_order,
     zero_fill,
 )
@@ -74,9 +76,7 @@ class Patcher:
         self.memory_bytes = memory_bytes
         self.path = "not used yet"
         self.layers: dict[str, Layer] = {}
-        self._network: nn.Module | None = (
-            copy.deepcopy(network).to(self.device, self.dtype).eval().requires_grad_(False)
-        )
+        self._network: nn.Module | None = _own_copy(network, self.device, self.dtype)
         self._engine: Incremental | Stacked | None = None
         self._one_input: Args = ()
 
@@ -153,7 +153,7 @@ class Patcher:
         assert network is not None
         probe = _probe_inputs(target)
         with torch.no_grad():
-            output = network(*probe)
+            output = forward(network, probe)
         if not isinstance(output, Tensor) or output.dim() != 2:
             shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise InputError(
@@ -185,9 +185,16 @@ class Patcher:
     def _build(self, how: str, network: nn.Module, probe: Args) -> Incremental | Stacked:
         if how == "stacked":
             return Stacked(network, self.layers, limit=None)
-        with torch.no_grad():
-            graph = capture(network) if how == "torch.fx" else capture_export(network, probe)
-            return Incremental(graph, self.layers, self.savings, _some_inputs(probe, 1))
+        try:
+            with torch.no_grad():
+                graph = capture(network) if how == "torch.fx" else capture_export(network, probe)
+                if self.dtype is torch.float64:
+                    graph.widen()
+                return Incremental(graph, self.layers, self.savings, _some_inputs(probe, 1))
+        except CaptureError:
+            raise
+        except Exception as error:  # anything a strange network may do when it is taken apart
+            raise CaptureError(first_line(error)) from None
 
     def _check(self, engine: Incremental | Stacked, single: Stacked, target: Args) -> None:
         """Compare with one experiment on one input at a time; CaptureError if they differ."""
@@ -196,21 +203,30 @@ class Patcher:
         source = tree_map(
             lambda x: x.roll(1, 0) if isinstance(x, Tensor) and x.dim() else x, target
         )
-        try:
-            found = PatchRun(self, engine, source, target, None)(plan)
-        except CaptureError:
-            raise
-        except Exception as error:  # anything a strange network may do to a fast path
-            raise CaptureError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
-        for i in range(n_inputs):
-            one_source, one_target = _slice(source, i, i + 1), _slice(target, i, i + 1)
-            expected = PatchRun(self, single, one_source, one_target, None)(plan)
-            difference = (found[:, i : i + 1] - expected).abs().max()
-            bound = CHECK_TOLERANCE.get(self.dtype, 1e-1) * max(1.0, float(expected.abs().max()))
-            if not float(difference) <= bound:
-                raise CaptureError(
-                    f"differs from plain hooks by {float(difference):.1e} in a trial"
-                )
+        # Inputs may be equal or the layers' values zero: noise makes every patch change something.
+        for trial_source, fill in ((source, None), (None, noise_fill)):
+            try:
+                found = PatchRun(self, engine, trial_source, target, fill)(plan)
+                expected = torch.cat(
+                    [
+                        PatchRun(
+                            self, single,
+                            None if trial_source is None else _slice(trial_source, i, i + 1),
+                            _slice(target, i, i + 1), fill,
+                        )(plan)
+                        for i in range(n_inputs)
+                    ],
+                    1,
+                )  # fmt: skip
+            except CaptureError:
+                raise
+            except Exception as error:  # anything a strange network may do
+                raise CaptureError(first_line(error)) from None
+            for i in range(n_inputs):
+                difference = float((found[:, i] - expected[:, i]).abs().max())
+                largest = max(1.0, float(expected[:, i].abs().max()))
+                if not difference <= CHECK_TOLERANCE.get(self.dtype, 1e-1) * largest:
+                    raise CaptureError(f"differs from plain hooks by {difference:.1e} in a trial")
 
     def _probe_experiments(self) -> Experiments:
         names = list(self.layers)
@@ -281,7 +297,8 @@ class PatchRun:
         self._engine = engine
         self._halvings = 0
         size = self.n_inputs
-        if patcher._engine is not None and size > 1:
+        mixes = isinstance(engine, Stacked) and engine.limit == 1
+        if patcher._engine is not None and size > 1 and not mixes:
             size = patcher._inputs_at_a_time(target, size)
         sources: Iterable[Args | None] = [None] * self.n_inputs
         if source is not None:
@@ -435,6 +452,31 @@ def _slice(args: Args, first: int, last: int) -> Args:
 
 def _some_inputs(args: Args, n: int) -> Args:
     return _slice(args, 0, n)
+
+
+def _own_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy for good, in which parametrised weights are what they are now."""
+    try:
+        own = copy.deepcopy(network)
+    except Exception as error:
+        raise InputError(f"the network cannot be copied: {first_line(error)}") from None
+    own = own.to(device, dtype).eval()
+    for module in list(own.modules()):
+        if is_parametrized(module):
+            _settle(module)
+    return own.requires_grad_(False)
+
+
+def _settle(module: nn.Module) -> None:
+    """Make what a parametrisation computes a plain parameter.
+
+    ``remove_parametrizations`` would change the class, which copies share with their original.
+    """
+    computed = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
+    for name, value in computed.items():
+        module.register_parameter(name, nn.Parameter(value))
 
 
 def _probe_inputs(args: Args) -> Args:

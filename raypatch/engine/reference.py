@@ -19,6 +19,7 @@ from raypatch.engine.layers import (
     Layer,
     as_args,
     find_layers,
+    forward,
     hooked,
     record_activations,
 )
@@ -116,5 +117,5 @@ def _one_experiment(
         torch.no_grad(),
         hooked(network, {name: patcher(name) for name in experiment if name != OUTPUT_LOGITS}),
     ):
-        output = network(*target)
+        output = forward(network, target)
     return patcher(OUTPUT_LOGITS)(0, output) if OUTPUT_LOGITS in experiment else output.clone()

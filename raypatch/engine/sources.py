@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -31,6 +32,13 @@ def resample_order(n_inputs: int, seed: int) -> Tensor:
 def zero_fill(layer: str, call: int, activation: Tensor) -> Tensor:
     """Zero ablation: every patched neuron becomes 0."""
     return torch.zeros_like(activation)
+
+
+def noise_fill(layer: str, call: int, activation: Tensor) -> Tensor:
+    """For trials: the activation with seeded noise, the same for every input."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{layer} {call}".encode()))
+    noise = torch.randn(activation.shape[1:], generator=generator)
+    return activation + noise.to(activation)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS
-from raypatch.engine.layers import Args, Hook, Layer, hooked, record_activations
+from raypatch.engine.layers import Args, Hook, Layer, forward, hooked, record_activations
 from raypatch.engine.plan import Group
 from raypatch.engine.sources import Fill
 
@@ -98,7 +98,7 @@ class StackedPrepared:
         args = tree_map(stacked, self.target)
         hooks = {name: patcher(name) for name in index if name != OUTPUT_LOGITS}
         with torch.no_grad(), hooked(self.engine.network, hooks):
-            output: Tensor = self.engine.network(*args)
+            output: Tensor = forward(self.engine.network, args)
         if OUTPUT_LOGITS in index:
             patched = patcher(OUTPUT_LOGITS)(0, output)
             assert patched is not None

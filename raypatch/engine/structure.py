@@ -7,6 +7,7 @@ and serves every batch and every set of inputs.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,12 +110,24 @@ class Structure:
             if node.path in layers:
                 self.calls.setdefault(node.path, []).append(self._first_output(node))
         self.layer_of = {entry: name for name, calls in self.calls.items() for entry in calls}
+        apart = [name for name, calls in self.calls.items() if not self._sees_input(calls)]
+        if apart:
+            raise CaptureError(f"layer {apart[0]!r} does not depend on the inputs")
         missing = [name for name in layers if name not in self.calls]
         if missing:
             raise CaptureError(f"layer {missing[0]!r} is not a node of the captured graph")
+        self.view_of = {
+            node.index: used
+            for node in graph.nodes
+            for used in node.inputs
+            if _shares(sample[used], sample[node.index])
+        }
         self._chains: dict[int, dict[int, Ownership | None]] = {}
         self._programs: dict[tuple[Signature, bool], Program] = {}
         self._sizes: dict[int, dict[int, Any]] = {}
+
+    def _sees_input(self, calls: list[int]) -> bool:
+        return all(call == self.virtual or self.depends[call] for call in calls)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is planned on demand."""
@@ -246,11 +259,19 @@ class Structure:
                 spread = Spread(rule, sparse[0], entry)
         in_place = None
         first = node.inputs[0] if node.op == "module" else None
-        if first is not None and kinds[first] == DENSE and self.nodes[first].users == 1:
+        if first is not None and kinds[first] == DENSE and self._read_once(first):
             in_place = dense_ops.IN_PLACE.get(type(node.target))
         value = self.sample[node.inputs[0]] if node.inputs else None
         is_linear = type(node.target) is nn.Linear and value is not None and value.dim() == 2
         return Step(node, spread, in_place, is_linear, patched.get(node.index))
+
+    def _read_once(self, index: int) -> bool:
+        """Whether a node's value, and what it is a view of, has one reader only."""
+        while self.nodes[index].users == 1:
+            if index not in self.view_of:
+                return True
+            index = self.view_of[index]
+        return False
 
     def _work(self, node: Node) -> int:
         """Multiplications of a node's operation on one row, from its weights."""
@@ -360,4 +381,13 @@ def holds_tensors(value: Any) -> bool:
 def _numel(value: Any) -> int:
     """Elements of one row."""
     leaves = tree_flatten(value)[0]
-    return sum(v[0].numel() for v in leaves if isinstance(v, Tensor) and v.dim())
+    return sum(math.prod(v.shape[1:]) for v in leaves if isinstance(v, Tensor) and v.dim())
+
+
+def _shares(one: Any, other: Any) -> bool:
+    """Whether two values lie in the same memory."""
+    return (
+        isinstance(one, Tensor)
+        and isinstance(other, Tensor)
+        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    )

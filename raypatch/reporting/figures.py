@@ -30,8 +30,7 @@ def write_figures(results: Results, metric: str, output: str, form: str) -> list
         raise InputError(
             f"--metric: {metric!r} was not computed; this run holds {', '.join(results.metrics)}"
         )
-    if not results.receipts:
-        raise InputError(f"{results.path}: nothing is committed yet")
+    results.require_rows()
     found = gather(results)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)

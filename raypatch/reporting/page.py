@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ def write_report(results: Results, output: str, screen: str | None = None) -> Pa
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise InputError(missing_package("raypatch report", "plotly", "report")) from None
-    if not results.receipts:
-        raise InputError(f"{results.path}: nothing is committed yet")
+    results.require_rows()
     found = gather(results)
     data = _data(results, found)
     if screen is not None:
@@ -35,13 +35,15 @@ def write_report(results: Results, output: str, screen: str | None = None) -> Pa
 
         data["screen"] = compared(results, screen)
     template = resources.files("raypatch.reporting").joinpath("template.html").read_text("utf-8")
-    content = (
-        template.replace("{{title}}", html.escape(Path(results.path).name or results.path))
-        .replace("{{facts}}", _facts(results))
-        # No text of the user's can end the script it stands in.
-        .replace("{{data}}", json.dumps(data, allow_nan=False).replace("</", "<\\/"))
-        .replace("{{plotly}}", get_plotlyjs())
-    )
+    parts = {
+        "title": html.escape(Path(results.path).name or results.path),
+        "facts": _facts(results),
+        # No text of the user's can end the script it stands in, or begin another.
+        "data": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
+        "plotly": get_plotlyjs(),
+    }
+    # In one pass: a name of the user's may look like one of these marks.
+    content = re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], template)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")

@@ -26,6 +26,8 @@ from raypatch.errors import InputError, RunError
 LOCK_FILE = ".lock"
 # Past every experiment index: the byte that guards the records for a moment.
 RECORDS_BYTE = 1 << 62
+# The whole directory: more experiments than any definition has.
+ALL_EXPERIMENTS = 1 << 61
 PATIENCE_S = 1.0
 
 # POSIX locks belong to the process and fall when any handle of the file is closed, so a
@@ -129,7 +131,7 @@ class RangeLock:
 
 
 class Lease:
-    """The same on an object store: an object that is put again and again while the run lives.
+    """A whole directory on an object store: an object put again and again while a run lives.
 
     Times are the store's own (the objects' modification times), so clocks of machines need
     not agree. A crash leaves an object that counts for nothing after ``LIFE_S``.
@@ -139,10 +141,9 @@ class Lease:
     REFRESH_S = 20.0
     LIFE_S = 90.0
 
-    def __init__(self, location: str, system: Any, path: str, first: int, last: int) -> None:
+    def __init__(self, location: str, system: Any, path: str) -> None:
         self._location, self._system, self._path = location, system, path
-        self._range = (first, last)
-        self._name = f"{self.PREFIX}{first}-{last}-{uuid.uuid4().hex}"
+        self._name = f"{self.PREFIX}{uuid.uuid4().hex}"
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="raypatch-lease", daemon=True)
 
@@ -162,19 +163,16 @@ class Lease:
         self._put()
         leases = _leases(self._system, self._path)
         mine = leases.pop(self._name)
-        for name, since in leases.items():
-            first, last = (int(word) for word in name.removeprefix(self.PREFIX).split("-")[:2])
-            fresh = (mine - since).total_seconds() < self.LIFE_S
-            before = (since, name) < (mine, self._name)
-            if fresh and before and first < self._range[1] and self._range[0] < last:
-                self._system.delete_file(f"{self._path}/{self._name}")
-                raise InputError(
-                    f"--output_dir {self._location}: another run is writing these experiments; "
-                    f"wait for it, or {self.LIFE_S:.0f} s if it has died, or choose another "
-                    "directory or range"
-                )
-            if not fresh:
-                self._system.delete_file(f"{self._path}/{name}")
+        # Of two that start at once both may go: which came first cannot be told for sure,
+        # because a lease that is refreshed looks young.
+        if any((mine - since).total_seconds() < self.LIFE_S for since in leases.values()):
+            self._system.delete_file(f"{self._path}/{self._name}")
+            raise InputError(
+                f"--output_dir {self._location}: another run is writing here; wait for it, or "
+                f"{self.LIFE_S:.0f} s if it has died, or choose another directory"
+            )
+        for name in leases:
+            self._system.delete_file(f"{self._path}/{name}")
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:

@@ -46,6 +46,16 @@ class Results:
         reason = self.sweep.get(layout.DISTRUSTED)
         return None if reason is None else str(reason)
 
+    def require_rows(self) -> None:
+        """Raises InputError where no experiment has results."""
+        if not self.receipts:
+            raise InputError(f"{self.path}: nothing is committed yet")
+        if not any(receipt.rows for receipt in self.receipts):
+            raise InputError(
+                f"{self.path}: no experiment has results; all that were tried are quarantined in "
+                f"{layout.FAILURES}"
+            )
+
     @property
     def metrics(self) -> tuple[str, ...]:
         return tuple(self.sweep["identity"]["metrics"])

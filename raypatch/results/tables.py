@@ -138,8 +138,9 @@ def baseline_table(
 ) -> pa.Table:
     """Unpatched outputs ``[inputs, outputs]`` of each side."""
     n_outputs = next(iter(sides.values())).shape[1]
-    outputs = np.concatenate(list(sides.values())).astype(np.float32)
-    actions = outputs.argmax(1).astype(np.int32) if discrete else None
+    exact = np.concatenate(list(sides.values()))
+    actions = exact.argmax(1).astype(np.int32) if discrete else None
+    outputs = exact.astype(np.float32)
     return pa.table(
         [
             pa.array(np.repeat(list(sides), len(ids)).tolist(), pa.string()),

@@ -1,0 +1,193 @@
+"""Networks written in ways that invite a wrong answer: the right one, whatever the path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+from raypatch.engine.patcher import Patcher
+from raypatch.engine.reference import reference_outputs
+
+EXPERIMENTS = [{"a": [0]}, {"a": [1, 2]}, {"a": "all"}]
+
+
+class Two(nn.Module):
+    """Two layers around what a subclass does."""
+
+    def __init__(self, width=6, hidden=8):
+        super().__init__()
+        self.a, self.b = nn.Linear(width, hidden), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+class InPlaceBeforeResidual(Two):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8), nn.ReLU(inplace=True))
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h + self.body(h))
+
+
+class ChangesItsInput(Two):
+    def forward(self, x):
+        x /= 2.0
+        return super().forward(x)
+
+
+class InPlaceOnInput(Two):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return super().forward(self.act(x))
+
+
+class CastsInput(Two):
+    def forward(self, x):
+        return super().forward(x.float() / 255)
+
+
+class CastsInTheMiddle(Two):
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)).to(torch.float32))
+
+
+class OneHot(Two):
+    def forward(self, x):
+        return super().forward(F.one_hot(x[:, 0].abs().long().clamp(0, 5), 6).float())
+
+
+class ComputedSlice(Two):
+    def __init__(self):
+        super().__init__(hidden=16)
+
+    def forward(self, x):
+        h = self.a(x)
+        half = h.shape[1] // 2
+        return self.b(torch.tanh(h[:, :half]) + h[:, half:])
+
+
+class AliasedResidual(Two):
+    """Dropout gives its input back in evaluation: two readers of one value."""
+
+    def __init__(self):
+        super().__init__()
+        self.z, self.drop, self.act = nn.Linear(8, 8), nn.Dropout(), nn.ReLU()
+
+    def forward(self, x):
+        h = self.z(torch.relu(self.a(x)))
+        return self.b(h + self.act(self.drop(h)))
+
+
+class OddPool(Two):
+    """A pool over [inputs, features] takes the inputs for channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.MaxPool1d(3, 1, 1)
+
+    def forward(self, x):
+        return self.b(self.pool(torch.relu(self.a(x))))
+
+
+class Positions(nn.Module):
+    """Layer ``pos`` does not see the observation."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.pos, self.head = nn.Linear(2, 8), nn.Embedding(3, 8), nn.Linear(24, 3)
+        self.register_buffer("places", torch.arange(3)[None])
+
+    def forward(self, x):
+        h = self.a(x.view(-1, 3, 2)) + self.pos(self.places)
+        return self.head(torch.relu(h).flatten(1))
+
+
+class MixesInputs(Two):
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(torch.relu(h - h.mean(0, keepdim=True)))
+
+
+AWKWARD = [
+    InPlaceBeforeResidual, ChangesItsInput, InPlaceOnInput, CastsInput, CastsInTheMiddle, OneHot,
+    ComputedSlice, AliasedResidual, OddPool, Positions, MixesInputs,
+]  # fmt: skip
+
+
+def targets() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "different": torch.randn(4, 6, generator=generator),
+        "equal": torch.randn(1, 6, generator=generator).repeat(4, 1),
+        "zero": torch.zeros(4, 6),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("which", ["different", "equal", "zero"])
+@pytest.mark.parametrize("network", AWKWARD)
+def test_patched_outputs_are_those_of_plain_hooks(network, which, dtype):
+    torch.manual_seed(0)
+    module = network().eval()
+    source, target = torch.randn(4, 6), targets()[which]
+    experiments = [*EXPERIMENTS, *([{"pos": [0]}] if network is Positions else [])]
+    for kind in ("pair", "zero"):
+        expected = reference_outputs(module, experiments, source, target, kind=kind)
+        patcher = Patcher(module, dtype=dtype)
+        found = patcher(experiments, source.clone(), target.clone(), kind=kind)
+        tolerance = 1e-5 if dtype is torch.float32 else 1e-10
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("network", AWKWARD)
+def test_the_baseline_is_the_networks_own_output_and_nothing_of_the_callers_changes(network):
+    torch.manual_seed(0)
+    module = network().eval()
+    source, target = torch.randn(4, 6), torch.randn(4, 6)
+    kept = (source.clone(), target.clone())
+    run = Patcher(module).prepare(source, target)
+    run(EXPERIMENTS)
+    reference_outputs(module, EXPERIMENTS, source, target)
+    assert torch.equal(source, kept[0]) and torch.equal(target, kept[1])
+    with torch.no_grad():
+        torch.testing.assert_close(run.baseline, module(target.clone()))
+
+
+def test_a_parametrised_layer_keeps_its_name_and_neurons():
+    torch.manual_seed(0)
+    network = nn.Sequential(spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3)).eval()
+    source, target = torch.randn(3, 6), torch.randn(3, 6)
+    patcher = Patcher(network)
+    found = patcher([{"0": [1]}], source, target)
+    assert patcher.neuron_counts == {"0": 8, "2": 3} and patcher.path.startswith("incremental")
+    expected = reference_outputs(network, [{"0": [1]}], source, target)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_that_mixes_its_inputs_is_not_cut_to_fit_into_memory():
+    torch.manual_seed(0)
+    network = MixesInputs().eval()
+    source, target = torch.randn(40, 6), torch.randn(40, 6)
+    found = Patcher(network, memory_bytes=20_000)(EXPERIMENTS, source, target)
+    expected = reference_outputs(network, EXPERIMENTS, source, target)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_that_cannot_run_on_one_input_is_patched_all_the_same():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU(), nn.Linear(8, 3)
+    ).eval()
+    source, target = torch.randn(4, 6), torch.randn(4, 6)
+    found = Patcher(network)([{"0": [1]}], source, target)
+    expected = reference_outputs(network, [{"0": [1]}], source, target)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)

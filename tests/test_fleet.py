@@ -1,0 +1,81 @@
+"""What Ray reports, in any order, to what the dispatch state is told; with a Ray of our own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from raypatch.fleet import Fleet
+from raypatch.inline import halves, without
+from raypatch.pool import Dispatch
+from raypatch.worker import Item
+
+
+class RayError(Exception):
+    pass
+
+
+class RayTaskError(RayError):
+    def __init__(self, cause):
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class Reference:
+    """An answer that arrives after so many looks."""
+
+    def __init__(self, value, delay=0):
+        self.value, self.delay = value, delay
+
+
+class LateRay:
+    """The first answer of an actor is large and on its way while the next is here already."""
+
+    exceptions = SimpleNamespace(RayTaskError=RayTaskError, RayError=RayError)
+
+    def wait(self, references, num_returns, timeout):
+        ready = [r for r in references if r.delay == 0][:num_returns]
+        for reference in references:
+            reference.delay = max(0, reference.delay - 1)
+        return ready, [r for r in references if r not in ready]
+
+    def get(self, reference):
+        if isinstance(reference.value, Exception):
+            raise reference.value
+        return reference.value
+
+    def kill(self, handle):
+        pass
+
+
+def actor():
+    answers = iter([lambda i: Reference(i, 2), lambda i: Reference(RayTaskError(ValueError("x")))])
+
+    def compute(item, experiments, tries, probe):
+        return next(answers, lambda i: Reference(i))(item.number)
+
+    return SimpleNamespace(
+        setup=SimpleNamespace(remote=lambda spec: Reference(None)),
+        compute=SimpleNamespace(remote=compute),
+    )
+
+
+def test_an_answer_that_overtakes_an_earlier_one_is_not_taken_for_it():
+    items = (Item(i, 8 * i, 8 * i + 8) for i in range(3))
+    dispatch = Dispatch(items, halve=halves, without=without)
+    fleet = Fleet(LateRay(), SimpleNamespace(remote=actor), None, [])
+    fleet.grow(1)
+    committed = []
+    for _ in range(50):
+        for send in dispatch.sends():
+            fleet.send(send, None)
+        for event in fleet.events():
+            if event.kind == "ready":
+                dispatch.add_actor(event.actor)
+            elif event.kind == "done":
+                assert dispatch.item_completed(event.actor).number == event.outcome
+                committed.append(event.outcome)
+            else:
+                dispatch.item_failed(event.actor)
+        if dispatch.done:
+            break
+    assert sorted(committed) == [0, 1, 2]
