@@ -191,3 +191,22 @@ def test_a_network_that_cannot_run_on_one_input_is_patched_all_the_same():
     found = Patcher(network)([{"0": [1]}], source, target)
     expected = reference_outputs(network, [{"0": [1]}], source, target)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e2, 1e4, 1e6])
+def test_a_dominating_neuron_is_taken_away_without_losing_digits(scale):
+    """A feature like a step counter that one neuron sees; what is left is small beside it."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)
+    )
+    with torch.no_grad():
+        network[0].weight[:, 5] = 0
+        network[0].weight[0, 5] = 1
+    source, target = torch.randn(4, 6), torch.randn(4, 6)
+    source[:, 5], target[:, 5] = 0, scale
+    experiments = [{"0": [0]}, {"0": [0, 3]}, {"0": [5]}]
+    expected = reference_outputs(network, experiments, source, target)
+    found = Patcher(network)(experiments, source, target)
+    error = (found.double() - expected).abs() / expected.abs().clamp(min=1)
+    assert float(error.max()) <= 1e-5

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS
@@ -22,7 +22,17 @@ from raypatch.engine.capture import CaptureError, Graph, Node
 from raypatch.engine.layers import Args, Layer, first_tensor
 from raypatch.engine.plan import Group
 from raypatch.engine.sources import Fill
-from raypatch.engine.structure import BASE, SOURCE, SPARSE, Program, Savings, Step, Structure
+from raypatch.engine.spread_rules import cancels
+from raypatch.engine.structure import (
+    BASE,
+    SOURCE,
+    SPARSE,
+    Program,
+    Savings,
+    Spread,
+    Step,
+    Structure,
+)
 from raypatch.engine.values import Batch, Selection, Sparse
 
 # Rows are compacted when fewer than this share of them change and what follows costs at
@@ -130,6 +140,7 @@ class Prepared:
             self.source_baseline = self.source_values[-1]
         self._chains: dict[int, dict[int, Sparse]] = {}
         self._active: dict[int, Tensor] = {}
+        self._cancelling: dict[tuple[int, int], bool] = {}
 
     def _check_inputs_come_first(self) -> None:
         """Inputs must run along axis 0 of every value; else rows cannot be told apart."""
@@ -291,7 +302,7 @@ class Prepared:
 
     def _compute(self, step: Step, program: Program, batch: Batch, dense: dict[int, Any]) -> Any:
         node = step.node
-        if step.spread is not None:
+        if step.spread is not None and not self._cancels(step.spread, node):
             sparse = self.chain(step.spread.entry)[step.spread.node]
             index = batch.index[program.patched[step.spread.entry]]
             structured = step.spread.rule(self, node, sparse, index, batch)
@@ -315,6 +326,21 @@ class Prepared:
                 lambda *shape: self.buffer(node, *shape),
             )
         return node.call(values.__getitem__)
+
+    def _cancels(self, spread: Spread, node: Node) -> bool:
+        """Whether adding a patch to the base output would leave only its rounding errors.
+
+        So it is where one neuron makes up nearly all of a linear layer's output and a patch
+        takes it away; the layer is then computed whole.
+        """
+        key = spread.entry, node.index
+        if key not in self._cancelling:
+            sparse = self.chain(spread.entry)[spread.node]
+            plain = type(node.target) is nn.Linear and sparse.of.owner.dim() == 1
+            self._cancelling[key] = plain and cancels(
+                self.base_values[node.index], sparse, self.engine.columns(node)
+            )
+        return self._cancelling[key]
 
     def _rows(self, index: int, program: Program, batch: Batch, dense: dict[int, Any]) -> Any:
         """A node's value as rows of the batch, whatever its kind."""

@@ -21,6 +21,28 @@ from raypatch.engine.values import Batch, Selection, Sparse
 LOW_RANK_SHARE = 0.25
 
 
+# A result this much smaller than what it is a sum of has lost that many of its digits.
+CANCELLATION = 16
+CHUNK_ELEMENTS = 1 << 22
+
+
+def cancels(base: Tensor, sparse: Sparse, columns: Tensor) -> bool:
+    """Whether patching any one neuron makes some input's output ``[N, outputs]`` far smaller
+    than ``base``; ``columns`` ``[features, outputs]`` is the linear layer's weight."""
+    size = base.abs().amax(1)
+    positions = sparse.of.positions.clamp(min=0)
+    # At most this much can a neuron's patch change an output.
+    bound = (sparse.delta.abs() * columns.abs().amax(1)[positions][:, None]).sum(-1)
+    neurons, inputs = (bound > size * (1 - 1 / CANCELLATION)).nonzero(as_tuple=True)
+    step = max(1, CHUNK_ELEMENTS // (positions.shape[1] * columns.shape[1]))
+    for first in range(0, len(neurons), step):
+        j, n = neurons[first : first + step], inputs[first : first + step]
+        change = torch.einsum("cm,cmo->co", sparse.delta[j, n], columns[positions[j]])
+        if bool(((base[n] + change).abs().amax(1) * CANCELLATION < size[n]).any()):
+            return True
+    return False
+
+
 class Context(Protocol):
     """What a rule may ask of the engine."""
 
