@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 
 import pyarrow as pa
 import pytest
@@ -139,3 +141,51 @@ def test_a_manifest_or_a_factory_that_means_another_network_makes_another_sweep(
     )  # fmt: skip
     ended = command(*words)
     assert ended.code == 2 and "another sweep; different: network;" in ended.err
+
+
+LEAF = """
+import torch
+from torch import nn
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.ones(4, 4)), GAIN
+        self.register_buffer("noise", torch.randn(4), persistent=False)
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return self.gain * torch.FUNCTION(x @ self.weight.T)
+def make():
+    torch.manual_seed(0)
+    net = nn.Sequential(Own(), nn.Linear(4, 2))
+    torch.seed()
+    net[0].noise.normal_()
+    return net
+"""
+
+
+def digest_of(folder, **words) -> str:
+    """The network's digest in a process of its own."""
+    text = LEAF
+    for word, value in words.items():
+        text = text.replace(word, value)
+    (folder / "own.py").write_text(text)
+    program = (
+        "import own, torch\n"
+        "from raypatch.engine.identity import network_digest\n"
+        "from raypatch.engine.patcher import Patcher\n"
+        "net = own.make().eval()\n"
+        "p = Patcher(net); p.prepare(torch.randn(2, 4), torch.randn(2, 4))\n"
+        "print(network_digest(net, p.graph))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def test_a_networks_digest_is_the_same_in_two_processes_and_another_for_other_code(tmp_path):
+    first = digest_of(tmp_path, GAIN="2.0", FUNCTION="tanh")
+    assert digest_of(tmp_path, GAIN="2.0", FUNCTION="tanh") == first
+    assert digest_of(tmp_path, GAIN="2.0", FUNCTION="sin") != first
+    assert digest_of(tmp_path, GAIN="3.0", FUNCTION="tanh") != first

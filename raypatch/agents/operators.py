@@ -7,6 +7,11 @@ refused. A trailing underscore, for computing in place, is as good as none.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 _ELEMENTWISE = """
 abs absolute acos acosh add addcdiv addcmul asin asinh atan atan2 atanh bitwise_and bitwise_not
 bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip cos cosh div divide eq elu erf erfc
@@ -24,10 +29,10 @@ conv_transpose3d convolution cosine_similarity dot einsum inner linear matmul mm
 pairwise_distance scaled_dot_product_attention tensordot
 """
 _NORMS_AND_POOLS = """
-_adaptive_avg_pool2d _adaptive_avg_pool3d _native_batch_norm_legit_no_training adaptive_avg_pool1d
+_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d
 adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
 alpha_dropout avg_pool1d avg_pool2d avg_pool3d batch_norm dropout feature_alpha_dropout
-feature_dropout grid_sampler grid_sampler_2d group_norm instance_norm layer_norm
+feature_dropout group_norm instance_norm layer_norm
 linalg_vector_norm max_pool1d max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices
 native_group_norm native_layer_norm norm pixel_shuffle pixel_unshuffle rms_norm upsample_bicubic2d
 upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
@@ -67,6 +72,18 @@ OPERATORS = frozenset(
         ]
     ).split()
 )
+
+
+def checked_attention(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """``scaled_dot_product_attention``, whose CPU kernel believes that sizes agree."""
+    if key.shape[:-1] != value.shape[:-1] or query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"attention over keys {list(key.shape)} and values {list(value.shape)} with queries "
+            f"{list(query.shape)}"
+        )
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
 
 def only_computes(name: str) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 
 from raypatch.agents.archives import check_archive, check_torch_file, read_member
-from raypatch.agents.operators import only_computes
+from raypatch.agents.operators import checked_attention, only_computes
 from raypatch.agents.state_dict import add_tensor, finite, load_tensors
 from raypatch.errors import AgentError
 
@@ -135,6 +135,13 @@ def _integer(value: Mapping[str, Any]) -> int:
     return int(value["as_int"])
 
 
+def _keywords(target: Any) -> set[str]:
+    if target is checked_attention:
+        target = torch.ops.aten.scaled_dot_product_attention.default
+    schema = getattr(target, "_schema", None)
+    return {argument.name for argument in schema.arguments} if schema else set()
+
+
 class _Builder:
     """Writes the graph, operation by operation."""
 
@@ -200,8 +207,7 @@ class _Builder:
     def _operation(self, node: Mapping[str, Any]) -> None:
         target = self._target(node["target"])
         inputs, outputs = node["inputs"], node["outputs"]
-        schema = getattr(target, "_schema", None)
-        known = {argument.name for argument in schema.arguments} if schema else set()
+        known = _keywords(target)
         unknown = {one["name"] for one in inputs if one["kind"] == KEYWORD} - known
         if unknown:
             raise ValueError(f"{node['target']} takes no {str(unknown.pop())[:100]!r}")
@@ -232,6 +238,8 @@ class _Builder:
     def _target(self, target: str) -> Callable[..., Any]:
         """An operation by name; raises AgentError for one that could do more than compute."""
         match target.split("."):
+            case ["torch", "ops", "aten", "scaled_dot_product_attention", "default"]:
+                return checked_attention
             case ["torch", "ops", "aten", name, overload]:
                 found = getattr(getattr(torch.ops.aten, name), overload)
                 if isinstance(found, torch._ops.OpOverload) and only_computes(name):

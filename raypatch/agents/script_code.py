@@ -1,8 +1,8 @@
-"""The code inside a TorchScript archive, read before torch compiles and runs any of it.
+"""The code inside a TorchScript archive, read before torch compiles any of it.
 
 The language can open files and call services, so only calls that compute are let through.
 What is handed to torch is a fresh archive with the code as it was understood here, written
-out again: no second parser gets to see the stranger's own text.
+out again: no second parser gets to see the stranger's own text. It is compiled, never run.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ Node = TypeVar("Node", bound=ast.AST)
 PLAIN_CALLS = frozenset({"annotate", "float", "getattr", "int", "unchecked_cast", "uninitialized"})
 PRIMITIVES = frozenset({"NumToTensor", "RaiseException", "data", "unchecked_cast"})
 ROOTS = frozenset({"torch", "ops", "__torch__"})
-# What the layers that can be rebuilt consist of, and operators on texts and sizes around them.
-LAYER_OPERATORS = {
-    "Linear": frozenset({"add", "addmm", "linear", "matmul", "t"}),
-    "Flatten": frozenset({"flatten"}),
-    "Dropout": frozenset({"dropout"}),
-    "Identity": frozenset[str](),
-    **{name: frozenset({operator}) for name, operator in (
-        ("ReLU", "relu"), ("Tanh", "tanh"), ("Sigmoid", "sigmoid"), ("ELU", "elu"),
-        ("LeakyReLU", "leaky_relu"), ("SiLU", "silu"), ("GELU", "gelu"), ("SELU", "selu"),
-        ("Softplus", "softplus"), ("Mish", "mish"), ("Hardtanh", "hardtanh"), ("ReLU6", "hardtanh"),
-    )},
+# What the layers that can be rebuilt consist of: a layer's operator and the numbers after its
+# input, as torch's own class without options gives them.
+LAYERS: dict[str, dict[str, tuple[object, ...]]] = {
+    "Linear": {"linear": ()}, "Flatten": {"flatten": (1, -1)}, "Identity": {},
+    "Dropout": {"dropout": ()}, "ReLU": {"relu": ()}, "Tanh": {"tanh": ()},
+    "Sigmoid": {"sigmoid": ()}, "ELU": {"elu": (1, 1, 1)}, "LeakyReLU": {"leaky_relu": (0.01,)},
+    "SiLU": {"silu": ()}, "GELU": {"gelu": ("none",)}, "SELU": {"selu": ()},
+    "Softplus": {"softplus": (1, 20)}, "Mish": {"mish": ()}, "Hardtanh": {"hardtanh": (-1, 1)},
+    "ReLU6": {"relu6": (), "hardtanh": (0, 6)},
 }  # fmt: skip
-AROUND = frozenset({"add", "eq", "format", "ge", "gt", "le", "len", "lt", "ne"})
-OPERATORS = AROUND.union({"to"}, *LAYER_OPERATORS.values())
+# Checks on sizes and options around them.
+AROUND = frozenset({"eq", "format", "ge", "gt", "le", "len", "lt", "ne"})
+OPERATORS = AROUND.union({"to"}, *LAYERS.values())
 CARRIED = ("data.pkl", "constants.pkl", "byteorder", "version", ".data/version")
 MAX_CODE_BYTES = 16 << 20
 

@@ -20,16 +20,12 @@ ADDRESS = re.compile(" at 0x[0-9a-f]+")
 
 
 def network_digest(network: nn.Module, graph: Graph | None) -> str:
-    """sha256 of the modules, the weights and, where captured, every operation between them.
-
-    Where there is no graph, the source of the forwards stands for the operations.
-    """
-    digest = hashlib.sha256(ADDRESS.sub("", repr(network)).encode())
-    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        digest.update(f"\n{name} {_text(tensor)}".encode())
-    lines = _operations(graph) if graph is not None else _sources(network)
-    digest.update("\n".join(lines).encode())
-    return digest.hexdigest()
+    """sha256 of the modules, the weights, the code of the user's own classes and, where
+    captured, every operation between them."""
+    lines = [line for name, module in network.named_modules() for line in _module(name, module)]
+    lines += [f"{name} {_text(value)}" for name, value in network.state_dict().items()]
+    lines += _operations(graph) if graph is not None else []
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _operations(graph: Graph) -> list[str]:
@@ -39,21 +35,27 @@ def _operations(graph: Graph) -> list[str]:
     ]
 
 
-def _sources(network: nn.Module) -> list[str]:
-    """Forwards of the user's own classes; torch's go by their name and options."""
-    own = {
-        type(module)
-        for module in network.modules()
-        if not type(module).__module__.startswith("torch.nn.")
-    }
-    return sorted(f"{kind.__qualname__} {_source(kind.forward)}" for kind in own)
+def _module(name: str, module: nn.Module) -> list[str]:
+    """A module's kind; the code and plain attributes of a class that is the user's own."""
+    kind = type(module)
+    if kind.__module__.startswith(("torch.nn.", "raypatch.")):
+        return [f"{name} {kind.__qualname__} {ADDRESS.sub('', module.extra_repr())}"]
+    plain = {k: v for k, v in vars(module).items() if _is_plain(v)}
+    return [f"{name} {kind.__qualname__} {sorted(plain.items())}", _source(module)]
 
 
-def _source(function: Any) -> str:
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _source(module: nn.Module) -> str:
     try:
-        return inspect.getsource(function)
+        return inspect.getsource(type(module))
     except (OSError, TypeError):  # made at run time
-        return ""
+        code = getattr(getattr(type(module).forward, "__code__", None), "co_code", b"")
+        return f"{getattr(module, 'code', '')} {code.hex()}"
 
 
 def _text(value: Any) -> str:
