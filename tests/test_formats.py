@@ -334,7 +334,8 @@ Twice.__name__ = "Tanh"
 
 @pytest.mark.parametrize("scripted", [False, True])
 @pytest.mark.parametrize(
-    "layer", [nn.LeakyReLU(0.2), nn.ELU(2.0), nn.Hardtanh(-10.0, 10.0), nn.Softplus(2), nn.GELU("tanh")]
+    "layer",
+    [nn.LeakyReLU(0.2), nn.ELU(2.0), nn.Hardtanh(-10.0, 10.0), nn.Softplus(2), nn.GELU("tanh")],
 )
 def test_a_layer_with_options_of_its_own_is_not_taken_for_one_without(tmp_path, layer, scripted):
     module = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 2)).eval()
