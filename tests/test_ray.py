@@ -95,13 +95,13 @@ def test_actors_need_neither_the_agents_files_nor_its_code(command, single_neuro
     np.testing.assert_allclose(outputs_of(results), expected_outputs(LAVA), atol=1e-5)
 
 
-def long_definition(tmp_path):
+def long_definition(tmp_path, repeats=8):
     """Enough work for several seconds, without a large file."""
     import json
 
     pairs = [{"q_net.0": [i], "q_net.2": [j]} for i in range(64) for j in range(64)]
     path = tmp_path / "long.json"
-    path.write_text(json.dumps(pairs * 8))
+    path.write_text(json.dumps(pairs * repeats))
     return path
 
 
@@ -125,7 +125,8 @@ def worker_pids(driver) -> list[int]:
 
 
 def test_a_killed_actor_does_not_lose_the_run(run_inline, tmp_path):
-    definition = long_definition(tmp_path)
+    # So long that an actor killed after the first commit has more to do.
+    definition = long_definition(tmp_path, repeats=32)
     out = tmp_path / "out"
     process = start(*arguments(LAVA, definition, out, "--num_actors", 2, "--save", "metrics"))
     wait_for(lambda: committed(out) > 0)
