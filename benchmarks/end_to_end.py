@@ -41,7 +41,8 @@ def make_worker(case, save: str, folder: str) -> tuple[Worker, Experiments]:
     passes = 2 * len(case.target)
     repeats = max(1, (1 << 18) // (len(one) * passes))
     worker = Worker(spec)
-    worker.patcher.savings = worker.patcher.savings.__class__(deduplicate=False)
+    for run in worker.runs:
+        run.deduplicate = False
     worker.store.make(layout.SHARDS, layout.SUMMARY)
     return worker, Experiments.from_list(one * repeats)
 

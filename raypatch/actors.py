@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from raypatch.definitions import Experiments
 from raypatch.errors import RaypatchError, RunError, one_line
 from raypatch.fleet import Event, Fleet, Watchdog
-from raypatch.inline import Tick, halves, verdict, without
+from raypatch.inline import Tick, Work, halves, verdict, without
 from raypatch.pool import Dispatch, Failed, TooManyLosses
 
 if TYPE_CHECKING:
@@ -219,33 +219,24 @@ class RayBackend:
                 f"Ray could not be started: {one_line(self._failure)}"
             ) from self._failure
 
-    def outcomes(
-        self,
-        spec: WorkerSpec,
-        items: Iterator[Item],
-        n_items: int,
-        experiments_of: Callable[[Item], Experiments],
-        stopping: Callable[[], bool],
-    ) -> Iterator[Outcome | Quarantined | Tick]:
+    def outcomes(self, work: Work) -> Iterator[Outcome | Quarantined | Tick]:
         """Outcomes as items finish, verdicts on experiments that cannot be computed, and a
         tick at least every fraction of a second.
-
-        After ``stopping()`` is true nothing more is sent; what is in flight still comes.
         """
         self.wait_started()
-        dispatch = Dispatch(items, halve=halves, without=without)
+        dispatch = Dispatch(work.items, halve=halves, without=without)
         watchdog = Watchdog(self.options.watchdog_s)
-        fleet = Fleet(self._ray, self._actor_class, self._put(spec), self._early)
+        fleet = Fleet(self._ray, self._actor_class, self._put(work.spec), self._early)
         gauges = _Gauges()
         try:
             while not dispatch.done:
                 self._check_daemons()
-                if stopping():
+                if work.stopping():
                     dispatch.stop()
-                elif fleet.size < (limit := min(self._current_limit(), n_items)):
+                elif fleet.size < (limit := min(self._current_limit(), work.n_items)):
                     fleet.grow(limit)
                 for send in dispatch.sends():
-                    fleet.send(send, experiments_of(send.item))
+                    fleet.send(send, work.experiments_of(send.item))
                 for event in fleet.events():
                     if event.kind == "done":
                         dispatch.item_completed(event.actor)

@@ -19,10 +19,9 @@ from raypatch.definition_files import read_definition
 from raypatch.definitions import (
     OUTPUT_LOGITS,
     Experiments,
-    experiment_name,
     layer_resolver,
 )
-from raypatch.errors import InputError, Interrupted, RunError
+from raypatch.errors import InputError, Interrupted
 from raypatch.inputs import (
     INPUTS_FOLDER,
     SIDES,
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
     from raypatch.shipping import Shipment
     from raypatch.sweep import Range
     from raypatch.verification import Verifier
-    from raypatch.worker import Item, Quarantined, WorkerSpec
+    from raypatch.worker import Item, WorkerSpec
 
 
 def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = None) -> Results:
@@ -371,95 +370,32 @@ class Job:
     def compute(self) -> None:
         """Compute what is left, committing item by item."""
         from raypatch import sweep
+        from raypatch.committing import Committer
+        from raypatch.inline import Work
         from raypatch.worker import Item
 
-        n_items = sweep.count_items(self.ranges, self.item_length)
-        verifier, spec = self.verifier(), self.worker_spec()
-        if self.adopted and self.config.verify:
-            self._recheck_adopted(spec, verifier)
+        config, n_items = self.config, sweep.count_items(self.ranges, self.item_length)
         items = (Item(*cut) for cut in sweep.cut(self.ranges, self.item_length))
+        work = Work(
+            self.worker_spec(), items, n_items, self.experiments_of, lambda: bool(self.interruption)
+        )
         n_left = sum(map(len, self.ranges))
-        with Progress(n_left, self.passes_each, quiet=self.config.quiet) as progress:
+        with Progress(n_left, self.passes_each, quiet=config.quiet) as progress:
+            committer = Committer(
+                self.store, self.experiments, self.wanted, self.verifier(), progress,
+                config.max_failures,
+            )  # fmt: skip
+            if config.verify:
+                committer.recheck(self.adopted, work, config.verify, config.seed)
             if n_items:
-                self._commit_all(spec, items, n_items, verifier, progress)
-        self._finish(verifier, progress)
-
-    def _commit_all(
-        self, spec: WorkerSpec, items: Any, n_items: int, verifier: Verifier, progress: Progress
-    ) -> None:
-        from raypatch.worker import Outcome, Quarantined
-
-        n_failures = len(layout.read_failures(self.store.read(layout.FAILURES)))
-        events = self.backend.outcomes(
-            spec, items, n_items, self.experiments_of, lambda: bool(self.interruption)
-        )
-        finished: list[layout.Receipt] = []
-
-        def commit() -> None:
-            """One flush for all that finished at a time: it takes longer than all else here."""
-            if finished:
-                self.store.append_lines(layout.MANIFEST, [receipt.line() for receipt in finished])
-                progress.update(experiments=sum(r.last - r.first for r in finished))
-                finished.clear()
-
-        try:
-            for event in events:
-                if isinstance(event, Outcome):
-                    with self._trusting():
-                        verifier.check(event.samples)
-                    for name, content in event.files.items():
-                        self.store.write(name, content)
-                    finished.append(event.receipt)
-                elif isinstance(event, Quarantined):
-                    n_failures += 1
-                    self._quarantine(event, n_failures)
-                    progress.update(quarantined=n_failures)
-                else:
-                    commit()
-                    progress.update(actors=event.actors, retries=event.retries)
-        finally:
-            commit()
-        if self.interruption and progress.done < progress.n_experiments:
-            raise Interrupted(
-                f"interrupted; {progress.done + self.n_committed:,} experiments are committed in "
-                f"{self.store.location}; run the same command again to resume",
-                int(self.interruption.signal_number or signal.SIGINT),
-            )
-
-    def _recheck_adopted(self, spec: WorkerSpec, verifier: Verifier) -> None:
-        """A run that died may not have checked what it finished last."""
-        from raypatch.rechecking import recheck
-        from raypatch.sweep import Range
-        from raypatch.verification import choose_sample
-
-        config, adopted = self.config, self.adopted
-        chosen = choose_sample(
-            [Range(r.first, r.last) for r in adopted], config.verify, config.seed
-        )
-        with self._trusting():
-            recheck(self.store, adopted, chosen, spec, self.experiments_of, verifier)
-
-    @contextmanager
-    def _trusting(self) -> Iterator[None]:
-        """Where a verification fails, no later run goes on from this directory."""
-        from raypatch import records
-
-        try:
-            yield
-        except RunError as error:
-            records.distrust(self.store, str(error))
-            raise
-
-    def _quarantine(self, event: Quarantined, n_failures: int) -> None:
-        name = experiment_name(event.experiment, self.experiments[event.experiment])
-        failure = layout.Failure(event.experiment, name, event.error, event.tries)
-        self.store.append_lines(layout.FAILURES, [failure.line()])
-        if n_failures > self.config.max_failures:
-            raise RunError(
-                f"{n_failures} experiments failed every try, more than --max_failures "
-                f"{self.config.max_failures}; the last one: {name}: {event.error}; see "
-                f"{self.store.location}/{layout.FAILURES}"
-            )
+                committer.commit_all(self.backend.outcomes(work))
+            if self.interruption and progress.done < n_left:
+                raise Interrupted(
+                    f"interrupted; {progress.done + self.n_committed:,} experiments are committed "
+                    f"in {self.store.location}; run the same command again to resume",
+                    int(self.interruption.signal_number or signal.SIGINT),
+                )
+        committer.finish()
 
     def experiments_of(self, item: Item) -> Experiments:
         """The experiments of an item that are to be computed."""
@@ -522,33 +458,6 @@ class Job:
         from raypatch.metrics import METRICS
 
         return {name: METRICS[name].unit for name in self.metrics}
-
-    def _finish(self, verifier: Verifier, progress: Progress) -> None:
-        """Record the ending; ``_SUCCESS`` only when the whole definition is done."""
-        from raypatch import records, recovery, sweep
-
-        self.store.flush()
-        recovery.remove_partials(self.store, self.wanted)
-        ending = {
-            "seconds": round(progress.seconds, 3),
-            "startup_seconds": round(progress.startup_seconds, 3),
-            "passes": progress.done * self.passes_each,
-            "passes_per_second": round(progress.passes_per_second),
-            "actors": progress.actors,
-            "retries": progress.retries,
-            "verification": verifier.summary(),
-        }
-        records.add_run(self.store, ending)
-        receipts = layout.read_manifest(self.store.read(layout.MANIFEST))
-        done = [sweep.Range(r.first, r.last) for r in receipts]
-        if left := sweep.remaining(self.wanted, done):
-            raise RunError(
-                f"{self.store.location}: experiments {left[0].first} to {left[0].last - 1} are not "
-                "committed; run the same command again, and report this"
-            )
-        if not sweep.remaining(sweep.Range(0, len(self.experiments)), done):
-            with self.store.changing():
-                self.store.write(layout.SUCCESS, b"")
 
 
 def _absolute(location: str) -> str:

@@ -29,7 +29,11 @@ class AgentError(InputError):
 
 
 class RunError(RaypatchError):
-    """The run itself failed: an actor that cannot start, a full disk, a failed verification."""
+    """The run itself failed: an actor that cannot start, a full disk."""
+
+
+class VerificationError(RunError):
+    """Numbers are not what the reference or a new computation gives."""
 
 
 class Interrupted(RaypatchError):

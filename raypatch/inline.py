@@ -17,6 +17,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a backend is to compute: items in order, and how to get an item's experiments.
+
+    After ``stopping()`` is true nothing more is sent; what is in flight still comes.
+    """
+
+    spec: WorkerSpec
+    items: Iterator[Item]
+    n_items: int
+    experiments_of: Callable[[Item], Experiments]
+    stopping: Callable[[], bool]
+
+
+@dataclass(frozen=True)
 class Tick:
     """State of the pool, given between outcomes so that the driver can show and decide."""
 
@@ -75,27 +89,20 @@ class InlineBackend:
             raise RunError("--device cuda: torch sees no GPU; use --device cpu")
         self.device = "cuda" if available and self._wanted != "cpu" else "cpu"
 
-    def outcomes(
-        self,
-        spec: WorkerSpec,
-        items: Iterator[Item],
-        n_items: int,
-        experiments_of: Callable[[Item], Experiments],
-        stopping: Callable[[], bool],
-    ) -> Iterator[Outcome | Quarantined | Tick]:
+    def outcomes(self, work: Work) -> Iterator[Outcome | Quarantined | Tick]:
         """See :meth:`RayBackend.outcomes`; one item at a time."""
         import torch
 
         from raypatch.worker import Worker
 
         n_threads = torch.get_num_threads()
-        dispatch = Dispatch(items, halve=halves, without=without, in_flight_per_actor=1)
+        dispatch = Dispatch(work.items, halve=halves, without=without, in_flight_per_actor=1)
         dispatch.add_actor(0)
         try:
-            worker = Worker(spec)
-            while not dispatch.done and not stopping():
+            worker = Worker(work.spec)
+            while not dispatch.done and not work.stopping():
                 for send in dispatch.sends():
-                    experiments = experiments_of(send.item)
+                    experiments = work.experiments_of(send.item)
                     try:
                         if send.probe:
                             worker.probe(experiments)

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from raypatch.agents import AgentOptions, load_agent
 from raypatch.definitions import Experiment
-from raypatch.engine.patcher import Patcher, PatchRun
+from raypatch.engine.patch_run import PatchRun
+from raypatch.engine.patcher import Patcher
 from raypatch.errors import InputError
 from raypatch.inputs import INPUTS_FOLDER, SIDES, ObservationShape, find_inputs, read_inputs
-from raypatch.metrics import METRICS, Baselines, MetricTable, choose_metrics
+from raypatch.metric_table import MetricTable
+from raypatch.metrics import METRICS, Baselines, choose_metrics
 from raypatch.results.schema import DIRECTIONS, TARGET_SIDE
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from raypatch.definitions import Experiments
-from raypatch.errors import RunError
+from raypatch.errors import VerificationError
 from raypatch.results import layout, tables
 from raypatch.results.store import Store
 from raypatch.worker import Item, Worker, WorkerSpec
@@ -33,7 +33,8 @@ def recheck(
 ) -> None:
     """Compute the parts that hold a ``chosen`` experiment again, in this process.
 
-    Raises RunError where a part holds something else, or an output differs from the reference.
+    Raises VerificationError where a part holds something else, or an output differs from the
+    reference.
     """
     n_threads = torch.get_num_threads()
     try:
@@ -63,7 +64,7 @@ def _compare(store: Store, receipt: layout.Receipt, worker: Worker, arrays: Any)
             held = pa.ipc.open_file(file).read_all()
         for column in expected.column_names:
             if not _close(held[column], expected[column]):
-                raise RunError(
+                raise VerificationError(
                     f"{store.location}: {name}: column {column} is not what the agent gives now; "
                     "run the sweep again with --overwrite, and report this if it comes back"
                 )

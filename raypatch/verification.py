@@ -13,7 +13,7 @@ from torch import nn
 
 from raypatch.definitions import Experiments
 from raypatch.engine.reference import reference_outputs
-from raypatch.errors import RunError
+from raypatch.errors import VerificationError
 from raypatch.results.schema import TARGET_SIDE
 from raypatch.sweep import Range
 
@@ -53,7 +53,7 @@ class Verifier:
     def check(self, samples: Mapping[int, np.ndarray]) -> None:
         """``samples`` maps experiments to outputs ``[directions, inputs, outputs]``.
 
-        Raises RunError where one differs by more than the contract allows.
+        Raises VerificationError where one differs by more than the contract allows.
         """
         for index, outputs in samples.items():
             experiment = self.experiments[index]
@@ -72,7 +72,7 @@ class Verifier:
                 self.largest_difference = max(self.largest_difference, float(difference.max()))
                 self.largest_relative = max(self.largest_relative, float(relative.max()))
                 if not relative.max() <= TOLERANCES[self.dtype]:
-                    raise RunError(
+                    raise VerificationError(
                         f"verification failed: experiment {index} ({direction}) differs from the "
                         f"float64 reference by {difference.max():.2e}, allowed are "
                         f"{TOLERANCES[self.dtype]:.0e} x max(1, |logit|); please report this "

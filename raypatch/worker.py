@@ -16,9 +16,11 @@ import torch
 
 from raypatch.allocator import keep_freed_memory
 from raypatch.definitions import Experiments
-from raypatch.engine.patcher import Patcher, PatchRun
+from raypatch.engine.patch_run import PatchRun
+from raypatch.engine.patcher import Patcher
 from raypatch.errors import RaypatchError
-from raypatch.metrics import STATISTICS, Baselines, MetricTable, first_argmax
+from raypatch.metric_table import STATISTICS, MetricTable
+from raypatch.metrics import Baselines, first_argmax
 from raypatch.results import layout, schema, tables
 from raypatch.results.schema import TARGET_SIDE
 from raypatch.results.store import open_store

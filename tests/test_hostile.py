@@ -227,7 +227,9 @@ def test_texts_that_torch_would_evaluate_are_only_texts(folder, flag, tmp_path):
         model["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = code
 
     changed_program(good, folder / "agent.pt2", everywhere)
-    raypatch.load_agent(folder)
+    agent = raypatch.load_agent(folder)
+    assert not flag.exists()
+    assert list(agent.layers) == ["0", "2"]
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypatch.errors import InputError
-from raypatch.metrics import (
-    DEFAULT_METRICS,
-    METRICS,
-    Baselines,
-    MetricTable,
-    choose_metrics,
-    summarise,
-)
+from raypatch.metric_table import MetricTable, summarise
+from raypatch.metrics import DEFAULT_METRICS, METRICS, Baselines, choose_metrics
 
 mpmath.mp.dps = 60
 

@@ -210,6 +210,7 @@ def test_a_log_file_shows_plain_lines(tmp_path):
 def test_an_actor_that_cannot_start_ends_the_run_at_once_in_one_line():
     from raypatch.actors import PoolOptions, RayBackend
     from raypatch.errors import RunError
+    from raypatch.inline import Work
     from raypatch.results.schema import Columns
     from raypatch.shipping import Shipment
     from raypatch.worker import Item, WorkerSpec
@@ -220,9 +221,8 @@ def test_an_actor_that_cannot_start_ends_the_run_at_once_in_one_line():
         output_dir="/nowhere",
     )  # fmt: skip
     with RayBackend(PoolOptions(num_actors=1)) as backend:
-        outcomes = backend.outcomes(
-            spec, iter([Item(0, 0, 1)]), 1, lambda item: None, lambda: False
-        )
+        work = Work(spec, iter([Item(0, 0, 1)]), 1, lambda item: None, lambda: False)
+        outcomes = backend.outcomes(work)
         with pytest.raises(RunError, match="an actor could not start: ") as caught:
             list(outcomes)
     assert len(str(caught.value).splitlines()) == 1

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from conftest import CARTPOLE, LAVA
 
+from raypatch.errors import RunError
 from raypatch.results import layout
 from raypatch.worker import Worker
 
@@ -189,3 +190,23 @@ def test_a_networks_digest_is_the_same_in_two_processes_and_another_for_other_co
     assert digest_of(tmp_path, GAIN="2.0", FUNCTION="tanh") == first
     assert digest_of(tmp_path, GAIN="2.0", FUNCTION="sin") != first
     assert digest_of(tmp_path, GAIN="3.0", FUNCTION="tanh") != first
+
+
+def test_a_disk_that_cannot_be_read_while_parts_are_checked_marks_nothing(
+    command, run_inline, single_neurons, monkeypatch
+):
+    out = run_inline(LAVA, single_neurons(LAVA))
+    (out / "manifest.jsonl").unlink()
+    (out / "_SUCCESS").unlink()
+
+    def unreadable(*_):
+        raise RunError("shards: cannot be read: Input/output error")
+
+    monkeypatch.setattr("raypatch.committing.recheck", unreadable)
+    words = (
+        "run", "--agent_path", LAVA, "--definition_file", single_neurons(LAVA),
+        "--output_dir", out, "--backend", "inline", "--quiet",
+    )  # fmt: skip
+    assert command(*words).code == 1
+    monkeypatch.undo()
+    assert command(*words).code == 0

@@ -1,0 +1,169 @@
+"""An engine on one set of inputs: batches that fit, results in the definition's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments, check_experiments
+from raypatch.engine.arguments import count_inputs, in_parts, inputs_between
+from raypatch.engine.incremental import Incremental, Prepared
+from raypatch.engine.layers import Args
+from raypatch.engine.plan import Plan, plan_experiments
+from raypatch.engine.sources import Fill, GivenFill
+from raypatch.engine.stacked import Stacked, StackedPrepared
+from raypatch.errors import RunError
+
+# Dense values of one batch on a CPU: a part of what the last level of cache holds.
+CPU_BATCH_BYTES = 8 << 20
+MIN_BATCH_ROWS = 256
+GPU_BATCH_SHARE = 0.25
+Definition = Union[Experiments, Plan, Sequence[Experiment]]
+Engine = Union[Incremental, Stacked]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be kept and computed at a time: ``memory_bytes`` in all, ``batch_rows``
+    (experiments x inputs) in a batch where the user has set it."""
+
+    device: torch.device
+    memory_bytes: int
+    batch_rows: int | None = None
+
+    def inputs_at_a_time(self, engine: Engine, target: Args, n_inputs: int) -> int:
+        """How many inputs' unpatched runs fit in half of the memory; all of them where the
+        network mixes inputs."""
+        if n_inputs == 1 or (isinstance(engine, Stacked) and engine.limit == 1):
+            return n_inputs
+        # Both runs, every layer's chain (values, differences), each about a run's size.
+        one = 6 * max(1, engine.run_bytes(inputs_between(target, 0, 1)))
+        return max(1, min(n_inputs, self.memory_bytes // 2 // one))
+
+    def rows_for(self, row_bytes: int) -> int:
+        """Rows of a batch whose dense values take ``row_bytes`` each."""
+        if self.batch_rows is not None:
+            return self.batch_rows
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            budget = int(min(free * GPU_BATCH_SHARE, self.memory_bytes / 4))
+            return max(1, budget // (3 * row_bytes))
+        rows = max(MIN_BATCH_ROWS, CPU_BATCH_BYTES // row_bytes)
+        return max(1, min(rows, self.memory_bytes // 4 // (3 * row_bytes)))
+
+
+class PatchRun:
+    """An engine on one set of inputs, which patches any experiments on them.
+
+    ``baseline`` ``[inputs, outputs]`` holds the unpatched outputs on the targets, and
+    ``source_baseline`` those on the sources, None where patched values are no run's own.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        limits: Limits,
+        source: Args | None,
+        target: Args,
+        fill: Fill | None,
+        *,
+        deduplicate: bool = True,
+    ) -> None:
+        self.deduplicate = deduplicate
+        self.rows_computed = 0
+        self.n_inputs = count_inputs(target)
+        self._engine = engine
+        self._limits = limits
+        self._halvings = 0
+        size = limits.inputs_at_a_time(engine, target, self.n_inputs)
+        sources: Iterable[Args | None] = [None] * self.n_inputs
+        if source is not None:
+            sources = in_parts(source, self.n_inputs, size)
+        self._parts = list(zip(sources, in_parts(target, self.n_inputs, size)))
+        self._fill = fill
+        self._kept: Prepared | StackedPrepared | None = None
+        if len(self._parts) == 1:
+            self._kept = self._prepare(0)
+        baselines, source_baselines = [], []
+        for i in range(len(self._parts)):
+            held = self._prepare(i)
+            baselines.append(held.baseline)
+            source_baselines.append(held.source_baseline)
+        self.baseline = torch.cat(baselines)
+        self.source_baseline = (
+            None if source is None else torch.cat([b for b in source_baselines if b is not None])
+        )
+
+    def __call__(self, experiments: Definition) -> Tensor:
+        """Patched outputs ``[experiments, inputs, outputs]`` in the definition's order."""
+        plan = self.plan(experiments)
+        with exact_math(), torch.no_grad():
+            out = self.baseline.new_empty(plan.n_experiments, *self.baseline.shape)
+            first = 0
+            for i in range(len(self._parts)):
+                prepared = self._prepare(i)
+                part = out[:, first : first + prepared.n_inputs]
+                first += prepared.n_inputs
+                for group in plan.groups:
+                    self._evaluate(prepared, group, part)
+            for copies, originals in plan.copies:
+                out[copies] = out[originals]
+        return out
+
+    def plan(self, experiments: Definition) -> Plan:
+        """Check and group experiments; a plan can be used for several runs."""
+        if isinstance(experiments, Plan):
+            return experiments
+        if not isinstance(experiments, Experiments):
+            counts = {name: layer.neurons for name, layer in self._engine.layers.items()}
+            counts[OUTPUT_LOGITS] = self.baseline.shape[1]
+            experiments = check_experiments(list(experiments), counts, "experiments")
+        return plan_experiments(experiments, deduplicate=self.deduplicate)
+
+    def _prepare(self, part: int) -> Prepared | StackedPrepared:
+        if self._kept is not None:
+            return self._kept
+        source, target = self._parts[part]
+        fill = self._fill
+        if isinstance(fill, GivenFill):
+            first = sum(count_inputs(earlier) for _, earlier in self._parts[:part])
+            fill = fill.part(first, first + count_inputs(target))
+        with torch.no_grad():
+            return self._engine.prepare(source, target, fill)
+
+    def _evaluate(self, prepared: Prepared | StackedPrepared, group: Any, out: Tensor) -> None:
+        """One group, with smaller batches after running out of memory; the size is kept."""
+        while True:
+            rows = self._limits.rows_for(prepared.row_bytes(group)) >> self._halvings
+            try:
+                self.rows_computed += prepared.evaluate(group, out, max(1, rows))
+                return
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if rows <= self.n_inputs:
+                    raise RunError(
+                        f"out of memory with one experiment in a batch ({self.n_inputs} inputs); "
+                        "lower --memory_per_actor so that inputs are taken in parts"
+                    ) from error
+                self._halvings += 1
+
+
+@contextmanager
+def exact_math() -> Iterator[None]:
+    """TF32 off, so that float32 means float32 on a GPU too; restored afterwards."""
+    held = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = held
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,161 @@
+"""Which way to evaluate a network: the fastest that agrees with plain hooks in a trial."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_map
+
+from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments
+from raypatch.engine.arguments import count_inputs, inputs_between
+from raypatch.engine.capture import CaptureError, capture, first_line
+from raypatch.engine.capture_export import capture_export
+from raypatch.engine.incremental import Incremental
+from raypatch.engine.layers import Args, Layer, find_layers, forward
+from raypatch.engine.patch_run import Engine, Limits, PatchRun
+from raypatch.engine.plan import plan_experiments
+from raypatch.engine.sources import Fill, noise_fill
+from raypatch.engine.stacked import Stacked
+from raypatch.engine.structure import Savings
+from raypatch.errors import InputError
+
+# How far two float32 evaluations of a network may differ before it is not the same network.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+# A trial is small: nothing of it is cut to fit.
+TRIAL_BYTES = 1 << 40
+
+
+def choose_engine(
+    network: nn.Module, target: Args, dtype: torch.dtype, savings: Savings
+) -> tuple[Engine, str]:
+    """The engine for a network on inputs like ``target``, and how it evaluates and why."""
+    probe = trial_inputs(target)
+    with torch.no_grad():
+        output = forward(network, probe)
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(f"the network gives {shape}; patching needs one tensor [inputs, outputs]")
+    layers = find_layers(network, probe)
+    single = Stacked(network, layers, limit=1)
+    reasons: list[str] = []
+    for how in ("torch.fx", "torch.export", "stacked"):
+        try:
+            engine = _build(how, network, layers, probe, dtype, savings)
+            _check(engine, single, layers, probe, dtype)
+        except CaptureError as reason:
+            reasons.append(str(reason))
+            continue
+        if isinstance(engine, Incremental):
+            because = f"; {reasons[0]}" if reasons else ""
+            return engine, f"incremental ({how}{because})"
+        return engine, f"stacked (not captured: {'; '.join(reasons)})"
+    return single, f"single ({'; '.join(reasons)})"
+
+
+def _build(
+    how: str,
+    network: nn.Module,
+    layers: dict[str, Layer],
+    probe: Args,
+    dtype: torch.dtype,
+    savings: Savings,
+) -> Engine:
+    if how == "stacked":
+        return Stacked(network, layers, limit=None)
+    try:
+        with torch.no_grad():
+            graph = capture(network) if how == "torch.fx" else capture_export(network, probe)
+            if dtype is torch.float64:
+                graph.widen()
+            return Incremental(graph, layers, savings, inputs_between(probe, 0, 1))
+    except CaptureError:
+        raise
+    except Exception as error:  # anything a strange network may do when it is taken apart
+        raise CaptureError(first_line(error)) from None
+
+
+def _check(
+    engine: Engine, single: Stacked, layers: dict[str, Layer], target: Args, dtype: torch.dtype
+) -> None:
+    """Compare with one experiment on one input at a time; CaptureError if they differ."""
+    limits = Limits(torch.device("cpu"), TRIAL_BYTES)
+    plan = plan_experiments(_experiments(layers))
+    n_inputs = count_inputs(target)
+    source = tree_map(lambda x: x.roll(1, 0) if isinstance(x, Tensor) and x.dim() else x, target)
+    # Inputs may be equal or the layers' values zero: noise makes every patch change something.
+    trials: tuple[tuple[Args | None, Fill | None], ...] = ((source, None), (None, noise_fill))
+    for trial_source, fill in trials:
+        try:
+            found = PatchRun(engine, limits, trial_source, target, fill)(plan)
+            alone = [
+                PatchRun(
+                    single,
+                    limits,
+                    None if trial_source is None else inputs_between(trial_source, i, i + 1),
+                    inputs_between(target, i, i + 1),
+                    fill,
+                )(plan)
+                for i in range(n_inputs)
+            ]
+        except CaptureError:
+            raise
+        except Exception as error:  # anything a strange network may do
+            raise CaptureError(first_line(error)) from None
+        for i, expected in enumerate(alone):
+            difference = float((found[:, i : i + 1] - expected).abs().max())
+            largest = max(1.0, float(expected.abs().max()))
+            if not difference <= TOLERANCE.get(dtype, 1e-1) * largest:
+                raise CaptureError(f"differs from plain hooks by {difference:.1e} in a trial")
+
+
+def _experiments(layers: dict[str, Layer]) -> Experiments:
+    names = list(layers)
+    chosen = names if len(names) <= 12 else [*names[:6], *names[-6:]]
+    trials: list[Experiment] = []
+    for name in chosen:
+        size = layers[name].neurons
+        # At least two of a signature, so that really something is stacked.
+        trials += [{name: [0]}, {name: [size // 2]}, {name: [size - 1]}, {name: "all"}]
+        trials.append({name: sorted({0, size // 3, size - 1})})
+    if len(chosen) > 1:
+        trials.append({chosen[0]: [0], chosen[-1]: [0]})
+    trials.append({OUTPUT_LOGITS: [0]})
+    return Experiments.from_list(trials)
+
+
+def trial_inputs(args: Args) -> Args:
+    """Two or three inputs for a trial; a single one is joined by its half."""
+    if count_inputs(args) > 1:
+        return inputs_between(args, 0, 3)
+    return tree_map(
+        lambda x: torch.cat([x, (x / 2).to(x.dtype)]) if isinstance(x, Tensor) and x.dim() else x,
+        args,
+    )
+
+
+def own_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy for good, in which parametrised weights are what they are now."""
+    try:
+        own = copy.deepcopy(network)
+    except Exception as error:
+        raise InputError(f"the network cannot be copied: {first_line(error)}") from None
+    own = own.to(device, dtype).eval()
+    for module in list(own.modules()):
+        if is_parametrized(module):
+            _settle(module)
+    return own.requires_grad_(False)
+
+
+def _settle(module: nn.Module) -> None:
+    """Make what a parametrisation computes a plain parameter.
+
+    ``remove_parametrizations`` would change the class, which copies share with their original.
+    """
+    computed = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
+    for name, value in computed.items():
+        module.register_parameter(name, nn.Parameter(value))
