@@ -103,3 +103,19 @@ settings.register_profile(
 )  # fmt: skip
 settings.register_profile("shrink", deadline=None)
 settings.load_profile("steady")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty directory for an agent."""
+    path = tmp_path / "agent"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def flag(tmp_path):
+    """A file that exists only if something was executed; looked for again at the end."""
+    path = tmp_path / "executed"
+    yield path
+    assert not path.exists()
