@@ -158,11 +158,6 @@ class Batch:
         return self.n_experiments * self.n_inputs if self.rows is None else len(self.rows)
 
     @cached_property
-    def row_experiment(self) -> Tensor:
-        assert self.rows is not None
-        return self.rows // self.n_inputs
-
-    @cached_property
     def row_input(self) -> Tensor:
         assert self.rows is not None
         return self.rows % self.n_inputs

@@ -206,11 +206,6 @@ def _flips(results: Results) -> dict[str, np.ndarray]:
     return counts
 
 
-def neuron_name(layer: str, neuron: int) -> str:
-    """What a single neuron's experiment is called."""
-    return f"{layer}_neuron_{neuron}"
-
-
 def ordered_layers(layers: Any) -> list[str]:
     """Layers in forward order, the outputs last."""
     return [layer for layer in layers if layer != OUTPUT_LOGITS] + [
