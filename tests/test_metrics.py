@@ -25,7 +25,8 @@ def exact(b, p, source) -> dict[str, float]:
 
     def softmax(x):
         e = [mpmath.e ** (v - max(x)) for v in x]
-        return [v / sum(e) for v in e]
+        total = sum(e)
+        return [v / total for v in e]
 
     def ratio(x, y):
         return x / y if y else mpmath.nan
@@ -37,7 +38,8 @@ def exact(b, p, source) -> dict[str, float]:
         return mpmath.sqrt(sum(v * v for v in x))
 
     def centred(x):
-        return [v - sum(x) / n for v in x]
+        mean = sum(x) / n
+        return [v - mean for v in x]
 
     def cosine(x, y):
         return ratio(sum(u * v for u, v in zip(x, y)), norm(x) * norm(y))
