@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raypatch.metrics import METRICS, Array, Baselines, Fixed, Rows, first_argmax
+from raypatch.metrics import DIGITS_LEFT, METRICS, Array, Baselines, Fixed, Rows, first_argmax
 
-# Rows at a time: enough to make the call of an operation cheap, few enough for the cache.
-BLOCK_ROWS = 16384
+# Logits at a time: enough to make the call of an operation cheap, few enough for the cache.
+BLOCK_LOGITS = 131072
+# Experiments at a time even so, because operations run along them; and rows where inputs are
+# so many that these would be too much memory.
+MIN_EXPERIMENTS = 256
+MAX_ROWS = 1 << 19
 STATISTICS = ("mean", "std", "min", "max")
 
 
@@ -20,91 +24,122 @@ class MetricTable:
 
     def __init__(self, names: Sequence[str], baselines: Baselines) -> None:
         self.names = tuple(names)
-        self.baselines = baselines
-        self._kept: dict[int, Fixed] = {}
+        self.n_inputs, n_outputs = baselines.target.shape
+        least = max(1, min(MIN_EXPERIMENTS, MAX_ROWS // self.n_inputs))
+        self._step = max(least, BLOCK_LOGITS // (self.n_inputs * n_outputs))
+        self.baseline_actions = first_argmax(baselines.target.numpy()[..., None])
+        # Many inputs are taken in parts, few are all in the first.
+        size = max(1, BLOCK_LOGITS // (self._step * n_outputs))
+        self._parts = [
+            (slice(first, first + size), Fixed(baselines.of_inputs(first, first + size)))
+            for first in range(0, self.n_inputs, size)
+        ]
 
     def compute(
         self,
         patched: Tensor,
         values: Tensor | None = None,
         *,
-        statistics: Mapping[str, Tensor] | None = None,
+        statistics: Tensor | None = None,
+        changed_rate: Tensor | None = None,
         actions: Tensor | None = None,
     ) -> None:
         """Compute from ``patched`` ``[experiments, inputs, outputs]`` what is asked for.
 
         ``values`` ``[metrics, experiments, inputs]`` receives every number, NaN where a metric
-        is not defined; ``statistics`` those of :func:`summarise`, ``[metrics, experiments]``
-        each; ``actions`` ``[experiments, inputs]`` the greedy actions.
+        is not defined; ``statistics`` ``[statistics, metrics, experiments]`` those of
+        :func:`summarise`; ``changed_rate`` ``[experiments]`` the share of inputs whose greedy
+        action changes; ``actions`` ``[experiments, inputs]`` the greedy actions.
         """
-        n_experiments, n_inputs, n_outputs = patched.shape
-        step = max(1, BLOCK_ROWS // n_inputs)
-        buffer = torch.empty(
-            len(self.names), min(step, n_experiments), n_inputs, dtype=torch.float64
-        )
-        for start in range(0, n_experiments, step):
-            block = patched[start : start + step]
-            columns = np.ascontiguousarray(block.reshape(-1, n_outputs).numpy().T)
+        for start in range(0, len(patched), self._step):
+            block = patched[start : start + self._step]
             part = slice(start, start + len(block))
+            columns = [_experiments_last(block[:, inputs]) for inputs, _ in self._parts]
+            if changed_rate is not None or actions is not None:
+                greedy = np.concatenate([first_argmax(some) for some in columns])
+            if changed_rate is not None:
+                changed = np.add.reduce(greedy != self.baseline_actions, 0, dtype=np.float32)
+                changed_rate[part] = torch.from_numpy(changed / np.float32(self.n_inputs))
             if actions is not None:
-                place = first_argmax(columns).reshape(len(block), n_inputs)
-                actions[part] = torch.from_numpy(place)
-            found = buffer[:, : len(block)]
-            self._fill(found.numpy(), Rows(columns.astype(np.float64), self._fixed(len(block))))
-            if values is not None:
-                values[:, part] = found
-            if statistics is not None:
-                for name, summary in summarise(found).items():
-                    statistics[name][:, part] = summary
+                actions[part] = torch.from_numpy(greedy.T)
+            # Overflow is looked for, and what is undefined is NaN on purpose.
+            with np.errstate(all="ignore"):
+                summaries = []
+                for number, metric in enumerate(self._metrics(columns)):
+                    if values is not None:
+                        stored = values[number, part].numpy()
+                        stored[...] = metric.astype(stored.dtype).T
+                    if statistics is not None:
+                        summaries.append(summarise(metric))
+                if statistics is not None:
+                    statistics[:, :, part] = torch.from_numpy(np.stack(summaries, axis=1))
 
-    def _fixed(self, repeats: int) -> Fixed:
-        if repeats not in self._kept:
-            # At most the full block and one rest are kept.
-            largest = max(self._kept, default=0)
-            self._kept = {k: v for k, v in self._kept.items() if k == largest}
-            self._kept[repeats] = Fixed(self.baselines, repeats)
-        return self._kept[repeats]
+    def _metrics(self, columns: list[Array]) -> Iterator[Array]:
+        """Each metric of a block, ``[inputs, experiments]``, one after the other: what is to be
+        done with it costs less while it is in the cache."""
+        formulas = [METRICS[name].formula for name in self.names]
+        if len(columns) == 1:
+            rows = Rows(columns[0], self._parts[0][1])
+            yield from (formula(rows) for formula in formulas)
+            return
+        parts = []
+        for some, (_, fixed) in zip(columns, self._parts):
+            rows = Rows(some, fixed)
+            parts.append([formula(rows) for formula in formulas])
+        yield from map(np.concatenate, zip(*parts))
 
-    def _fill(self, found: Array, rows: Rows) -> None:
-        # Overflow is looked for, and what is undefined is NaN on purpose.
-        with np.errstate(all="ignore"):
-            for number, name in enumerate(self.names):
-                found[number] = METRICS[name].formula(rows).reshape(found.shape[1:])
+
+def _experiments_last(block: Tensor) -> Array:
+    """``[experiments, inputs, outputs]`` to ``[inputs, outputs, experiments]``."""
+    n_experiments, *shape = block.shape
+    columns = torch.empty(*shape, n_experiments, dtype=block.dtype)
+    columns.view(-1, n_experiments).copy_(block.reshape(n_experiments, -1).T)
+    return columns.numpy()
 
 
-def summarise(values: Tensor) -> dict[str, Tensor]:
-    """Statistics of metrics ``[metrics, ..., inputs]`` over the inputs, in float64, leaving
-    out NaN: mean, std (population), min, max; NaN where nothing is defined."""
-    found = _plain_statistics(values)
-    undefined = found["min"].isnan().view(len(values), -1).any(1)
-    for number in undefined.nonzero().flatten().tolist():
-        for name, summary in _defined_statistics(values[number]).items():
-            found[name][number] = summary
+def summarise(metric: Array) -> Array:
+    """Statistics of a metric ``[inputs, experiments]`` over the inputs, in float64, leaving out
+    NaN: ``[statistics, experiments]``, mean, std (population), min, max; NaN where nothing is
+    defined."""
+    found = _plain_statistics(metric)
+    if not np.isnan(found[0]).any():
+        return found
+    # As a rule it is the pair that leaves a metric undefined, not the patch.
+    undefined = np.isnan(metric[:, 0])
+    if not np.isnan(metric[undefined]).all() or np.isnan(metric[~undefined]).any():
+        return _statistics_of_defined(metric)
+    return found if undefined.all() else _plain_statistics(metric[~undefined])
+
+
+def _plain_statistics(metric: Array) -> Array:
+    """``[statistics, experiments]`` of a metric ``[inputs, experiments]``."""
+    n_inputs, n_experiments = metric.shape
+    found = np.empty((len(STATISTICS), n_experiments))
+    mean, std, low, high = found
+    # A product and ufuncs' own reductions: the methods of arrays cost several times as much.
+    np.matmul(np.full(n_inputs, 1 / n_inputs), metric, out=mean)
+    squares = np.einsum("ne,ne->e", metric, metric)
+    squares /= n_inputs
+    np.minimum.reduce(metric, 0, out=low)
+    np.maximum.reduce(metric, 0, out=high)
+    np.subtract(squares, mean * mean, out=std)
+    squares *= DIGITS_LEFT
+    # Where little is left of what was subtracted, digits are lost.
+    if (std < squares).any():
+        some = np.flatnonzero(std < squares)
+        deviation = metric[:, some] - mean[some]
+        std[some] = (deviation * deviation).mean(0)
+    np.sqrt(std, out=std)
     return found
 
 
-def _plain_statistics(values: Tensor) -> dict[str, Tensor]:
-    # Plain reductions: torch.std_mean and torch.aminmax are ten times slower here.
-    mean = values.mean(-1)
-    deviation = values - mean[..., None]
-    std = deviation.mul_(deviation).mean(-1).sqrt_()
-    return dict(zip(STATISTICS, (mean, std, values.amin(-1), values.amax(-1))))
-
-
-def _defined_statistics(metric: Tensor) -> dict[str, Tensor]:
-    """The statistics of one metric ``[..., inputs]`` that is undefined for some inputs."""
-    undefined = metric.isnan()
-    somewhere = undefined.view(-1, metric.shape[-1]).any(0)
-    if bool((undefined == somewhere).all()):
-        # As a rule it is the pair that leaves a metric undefined, not the patch.
-        if bool(somewhere.all()):
-            return dict.fromkeys(STATISTICS, metric[..., 0])
-        return _plain_statistics(metric[..., ~somewhere])
-    count = (~undefined).sum(-1)
-    mean = torch.where(undefined, 0.0, metric).sum(-1) / count
-    deviation = torch.where(undefined, 0.0, metric - mean[..., None])
-    low = torch.where(undefined, torch.inf, metric).amin(-1)
-    high = torch.where(undefined, -torch.inf, metric).amax(-1)
-    std = (deviation.square().sum(-1) / count).sqrt()
-    low, high = (torch.where(count == 0, torch.nan, extreme) for extreme in (low, high))
-    return dict(zip(STATISTICS, (mean, std, low, high)))
+def _statistics_of_defined(metric: Array) -> Array:
+    """The same where any number may be undefined."""
+    undefined = np.isnan(metric)
+    count = (~undefined).sum(0)
+    mean = np.where(undefined, 0, metric).sum(0) / count
+    deviation = np.where(undefined, 0, metric - mean)
+    std = np.sqrt((deviation * deviation).sum(0) / count)
+    low = np.where(undefined, np.inf, metric).min(0)
+    high = np.where(undefined, -np.inf, metric).max(0)
+    return np.where(count == 0, np.nan, np.stack([mean, std, low, high]))

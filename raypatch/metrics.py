@@ -1,7 +1,9 @@
 """Effect of a patch on the outputs: one table of formulas, in float64.
 
 Symbols (design 9): b and p are baseline and patched logits, P_b and P_p their softmax, a the
-argmax of b, s its runner-up. Every formula works on columns ``[outputs, rows]``.
+argmax of b, s its runner-up. Every formula works on ``[inputs, outputs, experiments]``:
+with the experiments of a block last, what belongs to an input is one number for a whole run of
+memory, and sums over outputs or inputs add such runs.
 
 Formulas are written in the differences d = p - b, so that tiny effects keep their digits: in
 float64 they are exact for float32 logits whose sizes are not more than 2^29 apart. With
@@ -27,6 +29,7 @@ from raypatch.errors import InputError
 
 SMALL = 1e-10  # keeps the saturating ratios defined, as in the original
 WILD = 500  # beyond this exp comes near the end of float64's range
+DIGITS_LEFT = 1e-6  # of float64's sixteen digits, a difference may lose six
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -41,46 +44,35 @@ class Baselines:
     target: Tensor
     source: Tensor | None
 
+    def of_inputs(self, first: int, last: int) -> Baselines:
+        source = None if self.source is None else self.source[first:last]
+        return Baselines(self.target[first:last], source)
+
 
 class Fixed:
-    """What depends on the baselines only, for a block of rows; computed once a block size.
+    """What depends on the baselines only: ``[inputs, outputs, 1]``, or ``[inputs, 1]`` where
+    there is one number an input."""
 
-    ``[outputs, rows]``, or ``[rows]`` where there is one number a row.
-    """
-
-    def __init__(self, baselines: Baselines, repeats: int) -> None:
+    def __init__(self, baselines: Baselines) -> None:
         def columns(outputs: Tensor) -> Array:
-            return np.tile(outputs.double().numpy().T, (1, repeats))
+            return outputs.double().numpy()[..., None]
 
         self.b = columns(baselines.target)
         self.b_source = None if baselines.source is None else columns(baselines.source)
-        self._row = np.arange(self.b.shape[1])
-
-    def places(self, which: Array) -> Array:
-        """Output numbers ``[rows]`` as places in the flattened columns, for :func:`pick`."""
-        return which * self.b.shape[1] + self._row
-
-    @cached_property
-    def at_a(self) -> Array:
-        """Places of the actions."""
-        return self.places(self.a)
-
-    @cached_property
-    def at_s(self) -> Array:
-        return self.places(self.s)
 
     @cached_property
     def a(self) -> Array:
-        return self.b.argmax(0)
+        """Actions, ``[inputs]``."""
+        return self.b[..., 0].argmax(1)
 
     @cached_property
     def s(self) -> Array:
-        """Runner-up; the action itself where there is only one."""
-        if len(self.b) == 1:
+        """Runners-up; the action itself where there is only one."""
+        others = self.b[..., 0].copy()
+        if others.shape[1] == 1:
             return self.a
-        others = self.b.copy()
-        others[self.a, self._row] = -np.inf
-        return others.argmax(0)
+        others[np.arange(len(others)), self.a] = -np.inf
+        return others.argmax(1)
 
     @cached_property
     def prob(self) -> Array:
@@ -88,11 +80,11 @@ class Fixed:
 
     @cached_property
     def prob_a(self) -> Array:
-        return pick(self.prob, self.at_a)
+        return pick(self.prob, self.a)
 
     @cached_property
     def prob_s(self) -> Array:
-        return pick(self.prob, self.at_s)
+        return pick(self.prob, self.s)
 
     @cached_property
     def sqrt_prob(self) -> Array:
@@ -100,101 +92,154 @@ class Fixed:
 
     @cached_property
     def share(self) -> Array:
-        return np.abs(pick(self.b, self.at_a)) / np.abs(self.b).sum(0)
+        return np.abs(pick(self.b, self.a)) / np.abs(self.b).sum(1)
+
+    @cached_property
+    def centred(self) -> Array:
+        return _centred(self.b)
+
+    @cached_property
+    def centred_length(self) -> Array:
+        return _length(self.centred)
+
+    @cached_property
+    def least_length(self) -> Array:
+        """Squared, below which a centred patched output has lost its digits."""
+        return DIGITS_LEFT * self.centred_length**2
 
     @cached_property
     def centred_unit(self) -> Array:
-        return _unit(self.b - self.b.mean(0))
+        return _unit(self.centred.copy())
 
     @cached_property
     def unit(self) -> Array:
         return _unit(self.b.copy())
 
     @cached_property
+    def weights(self) -> Array:
+        """``[inputs, 3, outputs]`` of the sums that several formulas need of d."""
+        equal = np.full_like(self.b, self.b.shape[1] ** -0.5)
+        return np.stack([self.prob, self.centred_unit, equal], axis=1)[..., 0]
+
+    @cached_property
     def recovery(self) -> tuple[Array, Array, Array] | None:
-        """Places of the source's action, LD_b, and LD_src - LD_b (NaN where the actions agree)."""
+        """The source's actions, LD_b, and LD_src - LD_b (NaN where the actions agree)."""
         if self.b_source is None:
             return None
-        a_source = self.b_source.argmax(0)
-        at_source = self.places(a_source)
-        base = pick(self.b, at_source) - pick(self.b, self.at_a)
-        span = pick(self.b_source, at_source) - pick(self.b_source, self.at_a) - base
-        return at_source, base, np.where((a_source == self.a) | (span == 0), np.nan, span)
+        a_source = self.b_source[..., 0].argmax(1)
+        base = pick(self.b, a_source) - pick(self.b, self.a)
+        span = pick(self.b_source, a_source) - pick(self.b_source, self.a) - base
+        agree = (a_source == self.a)[:, None]
+        return a_source, base, np.where(agree | (span == 0), np.nan, span)
 
 
-def pick(columns: Array, places: Array) -> Array:
-    """One element of each column, ``[rows]``."""
-    return columns.reshape(-1).take(places)
+def pick(columns: Array, which: Array) -> Array:
+    """One output ``which`` ``[inputs]`` of each input, ``[inputs, experiments]``."""
+    return columns[np.arange(len(which)), which]
 
 
 def dot(x: Array, y: Array) -> Array:
-    """Sum of products down the columns, ``[rows]``, without the products in between."""
-    found: Array = np.einsum("or,or->r", x, y)
+    """Sum of products over the outputs, without the products in between."""
+    found: Array = np.einsum("noe,noe->ne", x, y)
+    return found
+
+
+def weighted(weights: Array, x: Array) -> Array:
+    """Sum over the outputs of ``x`` with weights ``[inputs, outputs, 1]``."""
+    found: Array = np.matmul(weights.transpose(0, 2, 1), x)[:, 0]
     return found
 
 
 def softmax(columns: Array) -> Array:
-    powers = np.exp(columns - columns.max(0))
-    powers /= powers.sum(0)
+    powers = np.exp(columns - columns.max(1, keepdims=True))
+    powers /= powers.sum(1, keepdims=True)
     return powers
 
 
 def log_sum_exp(columns: Array) -> Array:
-    top = columns.max(0)
-    found: Array = np.log(np.exp(columns - top).sum(0)) + top
+    top = columns.max(1)
+    found: Array = np.log(np.exp(columns - top[:, None]).sum(1)) + top
     return found
 
 
 def first_argmax(columns: Array) -> Array:
-    """Row of each column's largest element, the first of several, int32 ``[rows]``.
+    """Largest output, the first of several, int32 ``[inputs, experiments]``.
 
-    NumPy's own over a short first axis is several times slower than comparing rows.
+    NumPy's own over a short middle axis is several times slower than comparing outputs.
     """
-    if len(columns) > 32:
-        return columns.argmax(0).astype(np.int32)
-    best, place = columns[0].copy(), np.zeros(columns.shape[1], np.int32)
-    for number in range(1, len(columns)):
-        np.putmask(place, columns[number] > best, number)
-        np.maximum(best, columns[number], out=best)
-    return place
+    n_outputs = columns.shape[1]
+    if n_outputs > 32:
+        return columns.argmax(1).astype(np.int32)
+    best, place = columns[:, 0].copy(), np.zeros(columns[:, 0].shape, np.int8)
+    for number in range(1, n_outputs):
+        # Numbers rise, so the last output that beat all before it has the largest.
+        beats = columns[:, number] > best
+        np.maximum(place, beats.view(np.int8) * np.int8(number), out=place)
+        np.maximum(best, columns[:, number], out=best)
+    return place.astype(np.int32)
 
 
 def _length(x: Array) -> Array:
-    """L2 norm of each column. Squares of float32 logits stay far inside float64's range."""
+    """L2 norm over the outputs. Squares of float32 logits stay far inside float64's range."""
     found: Array = np.sqrt(dot(x, x))
     return found
 
 
+def _centred(x: Array) -> Array:
+    return x - x.mean(1, keepdims=True)
+
+
 def _unit(x: Array) -> Array:
-    """Columns over their length, in place; NaN for a zero column."""
-    x /= _length(x)
+    """Outputs over their length, in place; NaN where all are zero."""
+    x /= _length(x)[:, None]
     return x
 
 
 class Rows:
-    """One block: patched logits ``p`` ``[outputs, rows]`` and the terms formulas share."""
+    """One block: patched ``logits`` ``[inputs, outputs, experiments]`` of any float type and
+    the terms that formulas share, ``[inputs, experiments]`` where there is one number a row."""
 
-    def __init__(self, p: Array, fixed: Fixed) -> None:
-        self.p = p
+    def __init__(self, logits: Array, fixed: Fixed) -> None:
+        self.logits = logits
         self.fixed = fixed
-        self.d = p - fixed.b
+        self.d = logits - fixed.b
+
+    @cached_property
+    def p(self) -> Array:
+        return self.logits.astype(np.float64)
+
+    def p_of(self, which: Array) -> Array:
+        """Patched logit of one output of each input."""
+        return pick(self.logits, which).astype(np.float64)
 
     @cached_property
     def p_a(self) -> Array:
-        return pick(self.p, self.fixed.at_a)
+        return self.p_of(self.fixed.a)
 
     @cached_property
     def d_a(self) -> Array:
-        return pick(self.d, self.fixed.at_a)
+        return pick(self.d, self.fixed.a)
+
+    @cached_property
+    def squared_norm(self) -> Array:
+        """|d|^2."""
+        return dot(self.d, self.d)
+
+    @cached_property
+    def sums(self) -> Array:
+        """m, and the parts of d along the centred baseline and along equal logits,
+        ``[inputs, 3, experiments]``."""
+        found: Array = np.matmul(self.fixed.weights, self.d)
+        return found
 
     @cached_property
     def mean_d(self) -> Array:
         """m."""
-        return dot(self.fixed.prob, self.d)
+        return self.sums[:, 0]
 
     @cached_property
     def e(self) -> Array:
-        return self.d - self.mean_d
+        return self.d - self.mean_d[:, None]
 
     @cached_property
     def x(self) -> Array:
@@ -204,7 +249,7 @@ class Rows:
     @cached_property
     def excess(self) -> Array:
         """S - 1."""
-        return dot(self.fixed.prob, self.x - self.e)
+        return weighted(self.fixed.prob, self.x - self.e)
 
     @cached_property
     def sum(self) -> Array:
@@ -214,7 +259,7 @@ class Rows:
     @cached_property
     def wild(self) -> Array | None:
         """Rows whose probabilities change by more than float64's range; None if there are none."""
-        return np.any(self.e > WILD, 0) if self.e.max() > WILD else None
+        return np.any(self.e > WILD, 1) if self.e.max() > WILD else None
 
     @cached_property
     def log_s(self) -> Array:
@@ -224,36 +269,41 @@ class Rows:
             log_s = np.where(self.wild, exact, log_s)
         return log_s
 
+    def or_if_wild(self, usual: Array, exact: Callable[[], Array]) -> Array:
+        """``usual``, but what ``exact`` computes for wild rows; either may hold outputs."""
+        if self.wild is None:
+            return usual
+        wild = self.wild if usual.ndim == 2 else self.wild[:, None]
+        return np.where(wild, exact(), usual)
+
     @cached_property
     def prob_change(self) -> Array:
         """P_p - P_b."""
-        change = self.x - self.excess
+        change = self.x - self.excess[:, None]
         change *= self.fixed.prob
-        change /= self.sum
-        if self.wild is not None:
-            change = np.where(self.wild, softmax(self.p) - self.fixed.prob, change)
-        return change
+        change /= self.sum[:, None]
+        return self.or_if_wild(change, lambda: softmax(self.p) - self.fixed.prob)
 
     @cached_property
     def prob_change_a(self) -> Array:
         """P_p(a) - P_b(a)."""
-        return self._prob_change(self.fixed.at_a, self.fixed.prob_a)
+        return self._prob_change(self.fixed.a, self.fixed.prob_a)
 
     @cached_property
     def margin_change(self) -> Array:
-        return self.prob_change_a - self._prob_change(self.fixed.at_s, self.fixed.prob_s)
+        return self.prob_change_a - self._prob_change(self.fixed.s, self.fixed.prob_s)
 
-    def _prob_change(self, places: Array, prob: Array) -> Array:
+    def _prob_change(self, which: Array, prob: Array) -> Array:
         if self.wild is not None:
-            return pick(self.prob_change, places)
-        return (pick(self.x, places) - self.excess) * prob / self.sum
+            return pick(self.prob_change, which)
+        return (pick(self.x, which) - self.excess) * prob / self.sum
 
     @cached_property
     def chebyshev(self) -> Array:
         """max |p - b| over the outputs but the action."""
         size = np.abs(self.d)
-        size.reshape(-1)[self.fixed.at_a] = 0.0
-        largest: Array = size.max(0)
+        size[np.arange(len(size)), self.fixed.a] = 0.0
+        largest: Array = size.max(1)
         return largest
 
     @cached_property
@@ -267,42 +317,77 @@ class Rows:
 
     @cached_property
     def pearson_distance(self) -> Array:
-        """1 - r as half the squared distance of the centred unit vectors."""
-        mine = _unit(self.p - self.p.mean(0))
-        mine -= self.fixed.centred_unit
-        return dot(mine, mine) / 2
+        """1 - r from sums over d alone, as half the squared distance of the centred unit
+        vectors.
+
+        Centred, p = b + d has the part A = |b| + d.u along the baseline's unit vector u and a
+        rest of squared length D = |d|^2 - (d.u)^2. With L^2 = A^2 + D that distance is
+        ((L - A)^2 + D) / 2 L^2.
+        """
+        squares = self.sums[:, 1:] * self.sums[:, 1:]
+        rest = self.squared_norm - squares[:, 1]
+        rest -= squares[:, 0]
+        if self.d.shape[1] == 2:
+            rest[...] = 0  # two centred numbers are always in line
+        part = self.sums[:, 1] + self.fixed.centred_length
+        squared = part * part
+        squared += rest
+        distance = np.sqrt(squared)
+        distance -= part
+        distance *= distance
+        distance += rest
+        distance /= squared
+        distance *= 0.5
+        # Where little is left of what was subtracted, digits are lost.
+        delicate = squared < self.fixed.least_length
+        if self.d.shape[1] > 2:
+            delicate |= rest < DIGITS_LEFT * self.squared_norm
+        if delicate.any():
+            distance[delicate] = self._pearson_distance_of(delicate)
+        return distance
+
+    def _pearson_distance_of(self, some: Array) -> Array:
+        """1 - r of the rows of a mask, ``[rows]``, from their own logits."""
+        inputs, experiments = some.nonzero()
+        some = self.logits[inputs, :, experiments].astype(np.float64)
+        mine = _unit(_centred(some[..., None]))
+        mine -= self.fixed.centred_unit[inputs]
+        return dot(mine, mine)[:, 0] / 2
 
 
 def _reverse_kl(r: Rows) -> Array:
-    kl = dot(r.fixed.prob * r.x, r.e) / r.sum - r.log_s
-    if r.wild is not None:
-        ratio = r.p - log_sum_exp(r.p) - (r.fixed.b - log_sum_exp(r.fixed.b))
-        kl = np.where(r.wild, dot(softmax(r.p), ratio), kl)
-    return np.maximum(kl, 0)
+    kl = weighted(r.fixed.prob, r.x * r.e)
+    kl /= r.sum
+    kl -= r.log_s
+
+    def exact() -> Array:
+        top, base = log_sum_exp(r.p), log_sum_exp(r.fixed.b)
+        return dot(softmax(r.p), r.p - top[:, None] - (r.fixed.b - base[:, None]))
+
+    return np.maximum(r.or_if_wild(kl, exact), 0)
 
 
 def _hellinger(r: Rows) -> Array:
-    change = np.expm1((r.e - r.log_s) / 2)
+    change = np.expm1((r.e - r.log_s[:, None]) / 2)
     change *= r.fixed.sqrt_prob
-    if r.wild is not None:
-        change = np.where(r.wild, np.sqrt(softmax(r.p)) - r.fixed.sqrt_prob, change)
+    change = r.or_if_wild(change, lambda: np.sqrt(softmax(r.p)) - r.fixed.sqrt_prob)
     return _length(change) / 2**0.5
 
 
 def _probability_gap(r: Rows) -> Array:
-    gap: Array = (r.fixed.prob + r.prob_change).max(0) - r.fixed.prob.max(0)
+    gap: Array = (r.fixed.prob + r.prob_change).max(1) - r.fixed.prob.max(1)
     return gap
 
 
 def _recovered(r: Rows) -> Array:
     if r.fixed.recovery is None:
         return np.full_like(r.p_a, np.nan)
-    at_source, base, span = r.fixed.recovery
-    return (pick(r.p, at_source) - r.p_a - base) / span
+    a_source, base, span = r.fixed.recovery
+    return (r.p_of(a_source) - r.p_a - base) / span
 
 
 def _proportion_change(r: Rows) -> Array:
-    share: Array = np.abs(r.p_a) / np.abs(r.p).sum(0)
+    share: Array = np.abs(r.p_a) / np.abs(r.p).sum(1)
     return share - r.fixed.share
 
 
@@ -324,7 +409,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "output_logit_delta": Metric(lambda r: r.d_a, "logits"),
     "top_logit_delta_magnitude": Metric(lambda r: np.abs(r.d_a), "logits"),
-    "logit_difference_norm": Metric(lambda r: _length(r.d), "logits", discrete=False),
+    "logit_difference_norm": Metric(lambda r: np.sqrt(r.squared_norm), "logits", discrete=False),
     "action_probability_delta": Metric(lambda r: r.prob_change_a, "probability"),
     "top_action_probability_gap": Metric(_probability_gap, "probability"),
     "kl_divergence": Metric(lambda r: np.maximum(r.log_s, 0), "nats"),

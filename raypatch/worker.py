@@ -20,7 +20,7 @@ from raypatch.engine.patch_run import PatchRun
 from raypatch.engine.patcher import Patcher
 from raypatch.errors import RaypatchError
 from raypatch.metric_table import STATISTICS, MetricTable
-from raypatch.metrics import Baselines, first_argmax
+from raypatch.metrics import Baselines
 from raypatch.results import layout, schema, tables
 from raypatch.results.schema import TARGET_SIDE
 from raypatch.results.store import open_store
@@ -119,9 +119,6 @@ class Worker:
         self.patcher: Patcher = unpack(spec.patcher).to(spec.device)
         self.runs = [prepare_direction(self.patcher, spec, d) for d in spec.directions]
         self.tables = [self._metric_table(d, run) for d, run in zip(spec.directions, self.runs)]
-        self.baseline_actions = torch.stack(
-            [torch.from_numpy(first_argmax(run.baseline.cpu().numpy().T)) for run in self.runs]
-        )
         self.row_schema = schema.row_schema(spec.columns, spec.metadata)
         self.summary_schema = schema.summary_schema(spec.columns.metrics, spec.metadata)
 
@@ -205,21 +202,24 @@ class Worker:
         n_experiments, n_directions, n_inputs, _ = outputs.shape
         rows = columns.save != "summary"
         shape = (len(columns.metrics), n_experiments, n_directions)
-        statistics = {name: torch.empty(shape) for name in STATISTICS}
+        statistics = torch.empty(len(STATISTICS), *shape)
         values = torch.empty(*shape, n_inputs) if rows else None
         actions = changed = rate = None
         if self.spec.discrete:
-            actions = torch.empty(n_experiments, n_directions, n_inputs, dtype=torch.int32)
+            rate = torch.empty(shape[1:])
+            if rows:
+                actions = torch.empty(*shape[1:], n_inputs, dtype=torch.int32)
         for number, table in enumerate(self.tables):
             table.compute(
                 outputs[:, number],
                 None if values is None else values[:, :, number],
-                statistics={name: summary[:, :, number] for name, summary in statistics.items()},
+                statistics=statistics[..., number],
+                changed_rate=None if rate is None else rate[:, number],
                 actions=None if actions is None else actions[:, number],
             )
         if actions is not None:
-            changed = actions != self.baseline_actions
-            rate = changed.double().mean(-1).float().numpy()
+            baseline = [torch.from_numpy(table.baseline_actions[:, 0]) for table in self.tables]
+            changed = actions != torch.stack(baseline)
         return ItemArrays(
             indices=item.indices,
             directions=self.spec.directions,
@@ -228,8 +228,8 @@ class Worker:
             actions=actions.numpy() if actions is not None else None,
             changed=changed.numpy() if changed is not None else None,
             metrics=values.numpy() if values is not None else None,
-            statistics={name: summary.numpy() for name, summary in statistics.items()},
-            changed_rate=rate,
+            statistics=dict(zip(STATISTICS, statistics.numpy())),
+            changed_rate=None if rate is None else rate.numpy(),
         )
 
     def _content(self, arrays: ItemArrays, table_schema: Any) -> memoryview:

@@ -131,6 +131,11 @@ def test_every_metric_equals_its_definition(rows):
         ([0, -800], [0, 0], [0, 1]),
         ([1000, 0, -1000], [-1000, 0, 1000], [0, 1, 0]),
         ([1e30, -1e30], [-1e30, 1e30], [0, 1]),
+        ([1, 2, 3, 4], [1.5, 3, 4.5, 6], [0, 1, 0, 0]),
+        ([1, 2, 3, 4], [4, 3, 2, 1], [0, 1, 0, 0]),
+        ([1, 2, 3, 4], [7, 7, 7, 7], [0, 1, 0, 0]),
+        ([1, 2, 3, 4], [7, 7, 7, 7.000001], [0, 1, 0, 0]),
+        ([1, 2, 3, 4], [1, 2, 3, 4.000001], [0, 1, 0, 0]),
         (np.linspace(-3, 3, 3000), np.linspace(3, -3, 3000), np.cos(np.arange(3000))),
     ],
 )
@@ -166,7 +171,28 @@ def test_the_answer_does_not_depend_on_how_rows_are_cut_into_blocks(n_experiment
     alone = torch.empty(len(METRICS), 1, 13, dtype=torch.float64)
     for i in {0, n_experiments // 2, n_experiments - 1}:
         MetricTable(list(METRICS), Baselines(target, source)).compute(patched[i : i + 1], alone)
-        assert torch.equal(alone[:, 0].nan_to_num(9), whole[:, i].nan_to_num(9))
+        torch.testing.assert_close(alone[:, 0], whole[:, i], rtol=1e-12, atol=1e-15, equal_nan=True)
+
+
+def test_many_inputs_are_taken_in_parts_with_the_same_answer():
+    generator = torch.Generator().manual_seed(1)
+    target, source, patched = torch.randn(3, 3000, 3, generator=generator)
+    patched = torch.stack([patched, target, patched.flip(0)])
+    whole = torch.empty(len(METRICS), 3, 3000, dtype=torch.float64)
+    statistics = torch.empty(4, len(METRICS), 3, dtype=torch.float64)
+    rate, actions = torch.empty(3), torch.empty(3, 3000, dtype=torch.int32)
+    table = MetricTable(list(METRICS), Baselines(target, source))
+    table.compute(patched, whole, statistics=statistics, changed_rate=rate, actions=actions)
+    some = slice(2000, 2010)
+    few = torch.empty(len(METRICS), 3, 10, dtype=torch.float64)
+    MetricTable(list(METRICS), Baselines(target[some], source[some])).compute(patched[:, some], few)
+    torch.testing.assert_close(whole[..., some], few, rtol=1e-12, atol=1e-15, equal_nan=True)
+    assert torch.equal(actions.long(), patched.argmax(-1))
+    changed = (patched.argmax(-1) != target.argmax(-1)).double().mean(-1)
+    torch.testing.assert_close(rate.double(), changed, rtol=1e-6, atol=0)
+    torch.testing.assert_close(statistics[0], whole.nanmean(-1), rtol=1e-9, atol=1e-12)
+    low = whole.nan_to_num(torch.inf).amin(-1)
+    assert torch.equal(statistics[2], low)
 
 
 def test_without_a_source_run_nothing_is_recovered():
@@ -182,11 +208,17 @@ def test_statistics_leave_out_what_is_undefined():
     columns = [[1.0, 3.0, nan], [2.0, 6.0, nan]]
     mixed = [[1.0, 3.0, nan], [nan, 2.0, 6.0]]
     nothing = [[nan] * 3, [nan] * 3]
-    found = summarise(torch.tensor([columns, mixed, nothing], dtype=torch.float64))
-    for number in range(2):
-        assert found["mean"][number].tolist() == [2, 4] and found["std"][number].tolist() == [1, 2]
-        assert found["min"][number].tolist() == [1, 2] and found["max"][number].tolist() == [3, 6]
-    assert all(bool(v[2].isnan().all()) for v in found.values())
+    with np.errstate(invalid="ignore"):
+        for metric in (columns, mixed):
+            found = summarise(np.array(metric).T)
+            assert found.tolist() == [[2, 4], [1, 2], [1, 2], [3, 6]]
+        assert bool(np.isnan(summarise(np.array(nothing).T)).all())
+
+
+def test_the_spread_of_values_far_from_zero_keeps_its_digits():
+    values = 1e6 + np.array([[0.0, 3.0], [1.0, 3.0], [2.0, 3.0]])
+    std = summarise(values)[1]
+    assert std[0] == pytest.approx(math.sqrt(2 / 3), rel=1e-9) and std[1] == 0
 
 
 def test_a_continuous_agent_is_refused_metrics_of_actions_by_name():
