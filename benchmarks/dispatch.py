@@ -29,7 +29,7 @@ from raypatch.actors import WorkerActor
 from raypatch.config import RunConfig
 from raypatch.definition_files import write_definition
 from raypatch.driver import Job
-from raypatch.fleet import Fleet
+from raypatch.fleet import Crew, Fleet
 from raypatch.inline import InlineBackend, halves, without
 from raypatch.interruption import Interruption
 from raypatch.pool import Dispatch
@@ -114,8 +114,9 @@ class StandingPool:
     def __init__(self, case: Case, n_actors: int, items: Iterable[Item]) -> None:
         actor_class = ray.remote(num_cpus=1, max_restarts=0)(WorkerActor)
         self.case = case
-        self.fleet = Fleet(ray, actor_class, ray.put(case.spec(f"pool{n_actors}")), [])
-        self.fleet.grow(n_actors)
+        spec = ray.put(case.spec(f"pool{n_actors}"))
+        self.fleet = Fleet(ray, [Crew(actor_class, "cpu")], spec)
+        self.fleet.grow([n_actors])
         self.dispatch: Dispatch[Item] = Dispatch(iter(items), halve=halves, without=without)
         while self.dispatch.n_actors < n_actors:
             for event in self.fleet.events():

@@ -13,13 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
-from raypatch.errors import RaypatchError, RunError, one_line
-from raypatch.fleet import Event, Fleet, Watchdog
+from raypatch.errors import InputError, RaypatchError, RunError, one_line
+from raypatch.fleet import Crew, Event, Fleet, Watchdog
 from raypatch.inline import Tick, Work, halves, verdict, without
 from raypatch.pool import Dispatch, Failed, TooManyLosses
 
@@ -46,11 +46,11 @@ class WorkerActor:
 
         self._worker: Any = None
 
-    def setup(self, spec: WorkerSpec) -> int:
+    def setup(self, spec: WorkerSpec, device: str) -> int:
         """Build the worker; the process id tells that it stands."""
         from raypatch.worker import Worker
 
-        self._worker = Worker(spec)
+        self._worker = Worker(replace(spec, device=device))
         return os.getpid()
 
     def compute(
@@ -70,6 +70,7 @@ class PoolOptions:
     address: str | None = None
     num_actors: int | None = None
     gpus_per_actor: float = 1.0
+    cpu_actors: int = 0
     device: str = "auto"
     quiet: bool = True
     watchdog_s: float = 600.0
@@ -92,8 +93,7 @@ class RayBackend:
         self._started, self._closing = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
         self._ray: Any = None
-        self._actor_class: Any = None
-        self._early: list[Any] = []
+        self._crews: list[Crew] = []
         self._limit = 1
         self._next_resize = 0.0
         self._local, self._broken = True, False
@@ -130,8 +130,9 @@ class RayBackend:
             self._ray = ray
             self._init()
             self._choose_actors()
+            first = self._crews[0]
             for _ in range(min(EARLY_ACTORS, self._limit)):
-                self._early.append(self._actor_class.remote())
+                first.early.append(first.actor_class.remote())
         except BaseException as error:
             self._failure = error
 
@@ -165,16 +166,24 @@ class RayBackend:
         gpus = resources.get("GPU", 0.0)
         use_gpu = self.options.device == "cuda" or (self.options.device == "auto" and gpus > 0)
         if self.options.device == "cuda" and gpus == 0:
-            raise RunError("--device cuda: Ray reports no GPU; use --device cpu")
+            raise InputError("--device cuda: Ray reports no GPU; use --device cpu")
+        if self.options.cpu_actors and not use_gpu:
+            raise InputError(
+                f"--cpu_actors {self.options.cpu_actors}: Ray reports no GPU, so that all actors "
+                "are on the CPU; give their number with --num_actors"
+            )
         self.device = "cuda" if use_gpu else "cpu"
         # With GPUs those are what is scarce; a share of one needs no core of its own.
-        wanted = {"num_cpus": 1.0}
-        if use_gpu:
-            wanted = {"num_gpus": self.options.gpus_per_actor, "num_cpus": 0.0}
+        on_gpu = {"num_gpus": self.options.gpus_per_actor, "num_cpus": 0.0}
+        on_cpu = {"num_cpus": 1.0}
         self._limit = self.options.num_actors or max(1, self._room())
-        self._actor_class = self._ray.remote(
-            **wanted, max_restarts=0, scheduling_strategy="SPREAD"
-        )(WorkerActor)
+        self._crews = [self._crew(on_gpu if use_gpu else on_cpu, self.device)]
+        if self.options.cpu_actors:
+            self._crews.append(self._crew(on_cpu, "cpu"))
+
+    def _crew(self, resources: dict[str, float], device: str) -> Crew:
+        remote = self._ray.remote(**resources, max_restarts=0, scheduling_strategy="SPREAD")
+        return Crew(remote(WorkerActor), device)
 
     def _room(self) -> int:
         """How many actors the cluster has resources for."""
@@ -226,15 +235,16 @@ class RayBackend:
         self.wait_started()
         dispatch = Dispatch(work.items, halve=halves, without=without)
         watchdog = Watchdog(self.options.watchdog_s)
-        fleet = Fleet(self._ray, self._actor_class, self._put(work.spec), self._early)
+        fleet = Fleet(self._ray, self._crews, self._put(work.spec))
         gauges = _Gauges()
         try:
             while not dispatch.done:
                 self._check_daemons()
                 if work.stopping():
                     dispatch.stop()
-                elif fleet.size < (limit := min(self._current_limit(), work.n_items)):
-                    fleet.grow(limit)
+                else:
+                    limit = min(self._current_limit(), work.n_items)
+                    fleet.grow([limit, min(self.options.cpu_actors, work.n_items - limit)])
                 for send in dispatch.sends():
                     fleet.send(send, work.experiments_of(send.item))
                 for event in fleet.events():

@@ -40,6 +40,7 @@ class RunConfig:
     compression: str = "lz4"
     num_actors: int | None = None
     gpus_per_actor: float = 1.0
+    cpu_actors: int = 0
     device: str = "auto"
     dtype: str = "float32"
     batch_size: int | None = None
@@ -74,7 +75,7 @@ _CHOICES = {
 }
 _AT_LEAST = {
     "num_actors": 1, "verify": 0, "max_failures": 0, "batch_size": 1,
-    "memory_per_actor": 1 << 20, "start_index": 0,
+    "memory_per_actor": 1 << 20, "start_index": 0, "cpu_actors": 0,
 }  # fmt: skip
 
 
@@ -93,6 +94,11 @@ def check_config(config: RunConfig) -> None:
     for name in ("gpus_per_actor", "watchdog_s"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name}: {getattr(config, name)} is not above 0")
+    if config.cpu_actors and (config.device == "cpu" or config.backend == "inline"):
+        other = "--device cpu" if config.device == "cpu" else "--backend inline"
+        raise InputError(
+            f"--cpu_actors {config.cpu_actors}: adds to actors on GPUs, which {other} has none of"
+        )
     if config.source_activations is not None and config.direction == "both":
         raise InputError(
             "--source_activations holds the activations of one side: give --direction denoising "

@@ -72,6 +72,7 @@ def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = No
                 config.address,
                 config.num_actors,
                 config.gpus_per_actor,
+                config.cpu_actors,
                 config.device,
                 quiet=not config.debug,
                 watchdog_s=config.watchdog_s,
@@ -222,8 +223,13 @@ class Job:
             len(self.experiments),
             self.passes_each,
             2 * sum(self.agent.parameters.values()),
-            self.backend.device,
+            self.device_class,
         )
+
+    @property
+    def device_class(self) -> str:
+        """Where passes are computed: what results depend on in their last digits."""
+        return self.backend.device + ("+cpu" if self.config.cpu_actors else "")
 
     def _baselines(self) -> dict[str, Any]:
         """Unpatched outputs by side; also settles how the network is captured."""
@@ -272,7 +278,7 @@ class Job:
             "compression": config.compression,
             "dtype": config.dtype,
             "batch_size": config.batch_size,
-            "device_class": self.backend.device,
+            "device_class": self.device_class,
         }
 
     # --------------------------------------------------------------------------- open
@@ -362,7 +368,7 @@ class Job:
             f"{self.agent.loaded_as}\n{notes}"
             f"{left:,} experiments x {len(self.inputs)} pairs x {len(self.directions)} "
             f"directions = {left * self.passes_each:,} passes{resumed}; "
-            f"{self.patcher.path}, {config.dtype} on {self.backend.device}"
+            f"{self.patcher.path}, {config.dtype} on {self.device_class}"
         )
 
     # ------------------------------------------------------------------------- compute

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
@@ -65,32 +66,43 @@ class _Pending:
     order: int
 
 
-class Fleet:
-    """Actor handles and the references being waited for."""
+@dataclass(eq=False)
+class Crew:
+    """Actors of one kind: their class, the device they compute on, those started early.
 
-    def __init__(self, ray: Any, actor_class: Any, spec_ref: Any, early: list[Any]) -> None:
+    ``size`` counts those that stand or are starting.
+    """
+
+    actor_class: Any
+    device: str
+    early: list[Any] = field(default_factory=list)
+    size: int = 0
+
+
+class Fleet:
+    """Actor handles of all crews and the references being waited for."""
+
+    def __init__(self, ray: Any, crews: Sequence[Crew], spec_ref: Any) -> None:
         self._ray = ray
-        self._actor_class = actor_class
+        self._crews = crews
         self._spec_ref = spec_ref
-        self._early = early
         self._handles: dict[int, Any] = {}
+        self._crew_of: dict[int, Crew] = {}
         self._pending: dict[Any, _Pending] = {}
         self._numbers = itertools.count()
         self._orders = itertools.count()
         self._start_failures = 0
 
-    @property
-    def size(self) -> int:
-        """Actors that stand or are starting."""
-        return len(self._handles)
-
-    def grow(self, size: int) -> None:
-        """Start actors up to ``size``; each is ready when an event says so."""
-        while len(self._handles) < size:
-            number = next(self._numbers)
-            handle = self._early.pop() if self._early else self._actor_class.remote()
-            self._handles[number] = handle
-            self._wait_for(handle.setup.remote(self._spec_ref), number, starting=True)
+    def grow(self, sizes: Sequence[int]) -> None:
+        """Start actors up to these sizes of the crews; each is ready when an event says so."""
+        for crew, size in zip(self._crews, sizes):
+            while crew.size < size:
+                crew.size += 1
+                number = next(self._numbers)
+                handle = crew.early.pop() if crew.early else crew.actor_class.remote()
+                self._handles[number], self._crew_of[number] = handle, crew
+                ready = handle.setup.remote(self._spec_ref, crew.device)
+                self._wait_for(ready, number, starting=True)
 
     def send(self, send: Send[Item], experiments: Experiments) -> None:
         """Queue an item at an actor."""
@@ -162,13 +174,17 @@ class Fleet:
     def _drop(self, actor: int) -> None:
         self.kill(actor)
         del self._handles[actor]
+        self._crew_of.pop(actor).size -= 1
         self._pending = {r: p for r, p in self._pending.items() if p.actor != actor}
 
     def close(self) -> None:
         """End all actors."""
-        for handle in [*self._handles.values(), *self._early]:
+        early = [handle for crew in self._crews for handle in crew.early]
+        for handle in [*self._handles.values(), *early]:
             self._ray.kill(handle)
-        self._handles, self._early = {}, []
+        self._handles.clear()
+        for crew in self._crews:
+            crew.early.clear()
 
 
 def _out_of_memory(error: BaseException) -> bool:

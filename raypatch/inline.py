@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
-from raypatch.errors import RaypatchError, RunError, one_line
+from raypatch.errors import InputError, RaypatchError, RunError, one_line
 from raypatch.pool import Dispatch, Failed
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class InlineBackend:
 
         available = torch.cuda.is_available()
         if self._wanted == "cuda" and not available:
-            raise RunError("--device cuda: torch sees no GPU; use --device cpu")
+            raise InputError("--device cuda: torch sees no GPU; use --device cpu")
         self.device = "cuda" if available and self._wanted != "cpu" else "cpu"
 
     def outcomes(self, work: Work) -> Iterator[Outcome | Quarantined | Tick]:

@@ -21,7 +21,8 @@ ITEM_SECONDS = 1.0
 ITEM_ROWS = 1 << 18
 MIN_ITEM_ROWS = 1024
 MIN_ITEMS = 16
-OPERATIONS_PER_SECOND = {"cpu": 2e10, "cuda": 2e13}
+# Where GPUs and cores work together, any item may go to the slower one.
+OPERATIONS_PER_SECOND = {"cpu": 2e10, "cuda": 2e13, "cuda+cpu": 2e10}
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Range:
         return self.last - self.first
 
 
-def item_length(n_experiments: int, passes_each: int, operations: int, device: str) -> int:
+def item_length(n_experiments: int, passes_each: int, operations: int, device_class: str) -> int:
     """Experiments in an item; depends on agent, inputs, definition and device class only."""
-    seconds_each = max(operations * passes_each / OPERATIONS_PER_SECOND[device], 1e-12)
+    seconds_each = max(operations * passes_each / OPERATIONS_PER_SECOND[device_class], 1e-12)
     length = min(ITEM_SECONDS / seconds_each, ITEM_ROWS / passes_each)
     length = min(length, max(n_experiments / MIN_ITEMS, MIN_ITEM_ROWS / passes_each))
     return max(1, math.ceil(length))

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import CARTPOLE, LAVA, ROOT, expected_outputs, outputs_of
 
 import raypatch
@@ -276,6 +277,13 @@ MISTAKES = [
     ({"--device": "tpu"}, r"--device: 'tpu' is not one of auto, cpu, cuda"),
     ({"--backend": "x"}, r"--backend: 'x' is not one of ray, inline"),
     ({"--num_actors": "0"}, r"--num_actors: 0 is below 1"),
+    pytest.param(
+        {"--device": "cuda"},
+        r"--device cuda: torch sees no GPU; use --device cpu",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+    ),
+    ({"--cpu_actors": "-1"}, r"--cpu_actors: -1 is below 0"),
+    ({"--cpu_actors": "2"}, r"--cpu_actors 2: adds to actors on GPUs, which --backend inline has"),
     ({"--gpus_per_actor": "0"}, r"--gpus_per_actor: 0.0 is not above 0"),
     ({"--batch_size": "many"}, r"--batch_size: 'many' is not auto or a number"),
     ({"--memory_per_actor": "lots"}, r"--memory_per_actor: 'lots' is not a size"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from kill_points import state_of
 
 import raypatch
 from raypatch import driver
+from raypatch.actors import RayBackend
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -147,19 +147,32 @@ def test_where_workers_do_not_see_the_output_tables_travel_and_the_driver_writes
     assert state_of(out) == state_of(run_inline(LAVA, definition, "--save", "metrics"))
 
 
-@pytest.mark.parametrize(("share", "actors"), [(0.5, 2), (1.0, 1)])
-def test_one_actor_a_gpu_or_a_share_of_one(
-    cluster, long_definition, run_inline, tmp_path, monkeypatch, share, actors
+@pytest.mark.parametrize(
+    ("options", "actors", "device_class"),
+    [
+        ({"gpus_per_actor": 0.5}, 2, "cuda"),
+        ({"gpus_per_actor": 1.0}, 1, "cuda"),
+        ({"gpus_per_actor": 1.0, "cpu_actors": 1}, 2, "cuda+cpu"),
+    ],
+    ids=["half a GPU each", "a GPU each", "a core beside the GPU"],
+)
+def test_one_actor_a_gpu_or_a_share_of_one_and_cores_if_asked(
+    cluster, long_definition, run_inline, tmp_path, monkeypatch, options, actors, device_class
 ):
     cluster.add_node(num_cpus=1, num_gpus=1)
-    real = driver.Job.worker_spec
-    # The GPU is Ray's word only: the numbers are computed on the CPU.
-    monkeypatch.setattr(
-        driver.Job, "worker_spec", lambda self: dataclasses.replace(real(self), device="cpu")
-    )
+    real, devices = RayBackend._crew, []
+
+    def crew(self, resources, device):
+        # The GPU is Ray's word only: the numbers are computed on the CPU.
+        devices.append(device)
+        return real(self, resources, "cpu")
+
+    monkeypatch.setattr(RayBackend, "_crew", crew)
     out = tmp_path / "out"
-    results = sweep(cluster, long_definition, out, gpus_per_actor=share)
+    results = sweep(cluster, long_definition, out, **options)
     assert results.complete and results.sweep["device"] == "cuda"
+    assert results.sweep["identity"]["device_class"] == device_class
+    assert devices == device_class.split("+")
     assert results.sweep["runs"][-1]["actors"] == actors
     inline = run_inline(LAVA, long_definition, "--save", "metrics", out=tmp_path / "inline")
     local = raypatch.open_results(inline)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from raypatch.fleet import Fleet
+from raypatch.fleet import Crew, Fleet
 from raypatch.inline import halves, without
 from raypatch.pool import Dispatch
 from raypatch.worker import Item
@@ -54,7 +54,7 @@ def actor():
         return next(answers, lambda i: Reference(i))(item.number)
 
     return SimpleNamespace(
-        setup=SimpleNamespace(remote=lambda spec: Reference(None)),
+        setup=SimpleNamespace(remote=lambda spec, device: Reference(None)),
         compute=SimpleNamespace(remote=compute),
     )
 
@@ -62,8 +62,8 @@ def actor():
 def test_an_answer_that_overtakes_an_earlier_one_is_not_taken_for_it():
     items = (Item(i, 8 * i, 8 * i + 8) for i in range(3))
     dispatch = Dispatch(items, halve=halves, without=without)
-    fleet = Fleet(LateRay(), SimpleNamespace(remote=actor), None, [])
-    fleet.grow(1)
+    fleet = Fleet(LateRay(), [Crew(SimpleNamespace(remote=actor), "cpu")], None)
+    fleet.grow([1])
     committed = []
     for _ in range(50):
         for send in dispatch.sends():
@@ -79,3 +79,25 @@ def test_an_answer_that_overtakes_an_earlier_one_is_not_taken_for_it():
         if dispatch.done:
             break
     assert sorted(committed) == [0, 1, 2]
+
+
+def test_each_crew_grows_to_its_own_size_on_its_own_device():
+    started = []
+
+    def made(kind):
+        def setup(spec, device):
+            started.append((kind, device))
+            return Reference(RayError("gone") if len(started) == 1 else None)
+
+        return SimpleNamespace(remote=lambda: SimpleNamespace(setup=SimpleNamespace(remote=setup)))
+
+    crews = [Crew(made("gpu"), "cuda"), Crew(made("core"), "cpu")]
+    fleet = Fleet(LateRay(), crews, None)
+    fleet.grow([1, 2])
+    fleet.grow([1, 2])
+    assert started == [("gpu", "cuda"), ("core", "cpu"), ("core", "cpu")]
+    for _ in range(3):
+        fleet.events()
+    # The first did not start: only its own crew has a place to fill.
+    fleet.grow([1, 2])
+    assert started[3:] == [("gpu", "cuda")] and [crew.size for crew in crews] == [1, 2]

@@ -69,6 +69,9 @@ RUN_OPTIONS = [
     click.option("--compression", metavar="KIND", help="none, lz4 or zstd.  [default: lz4]"),
     click.option("--num_actors", type=int, help="Default: one a GPU, else one a core."),
     click.option("--gpus_per_actor", type=float, help="May be a fraction.  [default: 1]"),
+    click.option(
+        "--cpu_actors", type=int, help="Beside those on GPUs, for small networks.  [default: 0]"
+    ),
     click.option("--device", metavar="D", help="auto, cpu or cuda.  [default: auto]"),
     click.option("--dtype", metavar="T", help="float32 or float64.  [default: float32]"),
     click.option("--batch_size", metavar="auto|N", help="Passes in a batch.  [default: auto]"),
