@@ -83,17 +83,36 @@ def _same_rows(keys: np.ndarray) -> list[np.ndarray]:
     """Row numbers of each distinct row, ascending."""
     if len(keys) == 1 or (keys == keys[0]).all():
         return [np.arange(len(keys))]
-    _, inverse = np.unique(keys, axis=0, return_inverse=True)
-    inverse = inverse.reshape(-1)
+    first, inverse = _distinct_rows(keys)
+    # Of 16 bits NumPy sorts by radix.
+    inverse = inverse.astype(np.uint16) if len(first) < 1 << 16 else inverse
     order = np.argsort(inverse, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(inverse[order])) + 1)
+
+
+def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As ``np.unique(rows, axis=0)`` finds them, in any order: the first row number of each
+    distinct row, and for every row which of these it equals."""
+    # Sorting numbers is many times faster than sorting rows; different rows may have the same
+    # number by chance only, which is looked for.
+    _, first, inverse = np.unique(_numbers(rows), return_index=True, return_inverse=True)
+    if not np.array_equal(rows[first[inverse]], rows):
+        _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    return first, inverse.reshape(-1)
+
+
+def _numbers(rows: np.ndarray) -> np.ndarray:
+    """One int64 a row: a sum with fixed odd weights, modulo 2**64."""
+    weights = np.random.default_rng(0).integers(1 << 62, size=rows.shape[1]) * 2 + 1
+    return rows @ weights
 
 
 def _neuron_table(neurons: np.ndarray, starts: np.ndarray, k: int) -> np.ndarray | None:
     if k == 0:
         return None
     table = neurons[starts[:, None] + np.arange(k)].astype(np.int64)
-    return np.sort(table, axis=1) if k > 1 else table
+    in_order = bool((table[:, 1:] > table[:, :-1]).all())
+    return table if in_order else np.sort(table, axis=1)
 
 
 def _distinct(
@@ -102,13 +121,14 @@ def _distinct(
     """Drop repeated rows; also the (copy, original) ids of what was dropped."""
     given = [table for table in tables if table is not None]
     rows = np.concatenate(given, axis=1) if given else np.zeros((len(ids), 1), np.int64)
-    if len(ids) == 1 or (rows.shape[1] == 1 and bool((np.diff(rows[:, 0]) > 0).all())):
+    numbers = np.sort(_numbers(rows))
+    if len(ids) == 1 or bool((numbers[1:] != numbers[:-1]).all()):
         return ids, tables, None
-    _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    if len(first) == len(ids):
-        return ids, tables, None
-    original = first[inverse.reshape(-1)]
+    first, inverse = _distinct_rows(rows)
+    original = first[inverse]
     repeated = original != np.arange(len(ids))
+    if not repeated.any():
+        return ids, tables, None
     kept = ~repeated
     pair = (torch.from_numpy(ids[repeated]), torch.from_numpy(ids[original[repeated]]))
     return ids[kept], [None if t is None else t[kept] for t in tables], pair
