@@ -276,12 +276,14 @@ def experiment_columns(experiments: Experiments) -> dict[str, Any]:
     """The Arrow columns ``layers: list<string>`` and ``neurons: list<list<int32>>``."""
     import pyarrow as pa
 
-    offsets = pa.array(experiments.entry_offsets.astype(np.int32))
+    from raypatch.arrow_arrays import numbers, words
+
+    offsets = numbers(experiments.entry_offsets.astype(np.int32))
     names = pa.DictionaryArray.from_arrays(
-        pa.array(experiments.layers), pa.array(list(experiments.layer_names), pa.string())
+        numbers(experiments.layers), words(experiments.layer_names)
     ).cast(pa.string())
     cells = pa.ListArray.from_arrays(
-        pa.array(experiments.neuron_offsets.astype(np.int32)), pa.array(experiments.neurons)
+        numbers(experiments.neuron_offsets.astype(np.int32)), numbers(experiments.neurons)
     )
     return {
         "layers": pa.ListArray.from_arrays(offsets, names),

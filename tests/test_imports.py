@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +37,15 @@ def test_this_check_sees_a_heavy_import():
 
 def test_the_engine_does_not_know_ray():
     assert "ray" not in modules_after("import raypatch.worker, raypatch.verification")
+
+
+def test_computing_does_not_import_pandas(tmp_path):
+    root = Path(__file__).parent.parent
+    code = f"""
+import raypatch
+raypatch.run(
+    agent_path={str(root / "examples" / "lavacrossing_dqn")!r},
+    definition_file={str(root / "Definitions" / "layer_experiment.json")!r},
+    output_dir={str(tmp_path / "out")!r}, backend="inline", verify=0, quiet=True,
+)"""
+    assert "pandas" not in modules_after(code)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset
 import pyarrow.ipc
 
 from raypatch.errors import InputError
@@ -20,6 +19,7 @@ from raypatch.results.store import Store, open_store
 if TYPE_CHECKING:
     import pandas
     import polars
+    import pyarrow.dataset
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,8 @@ class Results:
             return pa.ipc.open_file(source).read_all()
 
     def _dataset(self, folder: str) -> pyarrow.dataset.Dataset:
+        import pyarrow.dataset  # brings pandas along, where that is installed
+
         if not self.receipts:
             raise InputError(f"{self.path}: nothing is committed yet")
         files, system = self.store.dataset_files(

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raypatch.arrow_arrays import numbers, truths, word, words
 from raypatch.definition_files import experiment_columns
 from raypatch.definitions import NAME_LIMIT, Experiments, experiment_name
 from raypatch.results import schema
@@ -41,15 +42,15 @@ def row_table(item: ItemArrays, table_schema: pa.Schema) -> pa.Table:
     n_experiments, n_directions, n_inputs = item.shape
     n_rows = n_experiments * n_directions * n_inputs
     columns: list[pa.Array] = [
-        pa.array(np.repeat(item.indices, n_directions * n_inputs)),
+        numbers(np.repeat(item.indices, n_directions * n_inputs)),
         _directions(item, n_inputs),
-        pa.array(np.tile(np.arange(n_inputs, dtype=np.int32), n_experiments * n_directions)),
+        numbers(np.tile(np.arange(n_inputs, dtype=np.int32), n_experiments * n_directions)),
     ]
     if item.outputs is not None:
         columns.append(_fixed_lists(item.outputs))
     columns += [
         _or_null(item.actions, n_rows, pa.int32()),
-        _or_null(item.changed, n_rows, pa.bool_()),
+        pa.nulls(n_rows, pa.bool_()) if item.changed is None else truths(item.changed.reshape(-1)),
     ]
     assert item.metrics is not None
     columns += [_nan_is_null(values.reshape(-1)) for values in item.metrics]
@@ -61,9 +62,9 @@ def summary_table(item: ItemArrays, table_schema: pa.Schema) -> pa.Table:
     n_experiments, n_directions, n_inputs = item.shape
     n_rows = n_experiments * n_directions
     columns: list[pa.Array] = [
-        pa.array(np.repeat(item.indices, n_directions)),
+        numbers(np.repeat(item.indices, n_directions)),
         _directions(item, 1),
-        pa.array(np.full(n_rows, n_inputs, np.int32)),
+        numbers(np.full(n_rows, n_inputs, np.int32)),
         _or_null(item.changed_rate, n_rows, pa.float32()),
     ]
     n_metrics = len(next(iter(item.statistics.values())))
@@ -80,7 +81,7 @@ def experiments_table(first: int, experiments: Experiments) -> pa.Table:
     names = _names(first, experiments)
     return pa.table(
         {
-            "experiment_index": pa.array(np.arange(first, first + len(names), dtype=np.int64)),
+            "experiment_index": numbers(np.arange(first, first + len(names), dtype=np.int64)),
             "name": names,
             **experiment_columns(experiments),
         },
@@ -95,37 +96,40 @@ def _names(first: int, experiments: Experiments) -> pa.Array:
     entry = np.repeat(np.arange(len(n_neurons)), n_neurons)
     ordered = experiments.neurons[np.lexsort((experiments.neurons, entry))]
     cells = pa.ListArray.from_arrays(
-        pa.array(experiments.neuron_offsets.astype(np.int32)),
-        pc.cast(pa.array(ordered), pa.string()),
+        numbers(experiments.neuron_offsets.astype(np.int32)),
+        pc.cast(numbers(ordered), pa.string()),
     )
-    listed = pc.binary_join(cells, "_")
-    counted = pc.cast(pa.array(n_neurons), pa.string())
-    layers = pa.array(list(experiments.layer_names), pa.string()).take(pa.array(experiments.layers))
+    between = word("_")
+    listed = pc.binary_join(cells, between)
+    counted = pc.cast(numbers(n_neurons), pa.string())
+    layers = words(experiments.layer_names).take(numbers(experiments.layers))
 
     def joined(*parts: Any) -> pa.Array:
-        return pc.binary_join_element_wise(layers, *parts, "_")
+        return pc.binary_join_element_wise(layers, *parts, between)
 
     alone = np.repeat(np.diff(experiments.entry_offsets) == 1, np.diff(experiments.entry_offsets))
     parts = pc.case_when(
         pc.make_struct(
-            pa.array(n_neurons == 0),
-            pa.array(alone & (n_neurons == 1)),
-            pa.array(alone & (n_neurons <= 5)),
-            pa.array(alone),
-            pa.array(n_neurons <= 3),
+            truths(n_neurons == 0),
+            truths(alone & (n_neurons == 1)),
+            truths(alone & (n_neurons <= 5)),
+            truths(alone),
+            truths(n_neurons <= 3),
         ),
-        joined("all"),
-        joined("neuron", listed),
-        joined("neurons", listed),
-        joined("group", counted),
+        joined(word("all")),
+        joined(word("neuron"), listed),
+        joined(word("neurons"), listed),
+        joined(word("group"), counted),
         joined(listed),
-        joined(pc.binary_join_element_wise(counted, "n", "")),
+        joined(pc.binary_join_element_wise(counted, word("n"), word(""))),
     )
     names = pc.binary_join(
-        pa.ListArray.from_arrays(pa.array(experiments.entry_offsets.astype(np.int32)), parts), "_"
+        pa.ListArray.from_arrays(numbers(experiments.entry_offsets.astype(np.int32)), parts),
+        between,
     )
-    long = np.flatnonzero(np.asarray(pc.utf8_length(names)) > NAME_LIMIT)
-    if len(long):
+    lengths = pc.utf8_length(names)
+    if len(lengths) and pc.max(lengths).as_py() > NAME_LIMIT:
+        long = np.flatnonzero(np.asarray(lengths) > NAME_LIMIT)
         short = [experiment_name(first + int(i), experiments[int(i)]) for i in long]
         mask = np.zeros(len(experiments), bool)
         mask[long] = True
@@ -143,9 +147,9 @@ def baseline_table(
     outputs = exact.astype(np.float32)
     return pa.table(
         [
-            pa.array(np.repeat(list(sides), len(ids)).tolist(), pa.string()),
-            pa.array(np.tile(np.arange(len(ids), dtype=np.int32), len(sides))),
-            pa.array(list(ids) * len(sides), pa.string()),
+            words([side for side in sides for _ in ids]),
+            numbers(np.tile(np.arange(len(ids), dtype=np.int32), len(sides))),
+            words([*ids] * len(sides)),
             _fixed_lists(outputs),
             _or_null(actions, len(outputs), pa.int32()),
         ],
@@ -166,19 +170,18 @@ def _directions(item: ItemArrays, repeats: int) -> pa.Array:
     codes = np.tile(
         np.repeat(np.arange(len(item.directions), dtype=np.int32), repeats), item.shape[0]
     )
-    words = pa.array(list(item.directions), pa.string())
-    return words.take(pa.array(codes))
+    return words(item.directions).take(numbers(codes))
 
 
 def _fixed_lists(values: np.ndarray) -> pa.Array:
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat), values.shape[-1])
+    return pa.FixedSizeListArray.from_arrays(numbers(flat), values.shape[-1])
 
 
 def _or_null(values: np.ndarray | None, n_rows: int, kind: pa.DataType) -> pa.Array:
-    return pa.nulls(n_rows, kind) if values is None else pa.array(values.reshape(-1), kind)
+    return pa.nulls(n_rows, kind) if values is None else numbers(values.reshape(-1))
 
 
 def _nan_is_null(values: np.ndarray) -> pa.Array:
     nan = np.isnan(values)
-    return pa.array(values, pa.float32(), mask=nan if nan.any() else None)
+    return numbers(values, ~nan if nan.any() else None)
