@@ -162,12 +162,12 @@ class Worker:
             seconds=round(time.perf_counter() - started, 4),
             quarantined=tuple(sorted(item.skip)),
         )
+        sampled = {i for i in self.spec.samples if item.first <= i < item.last} - item.skip
         return Outcome(
             receipt,
             {
-                int(index): outputs[place].numpy().copy()
-                for place, index in enumerate(arrays.indices)
-                if int(index) in self.spec.samples
+                index: outputs[int(np.searchsorted(arrays.indices, index))].numpy().copy()
+                for index in sampled
             },
             {} if self.sees_output else {name: bytes(view) for name, view in files.items()},
         )
