@@ -9,7 +9,7 @@ Formulas are written in the differences d = p - b, so that tiny effects keep the
 float64 they are exact for float32 logits whose sizes are not more than 2^29 apart. With
 m = sum P_b d and e = d - m,
 
-    S              = 1 + sum P_b (expm1(e) - e)                    because sum P_b e = 0
+    S              = 1 + sum P_b expm1(e) - sum P_b e              because sum P_b e = 0
     P_p - P_b      = P_b (expm1(e) - (S - 1)) / S                  because P_p = P_b exp(e) / S
     KL(P_b || P_p) = log S
     KL(P_p || P_b) = (sum P_b expm1(e) e) / S - log S
@@ -249,7 +249,8 @@ class Rows:
     @cached_property
     def excess(self) -> Array:
         """S - 1."""
-        return weighted(self.fixed.prob, self.x - self.e)
+        # The second sum is what rounding has left of zero in the first.
+        return weighted(self.fixed.prob, self.x) - weighted(self.fixed.prob, self.e)
 
     @cached_property
     def sum(self) -> Array:
@@ -259,7 +260,9 @@ class Rows:
     @cached_property
     def wild(self) -> Array | None:
         """Rows whose probabilities change by more than float64's range; None if there are none."""
-        return np.any(self.e > WILD, 1) if self.e.max() > WILD else None
+        # No element of e is larger than twice the length of d.
+        largest = 2 * float(self.squared_norm.max()) ** 0.5
+        return np.any(self.e > WILD, 1) if largest > WILD else None
 
     @cached_property
     def log_s(self) -> Array:
