@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -253,6 +254,30 @@ def test_names_made_by_columns_are_those_made_one_by_one(data):
     packed = Experiments.from_list(drawn, layers)
     names = experiments_table(5, packed)["name"].to_pylist()
     assert names == [experiment_name(5 + i, e) for i, e in enumerate(drawn)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_experiments_travel_in_few_bytes_and_arrive_as_they_were(data):
+    largest = data.draw(st.sampled_from([3, 255, 256, 70_000, 2**31 - 1]))
+    neurons = st.one_of(
+        st.just("all"), st.lists(st.integers(0, largest), min_size=1, max_size=8, unique=True)
+    )
+    experiment = st.dictionaries(st.sampled_from(["a", "b", "c"]), neurons, min_size=1)
+    drawn = data.draw(st.lists(experiment, max_size=12))
+    packed = Experiments.from_list(drawn, ["c"])
+    first = data.draw(st.integers(0, len(drawn)))
+    for sent in (packed, packed.slice(first, len(drawn))):
+        arrived = pickle.loads(pickle.dumps(sent))
+        assert arrived.layer_names == sent.layer_names and list(arrived) == list(sent)
+        for name in ("entry_offsets", "layers", "neuron_offsets", "neurons"):
+            one, two = getattr(arrived, name), getattr(sent, name)
+            assert one.dtype == two.dtype and np.array_equal(one, two)
+
+
+def test_an_item_of_single_neurons_is_small_enough_to_go_along_with_its_task():
+    packed = Experiments.from_list({"q_net.0": [i % 64]} for i in range(1 << 14))
+    assert len(pickle.dumps(packed)) < 100_000
 
 
 def test_a_column_that_comes_twice_is_refused(tmp_path):
