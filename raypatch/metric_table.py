@@ -17,6 +17,8 @@ BLOCK_LOGITS = 131072
 MIN_EXPERIMENTS = 256
 MAX_ROWS = 1 << 19
 STATISTICS = ("mean", "std", "min", "max")
+# Some of the inputs, and what depends on their baselines.
+Part = tuple[slice, Fixed]
 
 
 class MetricTable:
@@ -24,16 +26,12 @@ class MetricTable:
 
     def __init__(self, names: Sequence[str], baselines: Baselines) -> None:
         self.names = tuple(names)
-        self.n_inputs, n_outputs = baselines.target.shape
+        self.baselines = baselines
+        self.n_inputs, self._n_outputs = baselines.target.shape
         least = max(1, min(MIN_EXPERIMENTS, MAX_ROWS // self.n_inputs))
-        self._step = max(least, BLOCK_LOGITS // (self.n_inputs * n_outputs))
+        self._step = max(least, BLOCK_LOGITS // (self.n_inputs * self._n_outputs))
         self.baseline_actions = first_argmax(baselines.target.numpy()[..., None])
-        # Many inputs are taken in parts, few are all in the first.
-        size = max(1, BLOCK_LOGITS // (self._step * n_outputs))
-        self._parts = [
-            (slice(first, first + size), Fixed(baselines.of_inputs(first, first + size)))
-            for first in range(0, self.n_inputs, size)
-        ]
+        self._kept: dict[int, list[Part]] = {}
 
     def compute(
         self,
@@ -54,7 +52,8 @@ class MetricTable:
         for start in range(0, len(patched), self._step):
             block = patched[start : start + self._step]
             part = slice(start, start + len(block))
-            columns = [_experiments_last(block[:, inputs]) for inputs, _ in self._parts]
+            parts = self._parts(len(block))
+            columns = [_experiments_last(block[:, inputs]) for inputs, _ in parts]
             if changed_rate is not None or actions is not None:
                 greedy = np.concatenate([first_argmax(some) for some in columns])
             if changed_rate is not None:
@@ -65,7 +64,8 @@ class MetricTable:
             # Overflow is looked for, and what is undefined is NaN on purpose.
             with np.errstate(all="ignore"):
                 summaries = []
-                for number, metric in enumerate(self._metrics(columns)):
+                fixed = [fixed for _, fixed in parts]
+                for number, metric in enumerate(self._metrics(columns, fixed)):
                     if values is not None:
                         stored = values[number, part].numpy()
                         stored[...] = metric.astype(stored.dtype).T
@@ -74,17 +74,29 @@ class MetricTable:
                 if statistics is not None:
                     statistics[:, :, part] = torch.from_numpy(np.stack(summaries, axis=1))
 
-    def _metrics(self, columns: list[Array]) -> Iterator[Array]:
+    def _parts(self, n_experiments: int) -> list[Part]:
+        """Many inputs are taken in parts, few are all in the first."""
+        size = min(self.n_inputs, max(1, BLOCK_LOGITS // (n_experiments * self._n_outputs)))
+        if size not in self._kept:
+            if len(self._kept) > 1:
+                self._kept.clear()
+            self._kept[size] = [
+                (slice(i, i + size), Fixed(self.baselines.of_inputs(i, i + size)))
+                for i in range(0, self.n_inputs, size)
+            ]
+        return self._kept[size]
+
+    def _metrics(self, columns: list[Array], fixed: list[Fixed]) -> Iterator[Array]:
         """Each metric of a block, ``[inputs, experiments]``, one after the other: what is to be
         done with it costs less while it is in the cache."""
         formulas = [METRICS[name].formula for name in self.names]
         if len(columns) == 1:
-            rows = Rows(columns[0], self._parts[0][1])
+            rows = Rows(columns[0], fixed[0])
             yield from (formula(rows) for formula in formulas)
             return
         parts = []
-        for some, (_, fixed) in zip(columns, self._parts):
-            rows = Rows(some, fixed)
+        for some, of_some in zip(columns, fixed):
+            rows = Rows(some, of_some)
             parts.append([formula(rows) for formula in formulas])
         yield from map(np.concatenate, zip(*parts))
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raypatch import metric_table
 from raypatch.errors import InputError
 from raypatch.metric_table import MetricTable, summarise
 from raypatch.metrics import DEFAULT_METRICS, METRICS, Baselines, choose_metrics
@@ -174,7 +175,8 @@ def test_the_answer_does_not_depend_on_how_rows_are_cut_into_blocks(n_experiment
         torch.testing.assert_close(alone[:, 0], whole[:, i], rtol=1e-12, atol=1e-15, equal_nan=True)
 
 
-def test_many_inputs_are_taken_in_parts_with_the_same_answer():
+def test_many_inputs_are_taken_in_parts_with_the_same_answer(monkeypatch):
+    monkeypatch.setattr(metric_table, "BLOCK_LOGITS", 1000)
     generator = torch.Generator().manual_seed(1)
     target, source, patched = torch.randn(3, 3000, 3, generator=generator)
     patched = torch.stack([patched, target, patched.flip(0)])
