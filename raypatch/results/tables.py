@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,8 @@ def row_table(item: ItemArrays, table_schema: pa.Schema) -> pa.Table:
     n_rows = n_experiments * n_directions * n_inputs
     columns: list[pa.Array] = [
         numbers(np.repeat(item.indices, n_directions * n_inputs)),
-        _directions(item, n_inputs),
-        numbers(np.tile(np.arange(n_inputs, dtype=np.int32), n_experiments * n_directions)),
+        _direction_column(item.directions, n_experiments, n_inputs),
+        _input_column(n_experiments * n_directions, n_inputs),
     ]
     if item.outputs is not None:
         columns.append(_fixed_lists(item.outputs))
@@ -63,7 +64,7 @@ def summary_table(item: ItemArrays, table_schema: pa.Schema) -> pa.Table:
     n_rows = n_experiments * n_directions
     columns: list[pa.Array] = [
         numbers(np.repeat(item.indices, n_directions)),
-        _directions(item, 1),
+        _direction_column(item.directions, n_experiments, 1),
         numbers(np.full(n_rows, n_inputs, np.int32)),
         _or_null(item.changed_rate, n_rows, pa.float32()),
     ]
@@ -166,11 +167,16 @@ def file_bytes(table: pa.Table, compression: str) -> pa.Buffer:
     return sink.getvalue()
 
 
-def _directions(item: ItemArrays, repeats: int) -> pa.Array:
-    codes = np.tile(
-        np.repeat(np.arange(len(item.directions), dtype=np.int32), repeats), item.shape[0]
-    )
-    return words(item.directions).take(numbers(codes))
+# Most items have as many experiments as the one before, and then the same columns.
+@lru_cache(maxsize=4)
+def _direction_column(directions: tuple[str, ...], n_experiments: int, repeats: int) -> pa.Array:
+    codes = np.repeat(np.arange(len(directions), dtype=np.int32), repeats)
+    return words(directions).take(numbers(np.tile(codes, n_experiments)))
+
+
+@lru_cache(maxsize=2)
+def _input_column(repeats: int, n_inputs: int) -> pa.Array:
+    return numbers(np.tile(np.arange(n_inputs, dtype=np.int32), repeats))
 
 
 def _fixed_lists(values: np.ndarray) -> pa.Array:
