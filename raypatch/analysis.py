@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from raypatch.arrow_arrays import as_numpy, word
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.errors import InputError
 from raypatch.results.reader import Results
@@ -157,11 +158,11 @@ def _parts(
     keep = [results.directions.index(d) for d in chosen]
     for part in results.summary_parts(["experiment_index", "action_changed_rate", *columns]):
         by_name = {
-            name: part[name].to_numpy().astype(np.float64).reshape(-1, n_directions)[:, keep]
+            name: as_numpy(part[name]).astype(np.float64).reshape(-1, n_directions)[:, keep]
             for name in ("action_changed_rate", *columns)
         }
         yield _Part(
-            part["experiment_index"].to_numpy()[::n_directions],
+            as_numpy(part["experiment_index"])[::n_directions],
             combined(by_name[f"{metric}_{statistic}"], combine),
             combined(by_name[f"{metric}_min"], combine),
             combined(by_name[f"{metric}_max"], combine),
@@ -196,7 +197,7 @@ def _intervals(
     found = {}
     tail = 100 * (1 - CONFIDENCE) / 2
     for index, rows in results.rows_of(indices, [metric]).items():
-        values = rows[metric].to_numpy(zero_copy_only=False).astype(np.float64)
+        values = as_numpy(rows[metric]).astype(np.float64)
         by_direction = values.reshape(len(results.directions), n_inputs)
         resampled = []
         for name in chosen:
@@ -225,21 +226,14 @@ def _directions(results: Results, direction: str) -> tuple[str, ...]:
 
 def _layer_filter(results: Results, layer: str | None, internal_only: bool) -> np.ndarray | None:
     """Indices of the experiments that pass, None for all."""
-    import pyarrow as pa
     import pyarrow.compute as pc
 
     if layer is None and not internal_only:
         return None
     names = results.experiments["layers"].combine_chunks()
-    word = layer or OUTPUT_LOGITS
-    hits = pc.unique(
-        pc.filter(pc.list_parent_indices(names), pc.equal(pc.list_flatten(names), word))
-    )
-    all_ids = np.arange(len(names))
-    if layer is None:
-        return np.setdiff1d(all_ids, hits.to_numpy())
-    assert isinstance(hits, pa.Array)
-    return hits.to_numpy()
+    patched = pc.equal(pc.list_flatten(names), word(layer or OUTPUT_LOGITS))
+    hits = as_numpy(pc.unique(pc.filter(pc.list_parent_indices(names), patched)))
+    return hits if layer is not None else np.setdiff1d(np.arange(len(names)), hits)
 
 
 def single_neurons(batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

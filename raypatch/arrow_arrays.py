@@ -1,17 +1,18 @@
-"""NumPy arrays as Arrow arrays, without a copy.
+"""NumPy arrays as Arrow arrays and back, without a copy.
 
-``pyarrow.array`` imports pandas wherever that is installed, to see whether it was given some of
-it: a third of a second and 40 MiB in the driver and in every actor.
+``pyarrow.array`` and ``to_numpy`` import pandas wherever that is installed, to see whether they
+were given some of it: a third of a second and 40 MiB in the driver and in every actor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-NUMBERS = {
+NUMBERS: dict[np.dtype[Any], pa.DataType] = {
     np.dtype(np.int32): pa.int32(),
     np.dtype(np.int64): pa.int64(),
     np.dtype(np.float32): pa.float32(),
@@ -37,6 +38,22 @@ def words(values: Sequence[str]) -> pa.Array:
     return pa.StringArray.from_buffers(
         len(encoded), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))
     )
+
+
+def as_numpy(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A column of int32, int64 or float32; where it is null a float is NaN."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    dtype = next(dtype for dtype, kind in NUMBERS.items() if kind == column.type)
+    if not len(column):
+        return np.empty(0, dtype)
+    mask, data = column.buffers()
+    part = slice(column.offset, column.offset + len(column))
+    values = np.frombuffer(data, dtype)[part]
+    if column.null_count:
+        valid = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[part]
+        values = np.where(valid, values, np.float32(np.nan))
+    return values
 
 
 def word(value: str) -> pa.Scalar:

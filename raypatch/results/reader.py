@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
+from raypatch.arrow_arrays import as_numpy, numbers
 from raypatch.errors import InputError
 from raypatch.results import layout, schema
 from raypatch.results.store import Store, open_store
@@ -120,7 +121,7 @@ class Results:
                 continue
             with self.store.open(f"{layout.SHARDS}/{receipt.part}") as source:
                 table = pa.ipc.open_file(source).read_all().select(["experiment_index", *columns])
-            ids = table["experiment_index"].to_numpy()
+            ids = as_numpy(table["experiment_index"])
             for index in inside:
                 first, last = np.searchsorted(ids, [index, index + 1])
                 found[index] = table.slice(first, last - first).select(columns)
@@ -169,15 +170,15 @@ class Results:
         wanted = np.asarray(indices, np.int64)
         with self.store.open(layout.EXPERIMENTS) as source:
             reader = pa.ipc.open_file(source)
-            found, order = [reader.schema.empty_table()], []
+            found, order = [pa.Table.from_batches([], reader.schema)], []
             for number in np.unique(wanted // schema.BATCH_ROWS):
                 places = np.flatnonzero(wanted // schema.BATCH_ROWS == number)
                 batch = reader.get_batch(int(number))
-                rows = batch.take(pa.array(wanted[places] % schema.BATCH_ROWS))
+                rows = batch.take(numbers(wanted[places] % schema.BATCH_ROWS))
                 found.append(pa.Table.from_batches([rows]))
                 order.append(places)
         table = pa.concat_tables(found)
-        return table.take(pa.array(np.argsort(np.concatenate(order)))) if order else table
+        return table.take(numbers(np.argsort(np.concatenate(order)))) if order else table
 
     def _table(self, name: str) -> pa.Table:
         with self.store.open(name) as source:
