@@ -89,8 +89,12 @@ class Experiments:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled in as few bytes as its numbers need: it travels to an actor with every item."""
         own = self.slice(0, len(self))
-        columns = np.diff(own.entry_offsets), own.layers, np.diff(own.neuron_offsets), own.neurons
-        return _from_columns, (self.layer_names, *map(_narrowed, columns))
+        n_entries = _once(np.diff(own.entry_offsets), 1)
+        # As a rule a run patches the same layers, and as many neurons, in every experiment.
+        period = int(n_entries[0]) if len(n_entries) == 1 else len(own.layers)
+        n_neurons = np.diff(own.neuron_offsets)
+        columns = n_entries, _once(own.layers, period), _once(n_neurons, period), own.neurons
+        return _from_columns, (self.layer_names, len(self), *map(_narrowed, columns))
 
     def __len__(self) -> int:
         return len(self.entry_offsets) - 1
@@ -136,6 +140,12 @@ class Experiments:
         return Experiments.from_list((self[int(i)] for i in indices), self.layer_names)
 
 
+def _once(numbers: np.ndarray, period: int) -> np.ndarray:
+    """One period of numbers that repeat with it, else all of them."""
+    first = numbers[:period]
+    return first if (numbers.reshape(-1, max(1, period)) == first).all() else numbers
+
+
 def _narrowed(numbers: np.ndarray) -> np.ndarray:
     """The same numbers, none below 0, in the smallest type that holds them."""
     return numbers.astype(np.min_scalar_type(numbers.max(initial=0)))
@@ -143,23 +153,32 @@ def _narrowed(numbers: np.ndarray) -> np.ndarray:
 
 def _from_columns(
     layer_names: tuple[str, ...],
+    n_experiments: int,
     n_entries: np.ndarray,
     layers: np.ndarray,
     n_neurons: np.ndarray,
     neurons: np.ndarray,
 ) -> Experiments:
-    """Experiments from numbers of entries each, and of neurons an entry."""
+    """Experiments from numbers of entries each, and of neurons an entry; those before
+    ``neurons`` may be one period of numbers that repeat."""
 
-    def offsets(counts: np.ndarray) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    def offsets(counts: np.ndarray, n: int) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(_filling(counts, n), dtype=np.int64)])
 
+    entry_offsets = offsets(n_entries, n_experiments)
+    total = int(entry_offsets[-1])
     return Experiments(
         layer_names,
-        offsets(n_entries),
-        layers.astype(np.int32),
-        offsets(n_neurons),
+        entry_offsets,
+        _filling(layers, total).astype(np.int32),
+        offsets(n_neurons, total),
         neurons.astype(np.int32),
     )
+
+
+def _filling(numbers: np.ndarray, length: int) -> np.ndarray:
+    """Numbers repeated up to a length; see :func:`_once`."""
+    return np.tile(numbers, length // max(1, len(numbers)))
 
 
 def experiment_name(index: int, experiment: Experiment) -> str:

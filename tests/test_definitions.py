@@ -265,6 +265,8 @@ def test_experiments_travel_in_few_bytes_and_arrive_as_they_were(data):
     )
     experiment = st.dictionaries(st.sampled_from(["a", "b", "c"]), neurons, min_size=1)
     drawn = data.draw(st.lists(experiment, max_size=12))
+    if data.draw(st.booleans()):
+        drawn = drawn[:1] * len(drawn)
     packed = Experiments.from_list(drawn, ["c"])
     first = data.draw(st.integers(0, len(drawn)))
     for sent in (packed, packed.slice(first, len(drawn))):
@@ -275,9 +277,11 @@ def test_experiments_travel_in_few_bytes_and_arrive_as_they_were(data):
             assert one.dtype == two.dtype and np.array_equal(one, two)
 
 
-def test_an_item_of_single_neurons_is_small_enough_to_go_along_with_its_task():
-    packed = Experiments.from_list({"q_net.0": [i % 64]} for i in range(1 << 14))
-    assert len(pickle.dumps(packed)) < 100_000
+def test_an_item_of_few_neurons_is_small_enough_to_go_along_with_its_task():
+    one = Experiments.from_list({"q_net.0": [i % 64]} for i in range(1 << 14))
+    two = Experiments.from_list({"a": [i % 64, 70], "b": [i % 9]} for i in range(1 << 14))
+    layers = Experiments.from_list({"ab"[i % 2]: [i % 64]} for i in range(1 << 14))
+    assert all(len(pickle.dumps(packed)) < 70_000 for packed in (one, two, layers))
 
 
 def test_a_column_that_comes_twice_is_refused(tmp_path):
