@@ -5,7 +5,7 @@ Each way runs on a Ray that stands already and actors that are set up already; w
 the work. Also inline against one actor, one actor against two, and two actors against two processes
 without any pool, which is what the machine has to give. Medians of interleaved runs.
 
-    python benchmarks/dispatch.py [--experiments 200000] [--repeats 3]
+    python benchmarks/dispatch.py [--experiments 200000] [--repeats 3] [--width 64] [--hidden 2]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from long_sweep import experiments, make_agent
+from long_sweep import WIDTH, experiments, make_agent
 
 import raypatch
 from raypatch.actors import WorkerActor
@@ -41,10 +41,12 @@ from raypatch.worker import Item, Worker
 class Case:
     """A planned job: its worker's specification and its items."""
 
-    def __init__(self, folder: Path, n_experiments: int) -> None:
-        make_agent(folder)
+    def __init__(
+        self, folder: Path, n_experiments: int, width: int = WIDTH, hidden: int = 2
+    ) -> None:
+        make_agent(folder, width, hidden)
         definition = folder / "definition.arrow"
-        write_definition(experiments(n_experiments), definition)
+        write_definition(experiments(n_experiments, width), definition)
         self.folder = folder
         config = RunConfig(str(folder), str(definition), str(folder / "out"), save="metrics")
         self.job = Job(config, InlineBackend("cpu"), Interruption())
@@ -234,11 +236,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experiments", type=int, default=200_000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the network's hidden layers")
+    parser.add_argument("--hidden", type=int, default=2, help="hidden layers")
     options = parser.parse_args()
     local_ray()
     ray.data.DataContext.get_current().enable_progress_bars = False
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        case = Case(Path(folder), options.experiments)
+        case = Case(Path(folder), options.experiments, options.width, options.hidden)
         ways: dict[str, Callable[[], float]] = {
             "inline, one thread": lambda: inline(case),
             "two processes, no pool": lambda: two_processes(case),

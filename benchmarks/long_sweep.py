@@ -30,14 +30,14 @@ LAYERS = ("0", "2", "4")
 WIDTH = 64
 
 
-def experiments(count: int) -> Iterator[Experiments]:
+def experiments(count: int, width: int = WIDTH) -> Iterator[Experiments]:
     """Two neurons of the first layer and one of the second, at random: hardly any twice."""
     rng = np.random.default_rng(0)
     for first in range(0, count, CHUNK):
         n = min(CHUNK, count - first)
-        one = rng.integers(WIDTH, size=n)
+        one = rng.integers(width, size=n)
         neurons = np.column_stack(
-            [one, (one + 1 + rng.integers(WIDTH - 1, size=n)) % WIDTH, rng.integers(WIDTH, size=n)]
+            [one, (one + 1 + rng.integers(width - 1, size=n)) % width, rng.integers(width, size=n)]
         )
         ends = np.arange(1, n + 1)[:, None] * 3
         offsets = np.concatenate([[0], (ends - [1, 0]).ravel()]).astype(np.int64)
@@ -47,11 +47,13 @@ def experiments(count: int) -> Iterator[Experiments]:
         )  # fmt: skip
 
 
-def make_agent(folder: Path) -> None:
+def make_agent(folder: Path, width: int = WIDTH, hidden: int = 2) -> None:
+    """An agent of 8 inputs, hidden layers of a width, 4 outputs; with 8 pairs."""
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Linear(8, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 4)
-    )
+    modules: list[nn.Module] = [nn.Linear(8, width), nn.ReLU()]
+    for _ in range(hidden - 1):
+        modules += [nn.Linear(width, width), nn.ReLU()]
+    network = nn.Sequential(*modules, nn.Linear(width, 4))
     torch.save(network.state_dict(), folder / "policy.pt")
     (folder / "agent.json").write_text('{"file": "policy.pt", "activation": "relu"}')
     inputs = folder / "activation_inputs"
