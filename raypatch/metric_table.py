@@ -129,7 +129,8 @@ def _plain_statistics(metric: Array) -> Array:
     found = np.empty((len(STATISTICS), n_experiments))
     mean, std, low, high = found
     # A product and ufuncs' own reductions: the methods of arrays cost several times as much.
-    np.matmul(np.full(n_inputs, 1 / n_inputs), metric, out=mean)
+    np.matmul(np.ones(n_inputs), metric, out=mean)
+    mean /= n_inputs
     squares = np.einsum("ne,ne->e", metric, metric)
     squares /= n_inputs
     np.minimum.reduce(metric, 0, out=low)

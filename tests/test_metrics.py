@@ -223,6 +223,11 @@ def test_the_spread_of_values_far_from_zero_keeps_its_digits():
     assert std[0] == pytest.approx(math.sqrt(2 / 3), rel=1e-9) and std[1] == 0
 
 
+@pytest.mark.parametrize("n_inputs", [1, 3, 7, 49, 64, 1000])
+def test_what_is_the_same_for_all_inputs_is_its_mean_and_does_not_spread(n_inputs):
+    assert summarise(np.ones((n_inputs, 2))).T.tolist() == [[1, 0, 1, 1]] * 2
+
+
 def test_a_continuous_agent_is_refused_metrics_of_actions_by_name():
     assert choose_metrics(None, discrete=False) == (
         "logit_difference_norm",
