@@ -18,18 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from raypatch.definitions import (
-    CHUNK,
+from raypatch.checking import (
     Checker,
-    Experiment,
-    Experiments,
     Pairs,
     bad_experiments,
     check_experiments,
     few,
     parse_json,
     read_text,
-)  # fmt: skip
+)
+from raypatch.definitions import CHUNK, Experiment, Experiments
 from raypatch.errors import InputError
 
 

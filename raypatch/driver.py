@@ -14,13 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raypatch.agents.agent import Agent
+from raypatch.checking import layer_resolver
 from raypatch.config import RunConfig, check_config
 from raypatch.definition_files import read_definition
-from raypatch.definitions import (
-    OUTPUT_LOGITS,
-    Experiments,
-    layer_resolver,
-)
+from raypatch.definitions import OUTPUT_LOGITS, Experiments
 from raypatch.errors import InputError, Interrupted
 from raypatch.inputs import (
     INPUTS_FOLDER,

@@ -6,17 +6,14 @@ import sys
 from pathlib import Path
 
 from raypatch.agents.agent import AgentOptions
+from raypatch.checking import MAX_NEURONS, check_experiments, check_layer_structure, json_argument
 from raypatch.definition_files import write_definition
 from raypatch.definitions import (
     DEFAULT_GROUP_SIZE,
     FALLBACK_LAYERS,
-    MAX_NEURONS,
     OUTPUT_LOGITS,
     Experiment,
-    check_experiments,
-    check_layer_structure,
     generate_chunks,
-    json_argument,
 )
 from raypatch.errors import AgentError, InputError
 

@@ -21,7 +21,8 @@ from raypatch.engine.patcher import Patcher
 from raypatch.errors import InputError
 from raypatch.inputs import INPUTS_FOLDER, SIDES, ObservationShape, find_inputs, read_inputs
 from raypatch.metric_table import MetricTable
-from raypatch.metrics import METRICS, Baselines, choose_metrics
+from raypatch.metric_terms import Baselines
+from raypatch.metrics import METRICS, choose_metrics
 from raypatch.results.schema import DIRECTIONS, TARGET_SIDE
 
 

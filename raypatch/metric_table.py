@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raypatch.metrics import DIGITS_LEFT, METRICS, Array, Baselines, Fixed, Rows, first_argmax
+from raypatch.metric_terms import DIGITS_LEFT, Array, Baselines, Fixed, Rows, first_argmax
+from raypatch.metrics import METRICS
 
 # Logits at a time: enough to make the call of an operation cheap, few enough for the cache.
 BLOCK_LOGITS = 131072

@@ -20,7 +20,7 @@ from raypatch.engine.patch_run import PatchRun
 from raypatch.engine.patcher import Patcher
 from raypatch.errors import RaypatchError
 from raypatch.metric_table import STATISTICS, MetricTable
-from raypatch.metrics import Baselines
+from raypatch.metric_terms import Baselines
 from raypatch.results import layout, schema, tables
 from raypatch.results.schema import TARGET_SIDE
 from raypatch.results.store import open_store

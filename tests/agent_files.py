@@ -16,6 +16,20 @@ from raypatch.engine.reference import reference_outputs
 from raypatch.errors import AgentError
 
 
+class Dueling(nn.Module):
+    """A convolution, then a value and advantages."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten())
+        self.value, self.advantage = nn.Linear(12, 1), nn.Linear(12, 3)
+
+    def forward(self, obs):
+        x = self.body(obs)
+        a = self.advantage(x)
+        return self.value(x) + a - a.mean(1, keepdim=True)
+
+
 def assert_same_outputs(agent, module, shape, n=9):
     x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

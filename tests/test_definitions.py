@@ -10,13 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raypatch.checking import check_experiments
 from raypatch.definition_files import read_definition, write_definition
-from raypatch.definitions import (
-    Experiments,
-    check_experiments,
-    experiment_name,
-    generate,
-)
+from raypatch.definitions import Experiments, experiment_name, generate
 from raypatch.errors import InputError
 
 LAYERS = {"features_extractor.mlp.0": 64, "q_net.0": 64, "q_net.2": 6, "output_logits": 5}

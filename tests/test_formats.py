@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import sys
@@ -10,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from agent_files import assert_same_outputs
+from agent_files import Dueling, assert_same_outputs
 from conftest import LAVA
 from safetensors.torch import save_file
 from torch import nn
@@ -22,7 +23,7 @@ from raypatch.errors import AgentError
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-CLEANRL = """
+CLEANRL = f"""
 import torch
 from torch import nn
 
@@ -35,17 +36,7 @@ class Agent(nn.Module):
         )
         self.log_std = nn.Parameter(torch.zeros(1, 2))
 
-class Dueling(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten())
-        self.value, self.advantage = nn.Linear(12, 1), nn.Linear(12, 3)
-
-    def forward(self, obs):
-        x = self.body(obs)
-        a = self.advantage(x)
-        return self.value(x) + a - a.mean(1, keepdim=True)
-
+{inspect.getsource(Dueling)}
 def build():
     return Agent()
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from raypatch import metric_table
 from raypatch.errors import InputError
 from raypatch.metric_table import MetricTable, summarise
-from raypatch.metrics import DEFAULT_METRICS, METRICS, Baselines, choose_metrics
+from raypatch.metric_terms import Baselines
+from raypatch.metrics import DEFAULT_METRICS, METRICS, choose_metrics
 
 mpmath.mp.dps = 60
 

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from agent_files import assert_same_outputs, exported
+from agent_files import Dueling, assert_same_outputs, exported
 from conftest import LAVA
 from torch import nn
 
@@ -24,18 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def actor():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
-
-
-class Dueling(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten())
-        self.value, self.advantage = nn.Linear(12, 1), nn.Linear(12, 3)
-
-    def forward(self, obs):
-        x = self.body(obs)
-        a = self.advantage(x)
-        return self.value(x) + a - a.mean(1, keepdim=True)
 
 
 def test_an_exported_program_runs_as_it_is_with_its_layers_names(folder):

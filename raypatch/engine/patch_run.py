@@ -10,7 +10,8 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
-from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments, check_experiments
+from raypatch.checking import check_experiments
+from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments
 from raypatch.engine.arguments import count_inputs, in_parts, inputs_between
 from raypatch.engine.incremental import Incremental, Prepared
 from raypatch.engine.layers import Args

@@ -1,0 +1,356 @@
+"""What the formulas of metrics are made of: baselines, differences, sums; in float64.
+
+Symbols (design 9): b and p are baseline and patched logits, P_b and P_p their softmax, a the
+argmax of b, s its runner-up. Every formula works on ``[inputs, outputs, experiments]``:
+with the experiments of a block last, what belongs to an input is one number for a whole run of
+memory, and sums over outputs or inputs add such runs.
+
+Formulas are written in the differences d = p - b, so that tiny effects keep their digits: in
+float64 they are exact for float32 logits whose sizes are not more than 2^29 apart. With
+m = sum P_b d and e = d - m,
+
+    S              = 1 + sum P_b expm1(e) - sum P_b e              because sum P_b e = 0
+    P_p - P_b      = P_b (expm1(e) - (S - 1)) / S                  because P_p = P_b exp(e) / S
+    KL(P_b || P_p) = log S
+    KL(P_p || P_b) = (sum P_b expm1(e) e) / S - log S
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+SMALL = 1e-10  # keeps the saturating ratios defined, as in the original
+WILD = 500  # beyond this exp comes near the end of float64's range
+DIGITS_LEFT = 1e-6  # of float64's sixteen digits, a difference may lose six
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Unpatched outputs ``[inputs, outputs]`` of one direction.
+
+    ``source`` is None where patched values are no run's own (zero, mean).
+    """
+
+    target: Tensor
+    source: Tensor | None
+
+    def of_inputs(self, first: int, last: int) -> Baselines:
+        source = None if self.source is None else self.source[first:last]
+        return Baselines(self.target[first:last], source)
+
+
+class Fixed:
+    """What depends on the baselines only: ``[inputs, outputs, 1]``, or ``[inputs, 1]`` where
+    there is one number an input."""
+
+    def __init__(self, baselines: Baselines) -> None:
+        def columns(outputs: Tensor) -> Array:
+            return outputs.double().numpy()[..., None]
+
+        self.b = columns(baselines.target)
+        self.b_source = None if baselines.source is None else columns(baselines.source)
+
+    @cached_property
+    def a(self) -> Array:
+        """Actions, ``[inputs]``."""
+        return self.b[..., 0].argmax(1)
+
+    @cached_property
+    def s(self) -> Array:
+        """Runners-up; the action itself where there is only one."""
+        others = self.b[..., 0].copy()
+        if others.shape[1] == 1:
+            return self.a
+        others[np.arange(len(others)), self.a] = -np.inf
+        return others.argmax(1)
+
+    @cached_property
+    def prob(self) -> Array:
+        return softmax(self.b)
+
+    @cached_property
+    def prob_a(self) -> Array:
+        return pick(self.prob, self.a)
+
+    @cached_property
+    def prob_s(self) -> Array:
+        return pick(self.prob, self.s)
+
+    @cached_property
+    def sqrt_prob(self) -> Array:
+        return np.sqrt(self.prob)
+
+    @cached_property
+    def share(self) -> Array:
+        return np.abs(pick(self.b, self.a)) / np.abs(self.b).sum(1)
+
+    @cached_property
+    def centred(self) -> Array:
+        return centred(self.b)
+
+    @cached_property
+    def centred_length(self) -> Array:
+        return length(self.centred)
+
+    @cached_property
+    def least_length(self) -> Array:
+        """Squared, below which a centred patched output has lost its digits."""
+        return DIGITS_LEFT * self.centred_length**2
+
+    @cached_property
+    def centred_unit(self) -> Array:
+        return unit(self.centred.copy())
+
+    @cached_property
+    def unit(self) -> Array:
+        return unit(self.b.copy())
+
+    @cached_property
+    def weights(self) -> Array:
+        """``[inputs, 3, outputs]`` of the sums that several formulas need of d."""
+        equal = np.full_like(self.b, self.b.shape[1] ** -0.5)
+        return np.stack([self.prob, self.centred_unit, equal], axis=1)[..., 0]
+
+    @cached_property
+    def recovery(self) -> tuple[Array, Array, Array] | None:
+        """The source's actions, LD_b, and LD_src - LD_b (NaN where the actions agree)."""
+        if self.b_source is None:
+            return None
+        a_source = self.b_source[..., 0].argmax(1)
+        base = pick(self.b, a_source) - pick(self.b, self.a)
+        span = pick(self.b_source, a_source) - pick(self.b_source, self.a) - base
+        agree = (a_source == self.a)[:, None]
+        return a_source, base, np.where(agree | (span == 0), np.nan, span)
+
+
+def pick(columns: Array, which: Array) -> Array:
+    """One output ``which`` ``[inputs]`` of each input, ``[inputs, experiments]``."""
+    return columns[np.arange(len(which)), which]
+
+
+def dot(x: Array, y: Array) -> Array:
+    """Sum of products over the outputs, without the products in between."""
+    found: Array = np.einsum("noe,noe->ne", x, y)
+    return found
+
+
+def weighted(weights: Array, x: Array) -> Array:
+    """Sum over the outputs of ``x`` with weights ``[inputs, outputs, 1]``."""
+    found: Array = np.matmul(weights.transpose(0, 2, 1), x)[:, 0]
+    return found
+
+
+def softmax(columns: Array) -> Array:
+    powers = np.exp(columns - columns.max(1, keepdims=True))
+    powers /= powers.sum(1, keepdims=True)
+    return powers
+
+
+def log_sum_exp(columns: Array) -> Array:
+    top = columns.max(1)
+    found: Array = np.log(np.exp(columns - top[:, None]).sum(1)) + top
+    return found
+
+
+def first_argmax(columns: Array) -> Array:
+    """Largest output, the first of several, int32 ``[inputs, experiments]``.
+
+    NumPy's own over a short middle axis is several times slower than comparing outputs.
+    """
+    n_outputs = columns.shape[1]
+    if n_outputs > 32:
+        return columns.argmax(1).astype(np.int32)
+    best, place = columns[:, 0].copy(), np.zeros(columns[:, 0].shape, np.int8)
+    for number in range(1, n_outputs):
+        # Numbers rise, so the last output that beat all before it has the largest.
+        beats = columns[:, number] > best
+        np.maximum(place, beats.view(np.int8) * np.int8(number), out=place)
+        np.maximum(best, columns[:, number], out=best)
+    return place.astype(np.int32)
+
+
+def length(x: Array) -> Array:
+    """L2 norm over the outputs. Squares of float32 logits stay far inside float64's range."""
+    found: Array = np.sqrt(dot(x, x))
+    return found
+
+
+def centred(x: Array) -> Array:
+    return x - x.mean(1, keepdims=True)
+
+
+def unit(x: Array) -> Array:
+    """Outputs over their length, in place; NaN where all are zero."""
+    x /= length(x)[:, None]
+    return x
+
+
+class Rows:
+    """One block: patched ``logits`` ``[inputs, outputs, experiments]`` of any float type and
+    the terms that formulas share, ``[inputs, experiments]`` where there is one number a row."""
+
+    def __init__(self, logits: Array, fixed: Fixed) -> None:
+        self.logits = logits
+        self.fixed = fixed
+        self.d = logits - fixed.b
+
+    @cached_property
+    def p(self) -> Array:
+        return self.logits.astype(np.float64)
+
+    def p_of(self, which: Array) -> Array:
+        """Patched logit of one output of each input."""
+        return pick(self.logits, which).astype(np.float64)
+
+    @cached_property
+    def p_a(self) -> Array:
+        return self.p_of(self.fixed.a)
+
+    @cached_property
+    def d_a(self) -> Array:
+        return pick(self.d, self.fixed.a)
+
+    @cached_property
+    def squared_norm(self) -> Array:
+        """|d|^2."""
+        return dot(self.d, self.d)
+
+    @cached_property
+    def sums(self) -> Array:
+        """m, and the parts of d along the centred baseline and along equal logits,
+        ``[inputs, 3, experiments]``."""
+        found: Array = np.matmul(self.fixed.weights, self.d)
+        return found
+
+    @cached_property
+    def mean_d(self) -> Array:
+        """m."""
+        return self.sums[:, 0]
+
+    @cached_property
+    def e(self) -> Array:
+        return self.d - self.mean_d[:, None]
+
+    @cached_property
+    def x(self) -> Array:
+        """expm1(e)."""
+        return np.expm1(self.e)
+
+    @cached_property
+    def excess(self) -> Array:
+        """S - 1."""
+        # The second sum is what rounding has left of zero in the first.
+        return weighted(self.fixed.prob, self.x) - weighted(self.fixed.prob, self.e)
+
+    @cached_property
+    def sum(self) -> Array:
+        """S."""
+        return 1 + self.excess
+
+    @cached_property
+    def wild(self) -> Array | None:
+        """Rows whose probabilities change by more than float64's range; None if there are none."""
+        # No element of e is larger than twice the length of d.
+        largest = 2 * float(self.squared_norm.max()) ** 0.5
+        return np.any(self.e > WILD, 1) if largest > WILD else None
+
+    @cached_property
+    def log_s(self) -> Array:
+        log_s = np.log1p(self.excess)
+        if self.wild is not None:
+            exact = log_sum_exp(self.p) - log_sum_exp(self.fixed.b) - self.mean_d
+            log_s = np.where(self.wild, exact, log_s)
+        return log_s
+
+    def or_if_wild(self, usual: Array, exact: Callable[[], Array]) -> Array:
+        """``usual``, but what ``exact`` computes for wild rows; either may hold outputs."""
+        if self.wild is None:
+            return usual
+        wild = self.wild if usual.ndim == 2 else self.wild[:, None]
+        return np.where(wild, exact(), usual)
+
+    @cached_property
+    def prob_change(self) -> Array:
+        """P_p - P_b."""
+        change = self.x - self.excess[:, None]
+        change *= self.fixed.prob
+        change /= self.sum[:, None]
+        return self.or_if_wild(change, lambda: softmax(self.p) - self.fixed.prob)
+
+    @cached_property
+    def prob_change_a(self) -> Array:
+        """P_p(a) - P_b(a)."""
+        return self._prob_change(self.fixed.a, self.fixed.prob_a)
+
+    @cached_property
+    def margin_change(self) -> Array:
+        return self.prob_change_a - self._prob_change(self.fixed.s, self.fixed.prob_s)
+
+    def _prob_change(self, which: Array, prob: Array) -> Array:
+        if self.wild is not None:
+            return pick(self.prob_change, which)
+        return (pick(self.x, which) - self.excess) * prob / self.sum
+
+    @cached_property
+    def chebyshev(self) -> Array:
+        """max |p - b| over the outputs but the action."""
+        size = np.abs(self.d)
+        size[np.arange(len(size)), self.fixed.a] = 0.0
+        largest: Array = size.max(1)
+        return largest
+
+    @cached_property
+    def directed(self) -> Array:
+        """Saturating ratio; the chebyshev distance is the scale."""
+        return self.d_a / self.scale
+
+    @cached_property
+    def scale(self) -> Array:
+        return self.chebyshev + np.abs(self.d_a) + SMALL
+
+    @cached_property
+    def pearson_distance(self) -> Array:
+        """1 - r from sums over d alone, as half the squared distance of the centred unit
+        vectors.
+
+        Centred, p = b + d has the part A = |b| + d.u along the baseline's unit vector u and a
+        rest of squared length D = |d|^2 - (d.u)^2. With L^2 = A^2 + D that distance is
+        ((L - A)^2 + D) / 2 L^2.
+        """
+        squares = self.sums[:, 1:] * self.sums[:, 1:]
+        rest = self.squared_norm - squares[:, 1]
+        rest -= squares[:, 0]
+        if self.d.shape[1] == 2:
+            rest[...] = 0  # two centred numbers are always in line
+        part = self.sums[:, 1] + self.fixed.centred_length
+        squared = part * part
+        squared += rest
+        distance = np.sqrt(squared)
+        distance -= part
+        distance *= distance
+        distance += rest
+        distance /= squared
+        distance *= 0.5
+        # Where little is left of what was subtracted, digits are lost.
+        delicate = squared < self.fixed.least_length
+        if self.d.shape[1] > 2:
+            delicate |= rest < DIGITS_LEFT * self.squared_norm
+        if delicate.any():
+            distance[delicate] = self._pearson_distance_of(delicate)
+        return distance
+
+    def _pearson_distance_of(self, some: Array) -> Array:
+        """1 - r of the rows of a mask, ``[rows]``, from their own logits."""
+        inputs, experiments = some.nonzero()
+        some = self.logits[inputs, :, experiments].astype(np.float64)
+        mine = unit(centred(some[..., None]))
+        mine -= self.fixed.centred_unit[inputs]
+        return dot(mine, mine)[:, 0] / 2
