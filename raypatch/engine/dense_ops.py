@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,16 +39,32 @@ IN_PLACE: dict[type[nn.Module], Callable[[Tensor, Any], Tensor]] = {
 }
 
 
-def linear(
-    x: Tensor, columns: Tensor, bias: Tensor | None, buffer: Callable[..., Tensor]
-) -> Tensor:
-    """``x @ columns + bias`` for rows ``x`` ``[R, features]``; ``columns`` is the weight,
-    input features first. ``buffer(*shape)`` gives scratch memory."""
-    n_rows, n_outputs = len(x), columns.shape[1]
+@dataclass(frozen=True)
+class Weights:
+    """A linear or convolution layer's weights as products want them.
+
+    ``rows`` is the weight as the layer has it, ``columns`` the same with input features first,
+    contiguous.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Weights:
+        rows, bias = layer.weight.detach(), layer.bias
+        return cls(rows, rows.transpose(0, 1).contiguous(), None if bias is None else bias.detach())
+
+
+def linear(x: Tensor, weights: Weights, buffer: Callable[..., Tensor]) -> Tensor:
+    """A linear layer's output ``[R, outputs]`` for rows ``x`` ``[R, features]``;
+    ``buffer(*shape)`` gives scratch memory."""
+    n_rows, n_outputs, bias = x.shape[0], weights.rows.shape[0], weights.bias
     if n_outputs < NARROW_OUTPUT and x.device.type == "cpu":
-        out = torch.mm(columns.t(), x.t(), out=buffer(n_outputs, n_rows))
+        out = torch.mm(weights.rows, x.t(), out=buffer(n_outputs, n_rows))
         return (out if bias is None else out.add_(bias[:, None])).t()
     out = buffer(n_rows, n_outputs)
     if bias is None:
-        return torch.mm(x, columns, out=out)
-    return torch.addmm(bias, x, columns, out=out)
+        return torch.mm(x, weights.columns, out=out)
+    return torch.addmm(bias, x, weights.columns, out=out)

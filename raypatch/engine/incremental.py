@@ -20,8 +20,9 @@ from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine import dense_ops
 from raypatch.engine.capture import CaptureError, Graph, Node
 from raypatch.engine.layers import Args, Layer, first_tensor
-from raypatch.engine.plan import Group
+from raypatch.engine.plan import Group, Selection
 from raypatch.engine.sources import Fill
+from raypatch.engine.dense_ops import Weights
 from raypatch.engine.spread_rules import cancels
 from raypatch.engine.structure import (
     BASE,
@@ -33,12 +34,15 @@ from raypatch.engine.structure import (
     Step,
     Structure,
 )
-from raypatch.engine.values import Batch, Selection, Sparse
+from raypatch.engine.values import Batch, Sparse
 
 # Rows are compacted when fewer than this share of them change and what follows costs at
 # least this many multiplications a row; else copying them costs more than it saves.
 COMPACT_SHARE = 0.9
 COMPACT_WORK = 2048
+# Experiments that change nothing are left out of the batches when so many dense elements are
+# saved; else finding the others costs more.
+LEAVE_OUT_ELEMENTS = 1 << 18
 
 
 class Incremental:
@@ -52,7 +56,8 @@ class Incremental:
         self.savings = savings
         self.structure = Structure(graph, layers, savings, graph.run(one_input))
         self._buffers: dict[int, Tensor] = {}
-        self._columns: dict[int, Tensor] = {}
+        self._views: dict[int, Tensor] = {}
+        self._weights: dict[int, Weights] = {}
 
     def prepare(self, source: Args | None, target: Args, fill: Fill | None) -> Prepared:
         """Run both sides once, unpatched, and keep every node's value.
@@ -68,7 +73,7 @@ class Incremental:
                 node.target.to(device)
             elif node.op == "constant" and isinstance(node.target, Tensor):
                 node.target = node.target.to(device)
-        self._buffers, self._columns = {}, {}
+        self._buffers, self._views, self._weights = {}, {}, {}
         sample = self.graph.run(one_input)
         self.structure = Structure(self.graph, self.layers, self.savings, sample)
 
@@ -91,23 +96,26 @@ class Incremental:
         Memory from the allocator would be handed back to the system and cleared anew for
         every batch, which costs more than most operations.
         """
+        last = self._views.get(key)
+        if last is not None and last.shape == shape and last.dtype == like.dtype:
+            return last
         size = prod(shape)
         held = self._buffers.get(key)
         if held is None or held.numel() < size or held.dtype != like.dtype:
             held = torch.empty(size, dtype=like.dtype, device=like.device)
             self._buffers[key] = held
-        return held[:size].view(shape)
+        self._views[key] = view = held[:size].view(shape)
+        return view
 
-    def columns(self, node: Node) -> Tensor:
-        """Weight of a linear or convolution node, input features first, contiguous."""
-        held = self._columns.get(node.index)
+    def weights(self, node: Node) -> Weights:
+        """Those of a linear or convolution node."""
+        held = self._weights.get(node.index)
         if held is None:
-            held = node.target.weight.detach().transpose(0, 1).contiguous()
-            self._columns[node.index] = held
+            held = self._weights[node.index] = Weights.of(node.target)
         return held
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buffers": {}, "_columns": {}}
+        return {**self.__dict__, "_buffers": {}, "_views": {}, "_weights": {}}
 
 
 def _true_places(mask: Tensor) -> Tensor:
@@ -139,7 +147,7 @@ class Prepared:
         if self.source_values is not None:
             self.source_baseline = self.source_values[-1]
         self._chains: dict[int, dict[int, Sparse]] = {}
-        self._active: dict[int, Tensor] = {}
+        self._active: dict[int, tuple[Tensor, Tensor]] = {}
         self._cancelling: dict[tuple[int, int], bool] = {}
 
     def _check_inputs_come_first(self) -> None:
@@ -166,7 +174,7 @@ class Prepared:
         return self.engine.buffer(node.index, *shape, like=self.baseline)
 
     def weight_columns(self, node: Node) -> Tensor:
-        return self.engine.columns(node)
+        return self.engine.weights(node).columns
 
     # ------------------------------------------------------------------------ chains
 
@@ -196,8 +204,9 @@ class Prepared:
                 chain[index] = Sparse(base, fulls[index], ownership)
         return chain
 
-    def active(self, entry: int) -> Tensor:
-        """``[J, N]`` bool: whether patching the neuron alone changes any end of its chain."""
+    def active(self, entry: int) -> tuple[Tensor, Tensor]:
+        """Whether patching the neuron alone changes any end of its chain, ``[J, N]`` bool, and
+        for how many inputs, ``[J]``."""
         if entry not in self._active:
             chain = self.chain(entry)
             active: Tensor | None = None
@@ -208,7 +217,7 @@ class Prepared:
                     break
                 active = chain[end].active if active is None else active | chain[end].active
             assert active is not None
-            self._active[entry] = active
+            self._active[entry] = active, active.sum(1)
         return self._active[entry]
 
     # -------------------------------------------------------------------- evaluation
@@ -229,30 +238,35 @@ class Prepared:
                 self.baseline if program.output == BASE else self.source_values[-1]  # type: ignore[index]
             )
             return 0
-        index, experiments, computed = self._indices(group, program), group.experiments, 0
-        active, compact = self._active_rows(program, index), False
-        if active is not None:
-            changing = active.any(1)
-            if not bool(changing.all()):
-                out[experiments[~changing]] = self.baseline
-                experiments, active = experiments[changing], active[changing]
-                index = {
-                    layer: Selection(chosen.neurons[changing]) for layer, chosen in index.items()
-                }
-            n_active = int(active.count_nonzero())
-            if n_active == active.numel():
-                active = None
+        index = self._indices(group, program)
+        changing, compact, computed = self._changing(program, index), False, 0
+        if changing is not None:
+            active, n_active = changing
+            some = n_active > 0
+            still = n_active.shape[0] - int(some.count_nonzero())
+            if still * self.n_inputs * program.row_elements > LEAVE_OUT_ELEMENTS:
+                out[group.experiments[~some.cpu()]] = self.baseline
+                group, changing = group.where(some), (active[some], n_active[some])
+                index = self._indices(group, program)
+            total = int(n_active.sum())
+            if total == changing[0].numel():
+                changing = None
             else:
-                few = n_active < COMPACT_SHARE * active.numel()
+                few = total < COMPACT_SHARE * changing[0].numel()
                 compact = few and program.work_after >= COMPACT_WORK
+        n_experiments = group.experiments.shape[0]
         step = max(1, batch_rows // self.n_inputs)
-        for start in range(0, len(experiments), step):
-            part = slice(start, start + step)
-            ids, mask = experiments[part], None if active is None else active[part]
+        for start in range(0, n_experiments, step):
+            end = min(start + step, n_experiments)
+            mask = None if changing is None else changing[0][start:end]
             rows = _true_places(mask) if mask is not None and compact else None
-            neurons = {name: chosen.part(start, start + step) for name, chosen in index.items()}
-            batch = Batch(len(ids), self.n_inputs, neurons, rows)
-            self._write(self._output(program, batch), batch, mask, ids, out)
+            neurons = {name: chosen.part(start, end) for name, chosen in index.items()}
+            batch = Batch(end - start, self.n_inputs, neurons, rows)
+            places = group.places(start, end)
+            if batch.n_rows:
+                self._write(self._output(program, batch), batch, mask, places, out)
+            else:
+                out[places] = self.baseline
             computed += batch.n_rows
         return computed
 
@@ -260,26 +274,30 @@ class Prepared:
         """The neurons of every layer of the group; whole layers spelled out."""
         found = {}
         for entry, layer in program.patched.items():
-            neurons = group.index[layer]
-            if neurons is None:
+            chosen = group.index[layer]
+            if chosen is None:
                 size = self.chain(entry)[entry].of.neurons
-                neurons = torch.arange(size).expand(len(group.experiments), -1)
-            found[layer] = Selection.of(neurons.to(self.baseline.device))
+                chosen = Selection(torch.arange(size).expand(group.experiments.shape[0], -1))
+            found[layer] = chosen.to(self.baseline.device)
         return found
 
-    def _active_rows(self, program: Program, index: dict[str, Selection]) -> Tensor | None:
-        """``[E, N]`` bool, rows that can differ from the baseline; None for all."""
+    def _changing(
+        self, program: Program, index: dict[str, Selection]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Rows that can differ from the baseline, ``[E, N]`` bool, and how many of each
+        experiment, ``[E]``; None for all."""
         entries = program.patched.items()
         whole = any(program.kinds[entry] == SOURCE for entry, _ in entries)
         if whole or not self.engine.savings.skip_unchanged or not program.steps:
             return None
         total: Tensor | None = None
         for entry, layer in entries:
-            active = index[layer].take(self.active(entry))
-            if index[layer].shape[1] > 1:
-                active = active.view(*index[layer].shape, -1).any(1)
-            total = active if total is None else total | active
-        return total
+            chosen, (active, n_active) = index[layer], self.active(entry)
+            if chosen.shape[1] == 1 and len(entries) == 1:
+                return chosen.take(active), chosen.take(n_active)
+            taken = chosen.take(active).view(*chosen.shape, -1).any(1)
+            total = taken if total is None else total | taken
+        return None if total is None else (total, total.sum(1))
 
     def _output(self, program: Program, batch: Batch) -> Tensor:
         """Output rows ``[R, outputs]`` of one batch."""
@@ -321,8 +339,7 @@ class Prepared:
         if step.is_linear:
             return dense_ops.linear(
                 values[node.inputs[0]],
-                self.engine.columns(node),
-                node.target.bias,
+                self.engine.weights(node),
                 lambda *shape: self.buffer(node, *shape),
             )
         return node.call(values.__getitem__)
@@ -338,7 +355,7 @@ class Prepared:
             sparse = self.chain(spread.entry)[spread.node]
             plain = type(node.target) is nn.Linear and sparse.of.owner.dim() == 1
             self._cancelling[key] = plain and cancels(
-                self.base_values[node.index], sparse, self.engine.columns(node)
+                self.base_values[node.index], sparse, self.engine.weights(node).columns
             )
         return self._cancelling[key]
 
@@ -364,24 +381,24 @@ class Prepared:
         return tree_map(lambda v: batch.spread(v) if isinstance(v, Tensor) else v, value)
 
     def _write(
-        self, rows: Tensor, batch: Batch, mask: Tensor | None, ids: Tensor, out: Tensor
+        self, rows: Tensor, batch: Batch, mask: Tensor | None, places: Tensor | slice, out: Tensor
     ) -> None:
         """Put a batch's output rows into their experiments' places.
 
         Rows that ``mask`` ``[E, N]`` says are unchanged become the baseline, bit for bit,
         also where leaving them out would have cost more than computing them along.
         """
-        first, last = int(ids[0]), int(ids[-1])
-        adjacent = last - first == len(ids) - 1 and out.is_contiguous()
-        into = out[first : last + 1] if adjacent else torch.empty_like(out[: len(ids)])
+        into = out[places] if isinstance(places, slice) else None
+        if into is None or into.stride(0) != into.stride(1) * self.n_inputs:
+            into = torch.empty_like(out[: batch.n_experiments])
         if batch.rows is None:
-            into.view(rows.shape).copy_(rows)
+            into.copy_(rows.reshape(into.shape))
             if mask is not None and not batch.unchanged_are_exact:
                 still = _true_places(~mask)
                 kept = self.baseline.index_select(0, still % self.n_inputs)
-                into.view(rows.shape).index_copy_(0, still, kept)
+                into.flatten(0, 1).index_copy_(0, still, kept)
         else:
             into.copy_(self.baseline.expand_as(into))
-            into.view(-1, into.shape[-1]).index_copy_(0, batch.rows, rows)
-        if not adjacent:
-            out.index_copy_(0, ids.to(out.device), into)
+            into.flatten(0, 1).index_copy_(0, batch.rows, rows)
+        if into.data_ptr() != out[places].data_ptr():
+            out[places] = into

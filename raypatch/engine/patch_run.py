@@ -13,6 +13,7 @@ from torch import Tensor
 from raypatch.checking import check_experiments
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments
 from raypatch.engine.arguments import count_inputs, in_parts, inputs_between
+from raypatch.engine.dense_ops import NARROW_OUTPUT
 from raypatch.engine.incremental import Incremental, Prepared
 from raypatch.engine.layers import Args
 from raypatch.engine.plan import Plan, plan_experiments
@@ -104,7 +105,7 @@ class PatchRun:
         """Patched outputs ``[experiments, inputs, outputs]`` in the definition's order."""
         plan = self.plan(experiments)
         with exact_math(), torch.no_grad():
-            out = self.baseline.new_empty(plan.n_experiments, *self.baseline.shape)
+            out = _outputs_like(self.baseline, plan.n_experiments)
             first = 0
             for i in range(len(self._parts)):
                 prepared = self._prepare(i)
@@ -153,6 +154,15 @@ class PatchRun:
                         "lower --memory_per_actor so that inputs are taken in parts"
                     ) from error
                 self._halvings += 1
+
+
+def _outputs_like(baseline: Tensor, n_experiments: int) -> Tensor:
+    """Memory for ``[experiments, inputs, outputs]``; few outputs lie apart, each in one piece,
+    as narrow products give them and metrics take them."""
+    n_inputs, n_outputs = baseline.shape
+    if n_outputs < NARROW_OUTPUT:
+        return baseline.new_empty(n_outputs, n_experiments, n_inputs).permute(1, 2, 0)
+    return baseline.new_empty(n_experiments, n_inputs, n_outputs)
 
 
 @contextmanager

@@ -18,16 +18,69 @@ Signature = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Neurons ``[E, k]`` of one layer in each of E experiments.
+
+    ``start`` is set where they are one each and follow one another, as in a sweep over all
+    neurons: then tables are sliced instead of copied.
+    """
+
+    neurons: Tensor
+    start: int | None = None
+
+    @classmethod
+    def of(cls, table: np.ndarray) -> Selection:
+        """Of neurons int64 ``[E, k]``; finds out whether they follow one another."""
+        start = _start_of_run(table[:, 0]) if table.shape[1] == 1 else None
+        return cls(torch.from_numpy(np.ascontiguousarray(table)), start)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.neurons.shape
+
+    def to(self, device: torch.device) -> Selection:
+        """The same on a device."""
+        return Selection(self.neurons.to(device), self.start)
+
+    def part(self, first: int, last: int) -> Selection:
+        """Experiments ``first`` to ``last`` (exclusive)."""
+        start = None if self.start is None else self.start + first
+        return Selection(self.neurons[first:last], start)
+
+    def take(self, table: Tensor) -> Tensor:
+        """Rows of a table ``[J, ...]``, ``[E * k, ...]``; a view where that is possible."""
+        if self.start is not None:
+            return table[self.start : self.start + self.neurons.shape[0]]
+        return table.index_select(0, self.neurons.flatten())
+
+
+@dataclass(frozen=True)
 class Group:
     """Experiments of one signature.
 
-    ``experiments`` int64 ``[E]`` are their places in the definition's order; ``index`` maps a
-    layer to the neurons ``[E, k]`` patched there, or None for all of them.
+    ``experiments`` int64 ``[E]`` are their places in the definition's order, and ``start`` the
+    first of them where they follow one another; ``index`` maps a layer to the neurons patched
+    there, or None for all of them.
     """
 
     signature: Signature
     experiments: Tensor
-    index: dict[str, Tensor | None]
+    index: dict[str, Selection | None]
+    start: int | None = None
+
+    def places(self, first: int, last: int) -> Tensor | slice:
+        """Where the results of experiments ``first`` to ``last`` (exclusive) of the group go."""
+        if self.start is None:
+            return self.experiments[first:last]
+        return slice(self.start + first, self.start + last)
+
+    def where(self, mask: Tensor) -> Group:
+        """The experiments that a mask ``[E]`` picks."""
+        index = {
+            layer: None if chosen is None else Selection(chosen.neurons[mask])
+            for layer, chosen in self.index.items()
+        }
+        return Group(self.signature, self.experiments[mask.cpu()], index)
 
 
 @dataclass(frozen=True)
@@ -54,10 +107,10 @@ def plan_experiments(experiments: Experiments, *, deduplicate: bool = True) -> P
             (name, ALL if table is None else table.shape[1]) for name, table in zip(names, tables)
         )
         index = {
-            name: None if table is None else torch.from_numpy(np.ascontiguousarray(table))
+            name: None if table is None else Selection.of(table)
             for name, table in zip(names, tables)
         }
-        groups.append(Group(signature, torch.from_numpy(ids), index))
+        groups.append(Group(signature, torch.from_numpy(ids), index, _start_of_run(ids)))
 
     for entries_each in np.unique(n_entries):
         ids = np.flatnonzero(n_entries == entries_each)
@@ -77,6 +130,13 @@ def plan_experiments(experiments: Experiments, *, deduplicate: bool = True) -> P
             ]
             add(ids[members], names, tables)
     return Plan(len(experiments), tuple(groups), tuple(copies))
+
+
+def _start_of_run(numbers: np.ndarray) -> int | None:
+    """The first of numbers that follow one another; None where they do not."""
+    if not len(numbers) or int(numbers[-1]) - int(numbers[0]) != len(numbers) - 1:
+        return None
+    return int(numbers[0]) if bool((np.diff(numbers) == 1).all()) else None
 
 
 def _same_rows(keys: np.ndarray) -> list[np.ndarray]:

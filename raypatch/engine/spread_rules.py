@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raypatch.engine.capture import Node
-from raypatch.engine.values import Batch, Selection, Sparse
+from raypatch.engine.plan import Selection
+from raypatch.engine.values import Batch, Sparse
 
 # Past this share of a layer's inputs patched, one full product beats many small ones.
 LOW_RANK_SHARE = 0.25

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.layers import Args, Hook, Layer, forward, hooked, record_activations
-from raypatch.engine.plan import Group
+from raypatch.engine.plan import Group, Selection
 from raypatch.engine.sources import Fill
 
 
@@ -76,14 +76,14 @@ class StackedPrepared:
         for start in range(0, len(group.experiments), step):
             ids = group.experiments[start : start + step]
             index = {
-                layer: None if neurons is None else neurons[start : start + step]
-                for layer, neurons in group.index.items()
+                layer: None if chosen is None else chosen.part(start, start + step)
+                for layer, chosen in group.index.items()
             }
             values = self._forward(index, len(ids))
             out.index_copy_(0, ids.to(out.device), values.reshape(len(ids), *out.shape[1:]))
         return len(group.experiments) * self.n_inputs
 
-    def _forward(self, index: dict[str, Tensor | None], n_experiments: int) -> Tensor:
+    def _forward(self, index: dict[str, Selection | None], n_experiments: int) -> Tensor:
         def patcher(name: str) -> Hook:
             return lambda call, output: _patched(
                 output, self.values[name][call], self._axis(name, output), index[name],
@@ -110,14 +110,14 @@ class StackedPrepared:
 
 
 def _patched(
-    output: Tensor, source: Tensor, axis: int, neurons: Tensor | None, n_experiments: int
+    output: Tensor, source: Tensor, axis: int, chosen: Selection | None, n_experiments: int
 ) -> Tensor:
-    """``output`` ``[E * N, ...]`` with source values at ``neurons`` ``[E, k]`` along ``axis``."""
+    """``output`` ``[E * N, ...]`` with the chosen neurons' source values along ``axis``."""
     stacked = output.reshape(n_experiments, *source.shape).clone()
-    if neurons is None:
+    if chosen is None:
         stacked[:] = source
     else:
         last = stacked.movedim(axis + 1, 1)  # [E, J, N, ...]
-        chosen = source.movedim(axis, 0)[neurons]  # [E, k, N, ...]
-        last[torch.arange(n_experiments)[:, None], neurons] = chosen
+        values = source.movedim(axis, 0)[chosen.neurons]  # [E, k, N, ...]
+        last[torch.arange(n_experiments)[:, None], chosen.neurons] = values
     return stacked.reshape(output.shape)

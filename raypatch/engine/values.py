@@ -17,6 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from raypatch.engine.plan import Selection
+
 
 @dataclass
 class Ownership:
@@ -107,42 +109,6 @@ class Sparse:
         return delta[:, :, 0] != 0 if delta.shape[2] == 1 else (delta != 0).any(-1)
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Neurons ``[E, k]`` of one layer in each experiment of a batch.
-
-    ``start`` is set where they are one each and follow one another, as in a sweep over all
-    neurons: then tables are sliced instead of copied.
-    """
-
-    neurons: Tensor
-    start: int | None = None
-
-    @classmethod
-    def of(cls, neurons: Tensor) -> Selection:
-        """Find out whether the neurons follow one another."""
-        if neurons.shape[1] != 1 or not len(neurons):
-            return cls(neurons)
-        first = int(neurons[0, 0])
-        ascending = torch.arange(first, first + len(neurons), device=neurons.device)
-        return cls(neurons, first if torch.equal(neurons[:, 0], ascending) else None)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.neurons.shape
-
-    def part(self, first: int, last: int) -> Selection:
-        """Experiments ``first`` to ``last`` (exclusive)."""
-        start = None if self.start is None else self.start + first
-        return Selection(self.neurons[first:last], start)
-
-    def take(self, table: Tensor) -> Tensor:
-        """Rows of a table ``[J, ...]``, ``[E * k, ...]``; a view where that is possible."""
-        if self.start is not None:
-            return table[self.start : self.start + len(self.neurons)]
-        return table.index_select(0, self.neurons.flatten())
-
-
 @dataclass
 class Batch:
     """Experiments of one signature: the same layers, the same number of neurons in each."""
@@ -155,7 +121,7 @@ class Batch:
 
     @property
     def n_rows(self) -> int:
-        return self.n_experiments * self.n_inputs if self.rows is None else len(self.rows)
+        return self.n_experiments * self.n_inputs if self.rows is None else self.rows.shape[0]
 
     @cached_property
     def row_input(self) -> Tensor:
@@ -170,7 +136,8 @@ class Batch:
     def spread(self, per_input: Tensor) -> Tensor:
         """``[N, ...]``, the same for every experiment, to rows ``[R, ...]``; a copy."""
         if self.rows is None:
-            return per_input.repeat(self.n_experiments, *[1] * (per_input.dim() - 1))
+            copies = per_input.expand(self.n_experiments, *per_input.shape)
+            return copies.clone(memory_format=torch.contiguous_format).flatten(0, 1)
         return per_input.index_select(0, self.row_input)
 
     def gather(self, table: Tensor, index: Selection) -> Tensor:
