@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
-from raypatch.engine.layers import Args
+from raypatch.engine.layers import Args, map_tensors
 from raypatch.errors import InputError
 
 
 def _leaves(args: Args) -> list[Tensor]:
-    leaves, _ = tree_flatten(args)
+    plain = all(type(x) is Tensor for x in args)
+    leaves = args if plain else tree_flatten(args)[0]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
 
 
@@ -20,7 +21,7 @@ def shapes_of(args: Args) -> list[list[int]]:
 
 def count_inputs(args: Args) -> int:
     """Number of inputs, the same in every tensor."""
-    sizes = {len(leaf) for leaf in _leaves(args)}
+    sizes = {leaf.shape[0] for leaf in _leaves(args)}
     if len(sizes) != 1 or 0 in sizes:
         raise InputError(
             f"inputs of shapes {shapes_of(args)} do not share one number of inputs above 0"
@@ -30,11 +31,12 @@ def count_inputs(args: Args) -> int:
 
 def inputs_between(args: Args, first: int, last: int) -> Args:
     """Inputs ``first`` to ``last`` (exclusive)."""
-    sliced: Args = tree_map(
-        lambda x: x[first:last] if isinstance(x, Tensor) and x.dim() else x, args
-    )
+    sliced: Args = map_tensors(lambda x: x[first:last] if x.dim() else x, args)
     return sliced
 
 
 def in_parts(args: Args, n_inputs: int, size: int) -> list[Args]:
+    """The inputs cut into parts of ``size``; the arguments as they are where one holds all."""
+    if size >= n_inputs:
+        return [args]
     return [inputs_between(args, i, i + size) for i in range(0, n_inputs, size)]

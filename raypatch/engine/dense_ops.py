@@ -52,7 +52,7 @@ class Weights:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, layer: nn.Module) -> Weights:
+    def of(cls, layer: Any) -> Weights:
         rows, bias = layer.weight.detach(), layer.bias
         return cls(rows, rows.transpose(0, 1).contiguous(), None if bias is None else bias.detach())
 

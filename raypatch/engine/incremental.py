@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine import dense_ops
 from raypatch.engine.capture import CaptureError, Graph, Node
+from raypatch.engine.dense_ops import Weights
 from raypatch.engine.layers import Args, Layer, first_tensor
 from raypatch.engine.plan import Group, Selection
 from raypatch.engine.sources import Fill
-from raypatch.engine.dense_ops import Weights
 from raypatch.engine.spread_rules import cancels
 from raypatch.engine.structure import (
     BASE,
@@ -87,8 +87,7 @@ class Incremental:
 
     def run_bytes(self, _: Args) -> int:
         """Bytes of all values in a run on one input."""
-        leaves = tree_flatten(self.structure.sample)[0]
-        return sum(v.numel() * v.element_size() for v in leaves if isinstance(v, Tensor))
+        return self.structure.sample_bytes
 
     def buffer(self, key: int, *shape: int, like: Tensor) -> Tensor:
         """Scratch memory of this shape, reused by the next batch that asks with the key.
@@ -206,7 +205,7 @@ class Prepared:
 
     def active(self, entry: int) -> tuple[Tensor, Tensor]:
         """Whether patching the neuron alone changes any end of its chain, ``[J, N]`` bool, and
-        for how many inputs, ``[J]``."""
+        for how many inputs, ``[J]``, on the CPU."""
         if entry not in self._active:
             chain = self.chain(entry)
             active: Tensor | None = None
@@ -217,7 +216,7 @@ class Prepared:
                     break
                 active = chain[end].active if active is None else active | chain[end].active
             assert active is not None
-            self._active[entry] = active, active.sum(1)
+            self._active[entry] = active, active.sum(1).cpu()
         return self._active[entry]
 
     # -------------------------------------------------------------------- evaluation
@@ -239,26 +238,23 @@ class Prepared:
             )
             return 0
         index = self._indices(group, program)
-        changing, compact, computed = self._changing(program, index), False, 0
-        if changing is not None:
-            active, n_active = changing
-            some = n_active > 0
-            still = n_active.shape[0] - int(some.count_nonzero())
-            if still * self.n_inputs * program.row_elements > LEAVE_OUT_ELEMENTS:
-                out[group.experiments[~some.cpu()]] = self.baseline
-                group, changing = group.where(some), (active[some], n_active[some])
+        found, active, compact, computed = self._changing(program, index), None, False, 0
+        if found is not None:
+            active, n_active = found
+            n_still = len(n_active) - np.count_nonzero(n_active)
+            if n_still * self.n_inputs * program.row_elements >= LEAVE_OUT_ELEMENTS:
+                some = torch.from_numpy(n_active > 0)
+                out[group.experiments[~some]] = self.baseline
+                group, active = group.where(some), active[some.to(active.device)]
                 index = self._indices(group, program)
-            total = int(n_active.sum())
-            if total == changing[0].numel():
-                changing = None
-            else:
-                few = total < COMPACT_SHARE * changing[0].numel()
-                compact = few and program.work_after >= COMPACT_WORK
+            share = int(n_active.sum()) / max(1, active.numel())
+            compact = share < COMPACT_SHARE and program.work_after >= COMPACT_WORK
+            active = None if share == 1 else active
         n_experiments = group.experiments.shape[0]
         step = max(1, batch_rows // self.n_inputs)
         for start in range(0, n_experiments, step):
             end = min(start + step, n_experiments)
-            mask = None if changing is None else changing[0][start:end]
+            mask = None if active is None else active[start:end]
             rows = _true_places(mask) if mask is not None and compact else None
             neurons = {name: chosen.part(start, end) for name, chosen in index.items()}
             batch = Batch(end - start, self.n_inputs, neurons, rows)
@@ -283,7 +279,7 @@ class Prepared:
 
     def _changing(
         self, program: Program, index: dict[str, Selection]
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> tuple[Tensor, np.ndarray] | None:
         """Rows that can differ from the baseline, ``[E, N]`` bool, and how many of each
         experiment, ``[E]``; None for all."""
         entries = program.patched.items()
@@ -294,10 +290,10 @@ class Prepared:
         for entry, layer in entries:
             chosen, (active, n_active) = index[layer], self.active(entry)
             if chosen.shape[1] == 1 and len(entries) == 1:
-                return chosen.take(active), chosen.take(n_active)
+                return chosen.take(active), chosen.take(n_active).numpy()
             taken = chosen.take(active).view(*chosen.shape, -1).any(1)
             total = taken if total is None else total | taken
-        return None if total is None else (total, total.sum(1))
+        return None if total is None else (total, total.sum(1).numpy(force=True))
 
     def _output(self, program: Program, batch: Batch) -> Tensor:
         """Output rows ``[R, outputs]`` of one batch."""
@@ -389,8 +385,10 @@ class Prepared:
         also where leaving them out would have cost more than computing them along.
         """
         into = out[places] if isinstance(places, slice) else None
-        if into is None or into.stride(0) != into.stride(1) * self.n_inputs:
-            into = torch.empty_like(out[: batch.n_experiments])
+        apart = into is None or into.stride(0) != into.stride(1) * self.n_inputs
+        if apart:
+            into = out.new_empty(batch.n_experiments, *out.shape[1:])
+        assert into is not None
         if batch.rows is None:
             into.copy_(rows.reshape(into.shape))
             if mask is not None and not batch.unchanged_are_exact:
@@ -400,5 +398,5 @@ class Prepared:
         else:
             into.copy_(self.baseline.expand_as(into))
             into.flatten(0, 1).index_copy_(0, batch.rows, rows)
-        if into.data_ptr() != out[places].data_ptr():
+        if apart:
             out[places] = into

@@ -64,7 +64,7 @@ def forward(network: nn.Module, args: Args) -> Any:
 
     On float64 inputs, a cast to float32 in the forward is one to float64.
     """
-    fresh = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
+    fresh = map_tensors(Tensor.clone, args)
     tensors = [x for x in tree_flatten(fresh)[0] if isinstance(x, Tensor)]
     if not any(x.dtype is torch.float64 for x in tensors):
         return network(*fresh)
@@ -80,6 +80,13 @@ def forward(network: nn.Module, args: Args) -> Any:
 def as_args(inputs: Any) -> Args:
     """Positional arguments of ``forward``: a tuple as it is, anything else alone."""
     return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], args: Any) -> Any:
+    """Arguments with the function of every tensor in place of it."""
+    if type(args) is tuple and all(type(x) is Tensor for x in args):
+        return tuple(map(function, args))  # as a rule; a tree takes many times as long
+    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, args)
 
 
 def first_tensor(output: Any) -> Tensor:

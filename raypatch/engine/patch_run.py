@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raypatch.checking import check_experiments
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments
-from raypatch.engine.arguments import count_inputs, in_parts, inputs_between
+from raypatch.engine.arguments import count_inputs, in_parts
 from raypatch.engine.dense_ops import NARROW_OUTPUT
 from raypatch.engine.incremental import Incremental, Prepared
 from raypatch.engine.layers import Args
@@ -44,7 +44,7 @@ class Limits:
         if n_inputs == 1 or (isinstance(engine, Stacked) and engine.limit == 1):
             return n_inputs
         # Both runs, every layer's chain (values, differences), each about a run's size.
-        one = 6 * max(1, engine.run_bytes(inputs_between(target, 0, 1)))
+        one = 6 * max(1, engine.run_bytes(target))
         return max(1, min(n_inputs, self.memory_bytes // 2 // one))
 
     def rows_for(self, row_bytes: int) -> int:

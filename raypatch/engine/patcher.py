@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from raypatch.engine.arguments import count_inputs, in_parts, inputs_between, shapes_of
 from raypatch.engine.capture import Graph
 from raypatch.engine.incremental import Incremental
-from raypatch.engine.layers import Args, Layer, as_args
+from raypatch.engine.layers import Args, Layer, as_args, map_tensors
 from raypatch.engine.patch_run import Definition, Engine, Limits, PatchRun, exact_math
 from raypatch.engine.reference import cast
 from raypatch.engine.sources import (
@@ -99,7 +98,7 @@ class Patcher:
                 )
         elif kind == "resample":
             order = resample_order(n_inputs, seed).to(self.device)
-            source_args = tree_map(lambda x: x[order] if isinstance(x, Tensor) else x, target_args)
+            source_args = map_tensors(lambda x: x[order], target_args)
         with exact_math():
             engine = self._engine or self._choose(target_args)
             fill: Fill | None = {"zero": zero_fill, "mean": None}.get(kind)

@@ -44,14 +44,17 @@ class Selection:
 
     def part(self, first: int, last: int) -> Selection:
         """Experiments ``first`` to ``last`` (exclusive)."""
+        if first == 0 and last == self.neurons.shape[0]:
+            return self
         start = None if self.start is None else self.start + first
         return Selection(self.neurons[first:last], start)
 
     def take(self, table: Tensor) -> Tensor:
         """Rows of a table ``[J, ...]``, ``[E * k, ...]``; a view where that is possible."""
         if self.start is not None:
-            return table[self.start : self.start + self.neurons.shape[0]]
-        return table.index_select(0, self.neurons.flatten())
+            last = self.start + self.neurons.shape[0]
+            return table if last - self.start == table.shape[0] else table[self.start : last]
+        return table.index_select(0, self.neurons.flatten().to(table.device))
 
 
 @dataclass(frozen=True)

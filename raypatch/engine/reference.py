@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment
 from raypatch.engine.layers import (
@@ -21,6 +20,7 @@ from raypatch.engine.layers import (
     find_layers,
     forward,
     hooked,
+    map_tensors,
     record_activations,
 )
 from raypatch.engine.sources import resample_order
@@ -29,12 +29,10 @@ from raypatch.engine.sources import resample_order
 def cast(args: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
     """Move every tensor to the device and every floating one to ``dtype``."""
 
-    def one(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
+    def one(x: Tensor) -> Tensor:
         return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
-    return tree_map(one, args)
+    return map_tensors(one, args)
 
 
 def reference_outputs(

@@ -30,10 +30,11 @@ CHUNK_ELEMENTS = 1 << 22
 def cancels(base: Tensor, sparse: Sparse, columns: Tensor) -> bool:
     """Whether patching any one neuron makes some input's output ``[N, outputs]`` far smaller
     than ``base``; ``columns`` ``[features, outputs]`` is the linear layer's weight."""
-    size = base.abs().amax(1)
-    positions = sparse.of.positions.clamp(min=0)
+    size, largest = base.abs().amax(1), columns.abs().amax(1)
     # At most this much can a neuron's patch change an output.
-    bound = (sparse.delta.abs() * columns.abs().amax(1)[positions][:, None]).sum(-1)
+    positions = sparse.of.positions.clamp(min=0)
+    parts = sparse.delta.abs() * largest[positions][:, None]
+    bound = parts[:, :, 0] if parts.shape[2] == 1 else parts.sum(-1)
     neurons, inputs = (bound > size * (1 - 1 / CANCELLATION)).nonzero(as_tuple=True)
     step = max(1, CHUNK_ELEMENTS // (positions.shape[1] * columns.shape[1]))
     for first in range(0, len(neurons), step):
@@ -84,15 +85,17 @@ def linear(
     if rank > max(1, LOW_RANK_SHARE * sparse.of.owner.numel()):
         return None
     n_experiments, n_inputs = batch.n_experiments, batch.n_inputs
-    delta = batch.gather(sparse.delta, index)
     columns = context.weight_columns(node)
+    out = context.buffer(node, n_experiments, n_inputs, n_outputs)
+    if rank == 1 and sparse.of.is_plain:
+        return torch.addcmul(base, index.take(sparse.delta), index.take(columns)[:, None], out=out)
+    delta = batch.gather(sparse.delta, index)
     if sparse.of.is_plain:
         columns = index.take(columns.view(sparse.of.neurons, -1, n_outputs))
     else:
         features = index.take(sparse.of.positions).clamp(min=0).flatten()
         columns = columns.index_select(0, features)
     columns = columns.view(n_experiments, rank, n_outputs)
-    out = context.buffer(node, n_experiments, n_inputs, n_outputs)
     if rank == 1:
         return torch.addcmul(base, delta, columns, out=out)
     return torch.baddbmm(base.expand_as(out), delta, columns, out=out)

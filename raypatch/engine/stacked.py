@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS
-from raypatch.engine.layers import Args, Hook, Layer, forward, hooked, record_activations
+from raypatch.engine.arguments import inputs_between
+from raypatch.engine.layers import (
+    Args,
+    Hook,
+    Layer,
+    forward,
+    hooked,
+    map_tensors,
+    record_activations,
+)
 from raypatch.engine.plan import Group, Selection
 from raypatch.engine.sources import Fill
 
@@ -34,9 +40,9 @@ class Stacked:
         """Outputs of every layer, one a call, in an unpatched run."""
         return record_activations(self.network, args, [*self.layers, OUTPUT_LOGITS])
 
-    def run_bytes(self, one_input: Args) -> int:
+    def run_bytes(self, target: Args) -> int:
         """Bytes of all layers' outputs in a run on one input."""
-        values = self.layer_values(one_input)
+        values = self.layer_values(inputs_between(target, 0, 1))
         return sum(v.numel() * v.element_size() for calls in values.values() for v in calls)
 
 
@@ -90,12 +96,10 @@ class StackedPrepared:
                 n_experiments,
             )  # fmt: skip
 
-        def stacked(x: Any) -> Any:
-            if not isinstance(x, Tensor) or n_experiments == 1:
-                return x
-            return x.repeat(n_experiments, *[1] * (x.dim() - 1))
+        def stacked(x: Tensor) -> Tensor:
+            return x.repeat(n_experiments, *[1] * (x.dim() - 1)) if n_experiments > 1 else x
 
-        args = tree_map(stacked, self.target)
+        args = map_tensors(stacked, self.target)
         hooks = {name: patcher(name) for name in index if name != OUTPUT_LOGITS}
         with torch.no_grad(), hooked(self.engine.network, hooks):
             output: Tensor = forward(self.engine.network, args)

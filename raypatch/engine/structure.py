@@ -96,6 +96,8 @@ class Structure:
         self.layers = layers
         self.savings = savings
         self.sample = sample
+        leaves = [v for v in tree_flatten(sample)[0] if isinstance(v, Tensor)]
+        self.sample_bytes = sum(v.numel() * v.element_size() for v in leaves)
         self.output = len(graph.nodes) - 1
         # The pseudo-layer output_logits is patched after the last node.
         self.virtual = len(graph.nodes)

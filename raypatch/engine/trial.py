@@ -7,14 +7,13 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments
 from raypatch.engine.arguments import count_inputs, inputs_between
 from raypatch.engine.capture import CaptureError, capture, first_line
 from raypatch.engine.capture_export import capture_export
 from raypatch.engine.incremental import Incremental
-from raypatch.engine.layers import Args, Layer, find_layers, forward
+from raypatch.engine.layers import Args, Layer, find_layers, forward, map_tensors
 from raypatch.engine.patch_run import Engine, Limits, PatchRun
 from raypatch.engine.plan import plan_experiments
 from raypatch.engine.sources import Fill, noise_fill
@@ -84,7 +83,7 @@ def _check(
     limits = Limits(torch.device("cpu"), TRIAL_BYTES)
     plan = plan_experiments(_experiments(layers))
     n_inputs = count_inputs(target)
-    source = tree_map(lambda x: x.roll(1, 0) if isinstance(x, Tensor) and x.dim() else x, target)
+    source = map_tensors(lambda x: x.roll(1, 0) if x.dim() else x, target)
     # Inputs may be equal or the layers' values zero: noise makes every patch change something.
     trials: tuple[tuple[Args | None, Fill | None], ...] = ((source, None), (None, noise_fill))
     for trial_source, fill in trials:
@@ -130,10 +129,10 @@ def trial_inputs(args: Args) -> Args:
     """Two or three inputs for a trial; a single one is joined by its half."""
     if count_inputs(args) > 1:
         return inputs_between(args, 0, 3)
-    return tree_map(
-        lambda x: torch.cat([x, (x / 2).to(x.dtype)]) if isinstance(x, Tensor) and x.dim() else x,
-        args,
+    halved: Args = map_tensors(
+        lambda x: torch.cat([x, (x / 2).to(x.dtype)]) if x.dim() else x, args
     )
+    return halved
 
 
 def own_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
