@@ -61,7 +61,7 @@ def measure(worker: Worker, experiments: Experiments) -> dict[str, float]:
 
     def formulas():
         for number, table in enumerate(worker.tables):
-            table.compute(outputs[:, number])
+            table.compute(outputs[number])
 
     outputs = clock("engine", lambda: worker._outputs(experiments))
     clock(FORMULAS, formulas)  # once more, and nothing kept: not a step of the item

@@ -31,7 +31,7 @@ class MetricTable:
         self.n_inputs, self._n_outputs = baselines.target.shape
         least = max(1, min(MIN_EXPERIMENTS, MAX_ROWS // self.n_inputs))
         self._step = max(least, BLOCK_LOGITS // (self.n_inputs * self._n_outputs))
-        self.baseline_actions = first_argmax(baselines.target.numpy()[..., None])
+        self.baseline_actions = first_argmax(baselines.target.numpy())
         self._kept: dict[int, list[Part]] = {}
 
     def compute(
@@ -53,20 +53,17 @@ class MetricTable:
         for start in range(0, len(patched), self._step):
             block = patched[start : start + self._step]
             part = slice(start, start + len(block))
-            parts = self._parts(len(block))
-            columns = [_experiments_last(block[:, inputs]) for inputs, _ in parts]
             if changed_rate is not None or actions is not None:
-                greedy = np.concatenate([first_argmax(some) for some in columns])
+                greedy = first_argmax(block.numpy())
             if changed_rate is not None:
-                changed = np.add.reduce(greedy != self.baseline_actions, 0, dtype=np.float32)
-                changed_rate[part] = torch.from_numpy(changed / np.float32(self.n_inputs))
+                changed = np.count_nonzero(greedy != self.baseline_actions, axis=1)
+                changed_rate[part] = torch.from_numpy(changed / self.n_inputs)
             if actions is not None:
-                actions[part] = torch.from_numpy(greedy.T)
+                actions[part] = torch.from_numpy(greedy)
             # Overflow is looked for, and what is undefined is NaN on purpose.
             with np.errstate(all="ignore"):
                 summaries = []
-                fixed = [fixed for _, fixed in parts]
-                for number, metric in enumerate(self._metrics(columns, fixed)):
+                for number, metric in enumerate(self._metrics(block)):
                     if values is not None:
                         stored = values[number, part].numpy()
                         stored[...] = metric.astype(stored.dtype).T
@@ -87,45 +84,39 @@ class MetricTable:
             ]
         return self._kept[size]
 
-    def _metrics(self, columns: list[Array], fixed: list[Fixed]) -> Iterator[Array]:
+    def _metrics(self, block: Tensor) -> Iterator[Array]:
         """Each metric of a block, ``[inputs, experiments]``, one after the other: what is to be
         done with it costs less while it is in the cache."""
         formulas = [METRICS[name].formula for name in self.names]
-        if len(columns) == 1:
-            rows = Rows(columns[0], fixed[0])
+        parts = self._parts(len(block))
+        if len(parts) == 1:
+            rows = Rows(block, parts[0][1])
             yield from (formula(rows) for formula in formulas)
             return
-        parts = []
-        for some, of_some in zip(columns, fixed):
-            rows = Rows(some, of_some)
-            parts.append([formula(rows) for formula in formulas])
-        yield from map(np.concatenate, zip(*parts))
-
-
-def _experiments_last(block: Tensor) -> Array:
-    """``[experiments, inputs, outputs]`` to ``[inputs, outputs, experiments]``."""
-    n_experiments, *shape = block.shape
-    columns = torch.empty(*shape, n_experiments, dtype=block.dtype)
-    columns.view(-1, n_experiments).copy_(block.reshape(n_experiments, -1).T)
-    return columns.numpy()
+        found = []
+        for inputs, fixed in parts:
+            rows = Rows(block[:, inputs], fixed)
+            found.append([formula(rows) for formula in formulas])
+        yield from map(np.concatenate, zip(*found))
 
 
 def summarise(metric: Array) -> Array:
     """Statistics of a metric ``[inputs, experiments]`` over the inputs, in float64, leaving out
     NaN: ``[statistics, experiments]``, mean, std (population), min, max; NaN where nothing is
     defined."""
-    found = _plain_statistics(metric)
-    if not np.isnan(found[0]).any():
-        return found
     # As a rule it is the pair that leaves a metric undefined, not the patch.
     undefined = np.isnan(metric[:, 0])
+    if not undefined.any():
+        return _plain_statistics(metric)
     if not np.isnan(metric[undefined]).all() or np.isnan(metric[~undefined]).any():
         return _statistics_of_defined(metric)
-    return found if undefined.all() else _plain_statistics(metric[~undefined])
+    if undefined.all():
+        return np.full((len(STATISTICS), metric.shape[1]), np.nan)
+    return _plain_statistics(metric[~undefined])
 
 
 def _plain_statistics(metric: Array) -> Array:
-    """``[statistics, experiments]`` of a metric ``[inputs, experiments]``."""
+    """The same, found fast where all is defined."""
     n_inputs, n_experiments = metric.shape
     found = np.empty((len(STATISTICS), n_experiments))
     mean, std, low, high = found
@@ -138,8 +129,10 @@ def _plain_statistics(metric: Array) -> Array:
     np.maximum.reduce(metric, 0, out=high)
     np.subtract(squares, mean * mean, out=std)
     squares *= DIGITS_LEFT
-    # Where little is left of what was subtracted, digits are lost.
-    if (std < squares).any():
+    if not (std >= squares).all():
+        if np.isnan(mean).any():
+            return _statistics_of_defined(metric)
+        # Where little is left of what was subtracted, digits are lost.
         some = np.flatnonzero(std < squares)
         deviation = metric[:, some] - mean[some]
         std[some] = (deviation * deviation).mean(0)

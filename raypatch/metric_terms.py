@@ -13,6 +13,9 @@ m = sum P_b d and e = d - m,
     P_p - P_b      = P_b (expm1(e) - (S - 1)) / S                  because P_p = P_b exp(e) / S
     KL(P_b || P_p) = log S
     KL(P_p || P_b) = (sum P_b expm1(e) e) / S - log S
+
+A block is larger than a level of the cache: every pass over all its outputs that a formula can do
+without is time saved.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 SMALL = 1e-10  # keeps the saturating ratios defined, as in the original
@@ -120,15 +124,15 @@ class Fixed:
         return np.stack([self.prob, self.centred_unit, equal], axis=1)[..., 0]
 
     @cached_property
-    def recovery(self) -> tuple[Array, Array, Array] | None:
-        """The source's actions, LD_b, and LD_src - LD_b (NaN where the actions agree)."""
+    def recovery(self) -> tuple[Array, Array] | None:
+        """The source's actions, and LD_src - LD_b (NaN where the actions agree)."""
         if self.b_source is None:
             return None
         a_source = self.b_source[..., 0].argmax(1)
         base = pick(self.b, a_source) - pick(self.b, self.a)
         span = pick(self.b_source, a_source) - pick(self.b_source, self.a) - base
         agree = (a_source == self.a)[:, None]
-        return a_source, base, np.where(agree | (span == 0), np.nan, span)
+        return a_source, np.where(agree | (span == 0), np.nan, span)
 
 
 def pick(columns: Array, which: Array) -> Array:
@@ -160,20 +164,21 @@ def log_sum_exp(columns: Array) -> Array:
     return found
 
 
-def first_argmax(columns: Array) -> Array:
-    """Largest output, the first of several, int32 ``[inputs, experiments]``.
+def first_argmax(outputs: Array) -> Array:
+    """Largest of the outputs ``[..., outputs]``, the first of several, int32.
 
-    NumPy's own over a short middle axis is several times slower than comparing outputs.
+    NumPy's own over a short axis is several times slower than comparing outputs.
     """
-    n_outputs = columns.shape[1]
+    n_outputs = outputs.shape[-1]
     if n_outputs > 32:
-        return columns.argmax(1).astype(np.int32)
-    best, place = columns[:, 0].copy(), np.zeros(columns[:, 0].shape, np.int8)
+        return outputs.argmax(-1).astype(np.int32)
+    best, place = outputs[..., 0].copy(), np.zeros(outputs.shape[:-1], np.int8)
     for number in range(1, n_outputs):
         # Numbers rise, so the last output that beat all before it has the largest.
-        beats = columns[:, number] > best
-        np.maximum(place, beats.view(np.int8) * np.int8(number), out=place)
-        np.maximum(best, columns[:, number], out=best)
+        beats = (outputs[..., number] > best).view(np.int8)
+        beats *= np.int8(number)
+        np.maximum(place, beats, out=place)
+        np.maximum(best, outputs[..., number], out=best)
     return place.astype(np.int32)
 
 
@@ -193,26 +198,28 @@ def unit(x: Array) -> Array:
     return x
 
 
-class Rows:
-    """One block: patched ``logits`` ``[inputs, outputs, experiments]`` of any float type and
-    the terms that formulas share, ``[inputs, experiments]`` where there is one number a row."""
+def experiments_last(patched: Tensor) -> Array:
+    """``[experiments, inputs, outputs]`` to float64 ``[inputs, outputs, experiments]``."""
+    columns = torch.empty(*patched.shape[1:], len(patched), dtype=torch.float64)
+    columns.copy_(patched.permute(1, 2, 0))
+    return columns.numpy()
 
-    def __init__(self, logits: Array, fixed: Fixed) -> None:
-        self.logits = logits
+
+class Rows:
+    """One block of patched logits ``[experiments, inputs, outputs]`` and the terms that
+    formulas share: ``[inputs, outputs, experiments]``, or ``[inputs, experiments]`` where there
+    is one number a row."""
+
+    def __init__(self, patched: Tensor, fixed: Fixed) -> None:
+        self._patched = patched
         self.fixed = fixed
-        self.d = logits - fixed.b
+        self.d = experiments_last(patched)
+        self.d -= fixed.b
 
     @cached_property
     def p(self) -> Array:
-        return self.logits.astype(np.float64)
-
-    def p_of(self, which: Array) -> Array:
-        """Patched logit of one output of each input."""
-        return pick(self.logits, which).astype(np.float64)
-
-    @cached_property
-    def p_a(self) -> Array:
-        return self.p_of(self.fixed.a)
+        """Few formulas need it; as a rule it would only take room in the cache."""
+        return experiments_last(self._patched)
 
     @cached_property
     def d_a(self) -> Array:
@@ -240,15 +247,19 @@ class Rows:
         return self.d - self.mean_d[:, None]
 
     @cached_property
-    def x(self) -> Array:
-        """expm1(e)."""
-        return np.expm1(self.e)
+    def grown(self) -> Array:
+        """P_b expm1(e)."""
+        grown: Array = np.expm1(self.e)
+        grown *= self.fixed.prob
+        return grown
 
     @cached_property
     def excess(self) -> Array:
         """S - 1."""
         # The second sum is what rounding has left of zero in the first.
-        return weighted(self.fixed.prob, self.x) - weighted(self.fixed.prob, self.e)
+        excess: Array = np.add.reduce(self.grown, 1)
+        excess -= weighted(self.fixed.prob, self.e)
+        return excess
 
     @cached_property
     def sum(self) -> Array:
@@ -280,31 +291,36 @@ class Rows:
     @cached_property
     def prob_change(self) -> Array:
         """P_p - P_b."""
-        change = self.x - self.excess[:, None]
-        change *= self.fixed.prob
+        change = self.grown - self.fixed.prob * self.excess[:, None]
         change /= self.sum[:, None]
         return self.or_if_wild(change, lambda: softmax(self.p) - self.fixed.prob)
 
     @cached_property
     def prob_change_a(self) -> Array:
         """P_p(a) - P_b(a)."""
-        return self._prob_change(self.fixed.a, self.fixed.prob_a)
+        if self.wild is not None:
+            return pick(self.prob_change, self.fixed.a)
+        change = pick(self.grown, self.fixed.a)
+        change -= self.fixed.prob_a * self.excess
+        change /= self.sum
+        return change
 
     @cached_property
     def margin_change(self) -> Array:
-        return self.prob_change_a - self._prob_change(self.fixed.s, self.fixed.prob_s)
-
-    def _prob_change(self, which: Array, prob: Array) -> Array:
         if self.wild is not None:
-            return pick(self.prob_change, which)
-        return (pick(self.x, which) - self.excess) * prob / self.sum
+            return self.prob_change_a - pick(self.prob_change, self.fixed.s)
+        change = pick(self.grown, self.fixed.a)
+        change -= pick(self.grown, self.fixed.s)
+        change -= (self.fixed.prob_a - self.fixed.prob_s) * self.excess
+        change /= self.sum
+        return change
 
     @cached_property
     def chebyshev(self) -> Array:
         """max |p - b| over the outputs but the action."""
         size = np.abs(self.d)
         size[np.arange(len(size)), self.fixed.a] = 0.0
-        largest: Array = size.max(1)
+        largest: Array = np.maximum.reduce(size, 1)
         return largest
 
     @cached_property
@@ -323,22 +339,24 @@ class Rows:
 
         Centred, p = b + d has the part A = |b| + d.u along the baseline's unit vector u and a
         rest of squared length D = |d|^2 - (d.u)^2. With L^2 = A^2 + D that distance is
-        ((L - A)^2 + D) / 2 L^2.
+        (L - A) / L, which for A > 0 keeps its digits as D / (L (L + A)).
         """
-        squares = self.sums[:, 1:] * self.sums[:, 1:]
-        rest = self.squared_norm - squares[:, 1]
-        rest -= squares[:, 0]
+        along, equal = self.sums[:, 1], self.sums[:, 2]
+        rest = along * along
+        part = equal * equal
+        rest += part
+        np.subtract(self.squared_norm, rest, out=rest)
         if self.d.shape[1] == 2:
             rest[...] = 0  # two centred numbers are always in line
-        part = self.sums[:, 1] + self.fixed.centred_length
+        np.add(along, self.fixed.centred_length, out=part)
         squared = part * part
         squared += rest
-        distance = np.sqrt(squared)
-        distance -= part
-        distance *= distance
-        distance += rest
-        distance /= squared
-        distance *= 0.5
+        size = np.sqrt(squared)
+        distance = part + size
+        distance *= size
+        np.divide(rest, distance, out=distance)
+        if not part.min() > 0:
+            distance = np.where(part > 0, distance, (size - part) / size)
         # Where little is left of what was subtracted, digits are lost.
         delicate = squared < self.fixed.least_length
         if self.d.shape[1] > 2:
@@ -350,7 +368,6 @@ class Rows:
     def _pearson_distance_of(self, some: Array) -> Array:
         """1 - r of the rows of a mask, ``[rows]``, from their own logits."""
         inputs, experiments = some.nonzero()
-        some = self.logits[inputs, :, experiments].astype(np.float64)
-        mine = unit(centred(some[..., None]))
+        mine = unit(centred(self.p[inputs, :, experiments][..., None]))
         mine -= self.fixed.centred_unit[inputs]
         return dot(mine, mine)[:, 0] / 2

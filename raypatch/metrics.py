@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from raypatch.errors import InputError
-from raypatch.metric_terms import Array, Rows, dot, length, log_sum_exp, softmax, unit, weighted
+from raypatch.metric_terms import Array, Rows, dot, length, log_sum_exp, pick, softmax, unit
 
 
 def _reverse_kl(r: Rows) -> Array:
-    kl = weighted(r.fixed.prob, r.x * r.e)
+    kl = dot(r.grown, r.e)
     kl /= r.sum
     kl -= r.log_s
 
@@ -23,7 +23,8 @@ def _reverse_kl(r: Rows) -> Array:
         top, base = log_sum_exp(r.p), log_sum_exp(r.fixed.b)
         return dot(softmax(r.p), r.p - top[:, None] - (r.fixed.b - base[:, None]))
 
-    return np.maximum(r.or_if_wild(kl, exact), 0)
+    kl = r.or_if_wild(kl, exact)
+    return np.maximum(kl, 0, out=kl)
 
 
 def _hellinger(r: Rows) -> Array:
@@ -40,13 +41,16 @@ def _probability_gap(r: Rows) -> Array:
 
 def _recovered(r: Rows) -> Array:
     if r.fixed.recovery is None:
-        return np.full_like(r.p_a, np.nan)
-    a_source, base, span = r.fixed.recovery
-    return (r.p_of(a_source) - r.p_a - base) / span
+        return np.full_like(r.d_a, np.nan)
+    a_source, span = r.fixed.recovery
+    gained = pick(r.d, a_source)  # LD_p - LD_b, but for the target's own action
+    gained -= r.d_a
+    gained /= span
+    return gained
 
 
 def _proportion_change(r: Rows) -> Array:
-    share: Array = np.abs(r.p_a) / np.abs(r.p).sum(1)
+    share: Array = np.abs(pick(r.p, r.fixed.a)) / np.abs(r.p).sum(1)
     return share - r.fixed.share
 
 

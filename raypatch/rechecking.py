@@ -14,7 +14,7 @@ from raypatch.definitions import Experiments
 from raypatch.errors import VerificationError
 from raypatch.results import layout, tables
 from raypatch.results.store import Store
-from raypatch.worker import Item, Worker, WorkerSpec
+from raypatch.worker import Item, Worker, WorkerSpec, outputs_of
 
 if TYPE_CHECKING:
     from raypatch.verification import Verifier
@@ -47,7 +47,7 @@ def recheck(
             arrays, outputs = worker.arrays(item, experiments_of(item))
             _compare(store, receipt, worker, arrays)
             place = {int(index): at for at, index in enumerate(arrays.indices)}
-            verifier.check({i: outputs[place[i]].numpy() for i in inside if i in place})
+            verifier.check({i: outputs_of(outputs, place[i]) for i in inside if i in place})
     finally:
         torch.set_num_threads(n_threads)
 

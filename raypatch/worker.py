@@ -162,12 +162,13 @@ class Worker:
             seconds=round(time.perf_counter() - started, 4),
             quarantined=tuple(sorted(item.skip)),
         )
-        sampled = {i for i in self.spec.samples if item.first <= i < item.last} - item.skip
+        within = (i for i in self.spec.samples if item.first <= i < item.last)
+        sampled = sorted(set(within) - item.skip)
         return Outcome(
             receipt,
             {
-                index: outputs[int(np.searchsorted(arrays.indices, index))].numpy().copy()
-                for index in sampled
+                index: outputs_of(outputs, place)
+                for index, place in zip(sampled, np.searchsorted(arrays.indices, sampled))
             },
             {} if self.sees_output else {name: bytes(view) for name, view in files.items()},
         )
@@ -176,30 +177,26 @@ class Worker:
         """Compute experiments only to see whether they can be."""
         self._outputs(experiments)
 
-    def arrays(self, item: Item, experiments: Experiments) -> tuple[ItemArrays, torch.Tensor]:
-        """An item's results, and its outputs ``[experiments, directions, inputs, outputs]``."""
+    def arrays(
+        self, item: Item, experiments: Experiments
+    ) -> tuple[ItemArrays, list[torch.Tensor]]:
+        """An item's results, and its outputs ``[experiments, inputs, outputs]`` by direction."""
         outputs = self._outputs(experiments)
         return self._arrays(item, outputs), outputs
 
-    def _outputs(self, experiments: Experiments) -> torch.Tensor:
-        """Patched outputs ``[experiments, directions, inputs, outputs]`` on the CPU."""
-        first = self.runs[0].baseline
-        # Each direction lies in one piece, for whoever works on one.
-        shape = (len(self.runs), len(experiments), *first.shape)
-        outputs = torch.empty(shape, dtype=first.dtype).transpose(0, 1)
-        if not len(experiments):
-            return outputs
+    def _outputs(self, experiments: Experiments) -> list[torch.Tensor]:
+        """Patched outputs ``[experiments, inputs, outputs]`` of each direction, on the CPU."""
         plan = self.runs[0].plan(experiments)
-        for number, run in enumerate(self.runs):
-            outputs[:, number] = run(plan)
-        # The sum of finite numbers is cheap to test and almost never infinite itself.
-        if not bool(outputs.sum().isfinite()) and not bool(outputs.isfinite().all()):
-            raise ValueError("patched outputs hold NaN or infinity; metrics need finite logits")
+        outputs = [run(plan).cpu() for run in self.runs]
+        for patched in outputs:
+            # The sum of finite numbers is cheap to test and almost never infinite itself.
+            if not bool(patched.sum().isfinite()) and not bool(patched.isfinite().all()):
+                raise ValueError("patched outputs hold NaN or infinity; metrics need finite logits")
         return outputs
 
-    def _arrays(self, item: Item, outputs: torch.Tensor) -> ItemArrays:
+    def _arrays(self, item: Item, outputs: list[torch.Tensor]) -> ItemArrays:
         columns = self.spec.columns
-        n_experiments, n_directions, n_inputs, _ = outputs.shape
+        n_directions, (n_experiments, n_inputs, _) = len(outputs), outputs[0].shape
         rows = columns.save != "summary"
         shape = (len(columns.metrics), n_experiments, n_directions)
         statistics = torch.empty(len(STATISTICS), *shape)
@@ -209,22 +206,22 @@ class Worker:
             rate = torch.empty(shape[1:])
             if rows:
                 actions = torch.empty(*shape[1:], n_inputs, dtype=torch.int32)
-        for number, table in enumerate(self.tables):
+        for number, (table, patched) in enumerate(zip(self.tables, outputs)):
             table.compute(
-                outputs[:, number],
+                patched,
                 None if values is None else values[:, :, number],
                 statistics=statistics[..., number],
                 changed_rate=None if rate is None else rate[:, number],
                 actions=None if actions is None else actions[:, number],
             )
         if actions is not None:
-            baseline = [torch.from_numpy(table.baseline_actions[:, 0]) for table in self.tables]
+            baseline = [torch.from_numpy(table.baseline_actions) for table in self.tables]
             changed = actions != torch.stack(baseline)
         return ItemArrays(
             indices=item.indices,
             directions=self.spec.directions,
             shape=(n_experiments, n_directions, n_inputs),
-            outputs=outputs.float().numpy() if columns.save == "full" else None,
+            outputs=torch.stack(outputs, 1).float().numpy() if columns.save == "full" else None,
             actions=actions.numpy() if actions is not None else None,
             changed=changed.numpy() if changed is not None else None,
             metrics=values.numpy() if values is not None else None,
@@ -240,6 +237,11 @@ class Worker:
         if self.sees_output:
             return self.store.write(name, content)
         return hashlib.sha256(content).hexdigest()
+
+
+def outputs_of(outputs: list[torch.Tensor], place: int) -> np.ndarray:
+    """One experiment's ``[directions, inputs, outputs]`` of those of all by direction."""
+    return np.stack([patched[place].numpy() for patched in outputs])
 
 
 def prepare_direction(patcher: Patcher, spec: WorkerSpec, direction: str) -> PatchRun:

@@ -105,7 +105,7 @@ class PatchRun:
         """Patched outputs ``[experiments, inputs, outputs]`` in the definition's order."""
         plan = self.plan(experiments)
         with exact_math(), torch.no_grad():
-            out = _outputs_like(self.baseline, plan.n_experiments)
+            out = _empty_outputs(plan.n_experiments, self.baseline)
             first = 0
             for i in range(len(self._parts)):
                 prepared = self._prepare(i)
@@ -156,9 +156,9 @@ class PatchRun:
                 self._halvings += 1
 
 
-def _outputs_like(baseline: Tensor, n_experiments: int) -> Tensor:
-    """Memory for ``[experiments, inputs, outputs]``; few outputs lie apart, each in one piece,
-    as narrow products give them and metrics take them."""
+def _empty_outputs(n_experiments: int, baseline: Tensor) -> Tensor:
+    """Memory for ``[experiments, inputs, outputs]`` like ``baseline`` ``[inputs, outputs]``; few
+    outputs lie apart, each in one piece, as narrow products give them and metrics take them."""
     n_inputs, n_outputs = baseline.shape
     if n_outputs < NARROW_OUTPUT:
         return baseline.new_empty(n_outputs, n_experiments, n_inputs).permute(1, 2, 0)
