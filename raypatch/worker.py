@@ -177,9 +177,7 @@ class Worker:
         """Compute experiments only to see whether they can be."""
         self._outputs(experiments)
 
-    def arrays(
-        self, item: Item, experiments: Experiments
-    ) -> tuple[ItemArrays, list[torch.Tensor]]:
+    def arrays(self, item: Item, experiments: Experiments) -> tuple[ItemArrays, list[torch.Tensor]]:
         """An item's results, and its outputs ``[experiments, inputs, outputs]`` by direction."""
         outputs = self._outputs(experiments)
         return self._arrays(item, outputs), outputs

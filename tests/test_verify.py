@@ -91,7 +91,7 @@ def test_a_run_with_continuous_or_two_actions_verifies_too(command, run_inline, 
 def wrong_engine(monkeypatch):
     """Every patched output is off by 0.1, as if the engine had a bug."""
     right = Worker._outputs
-    monkeypatch.setattr(Worker, "_outputs", lambda self, e: right(self, e) + 0.1)
+    monkeypatch.setattr(Worker, "_outputs", lambda self, e: [o + 0.1 for o in right(self, e)])
 
 
 def test_a_run_whose_verification_failed_is_never_gone_on_with(
