@@ -42,13 +42,14 @@ class Case:
     """A planned job: its worker's specification and its items."""
 
     def __init__(
-        self, folder: Path, n_experiments: int, width: int = WIDTH, hidden: int = 2
-    ) -> None:
+        self, folder: Path, n_experiments: int, width: int = WIDTH, hidden: int = 2,
+        save: str = "summary",
+    ) -> None:  # fmt: skip
         make_agent(folder, width, hidden)
         definition = folder / "definition.arrow"
         write_definition(experiments(n_experiments, width), definition)
         self.folder = folder
-        config = RunConfig(str(folder), str(definition), str(folder / "out"), save="metrics")
+        config = RunConfig(str(folder), str(definition), str(folder / "out"), save=save)
         self.job = Job(config, InlineBackend("cpu"), Interruption())
         self.job.read()
         self.job.plan()
@@ -238,11 +239,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--width", type=int, default=WIDTH, help="of the network's hidden layers")
     parser.add_argument("--hidden", type=int, default=2, help="hidden layers")
+    parser.add_argument("--save", default="summary", help="what raypatch run would save")
+    parser.add_argument("--folder", type=Path, default=Path.cwd(), help="where shards are written")
     options = parser.parse_args()
     local_ray()
     ray.data.DataContext.get_current().enable_progress_bars = False
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        case = Case(Path(folder), options.experiments, options.width, options.hidden)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        case = Case(Path(folder), options.experiments, options.width, options.hidden, options.save)
         ways: dict[str, Callable[[], float]] = {
             "inline, one thread": lambda: inline(case),
             "two processes, no pool": lambda: two_processes(case),

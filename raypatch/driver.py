@@ -331,7 +331,7 @@ class Job:
                     self.outputs_by_side, self.inputs.ids, discrete=self.agent.discrete
                 )
                 content = tables.file_bytes(baselines, config.compression)
-                store.write(layout.BASELINES, memoryview(content))
+                store.write(layout.BASELINES, content)
             if layout.SWEEP in there:
                 return
             path = str(Path(config.agent_path).resolve())

@@ -18,7 +18,7 @@ from raypatch.errors import InputError
 # Items aim at this many seconds on a slow core, by a count of the network's operations, and
 # at no more rows than suit one Arrow file; a small sweep is still cut for several actors.
 ITEM_SECONDS = 1.0
-ITEM_ROWS = 1 << 18
+ITEM_ROWS = 1 << 19
 MIN_ITEM_ROWS = 1024
 MIN_ITEMS = 16
 # Where GPUs and cores work together, any item may go to the slower one.

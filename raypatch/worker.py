@@ -229,7 +229,7 @@ class Worker:
 
     def _content(self, arrays: ItemArrays, table_schema: Any) -> memoryview:
         build = tables.row_table if table_schema is self.row_schema else tables.summary_table
-        return memoryview(tables.file_bytes(build(arrays, table_schema), self.spec.compression))
+        return tables.file_bytes(build(arrays, table_schema), self.spec.compression)
 
     def _write(self, name: str, content: memoryview) -> str:
         if self.sees_output:

@@ -213,19 +213,23 @@ def test_a_script_is_never_run(tmp_path):
     """Its code may believe that its objects are what they are not, which torch does not check."""
     module = nn.Sequential(nn.Linear(4, 2))
     torch.jit.script(module).save(tmp_path / "good")
+    line, changed = b"    weight = self.weight\n", 0
     with (
         zipfile.ZipFile(tmp_path / "good") as old,
         zipfile.ZipFile(tmp_path / "policy.ts", "w") as new,
     ):
         for name in old.namelist():
             content = old.read(name)
-            if name.endswith("linear.py"):
-                line = b"    weight = self.weight\n"
-                assert line in content
-                content = content.replace(line, b'    ops.prim.RaiseException("run")\n' + line)
-            new.writestr(name, content)
+            changed += line in content
+            new.writestr(
+                name, content.replace(line, b'    ops.prim.RaiseException("run")\n' + line)
+            )
     (tmp_path / "good").unlink()
-    assert list(raypatch.load_agent(tmp_path).layers) == ["0"]
+    assert changed == 1
+    with pytest.raises(torch.jit.Error, match="run"):
+        torch.jit.load(tmp_path / "policy.ts")(torch.zeros(1, 4))
+    with pytest.raises(AgentError, match="cannot be rebuilt: 0, a Linear, does more than one"):
+        raypatch.load_agent(tmp_path)
 
 
 @pytest.mark.parametrize(

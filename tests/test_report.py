@@ -69,8 +69,8 @@ def test_the_page_draws_without_errors_or_requests_and_a_hover_names_the_neuron(
         if (message := json.loads(entry["message"])["message"])["method"]
         == "Network.requestWillBeSent"
     ]
-    # The browser's own first tab is chrome://.
-    assert [u for u in requests if not u.startswith(("data:", "blob:", "chrome:"))] == [
+    # The browser's own first tab is chrome:// and chrome-untrusted://.
+    assert [u for u in requests if not u.startswith(("data:", "blob:", "chrome"))] == [
         path.as_uri()
     ]
     top = results.rank("kl_divergence", top=1)[0]["name"]

@@ -16,6 +16,9 @@ from raypatch.definition_files import experiment_columns
 from raypatch.definitions import NAME_LIMIT, Experiments, experiment_name
 from raypatch.results import schema
 
+# Room in a file for where its batches are and for what does not compress.
+SPARE_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class ItemArrays:
@@ -158,13 +161,20 @@ def baseline_table(
     )
 
 
-def file_bytes(table: pa.Table, compression: str) -> pa.Buffer:
+def file_bytes(table: pa.Table, compression: str) -> memoryview:
     """The table as an Arrow IPC file; the same table gives the same bytes."""
-    options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
-        writer.write_table(table, max_chunksize=schema.BATCH_ROWS)
-    return sink.getvalue()
+    options = pa.ipc.IpcWriteOptions(
+        compression=None if compression == "none" else compression,
+        use_threads=False,  # an actor has one core: another one's is not its to take
+    )
+    # A sink that grows copies itself over and over; memory that is not touched costs nothing.
+    room = 2 * (table.nbytes + table.schema.serialize().size) + SPARE_BYTES
+    buffer = pa.allocate_buffer(room)
+    with pa.FixedSizeBufferWriter(buffer) as sink:
+        with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+            writer.write_table(table, max_chunksize=schema.BATCH_ROWS)
+        size = sink.tell()
+    return memoryview(buffer)[:size]
 
 
 # Most items have as many experiments as the one before, and then the same columns.
