@@ -22,6 +22,7 @@ from raypatch.engine.patcher import Patcher
 from raypatch.metrics import DEFAULT_METRICS
 from raypatch.results import layout, schema, tables
 from raypatch.shipping import pack
+from raypatch.sweep import ITEM_ROWS
 from raypatch.worker import Item, Worker, WorkerSpec
 
 FORMULAS = "formulas"
@@ -41,7 +42,7 @@ def make_worker(case, save: str, folder: str) -> tuple[Worker, Experiments]:
     one = [{str(layer): [neuron]} for layer, neuron in case.experiments]
     # As long as an item of a large sweep: every neuron several times over.
     passes = 2 * len(case.target)
-    repeats = max(1, (1 << 18) // (len(one) * passes))
+    repeats = max(1, ITEM_ROWS // (len(one) * passes))
     worker = Worker(spec)
     for run in worker.runs:
         run.deduplicate = False
@@ -76,7 +77,7 @@ def measure(worker: Worker, experiments: Experiments) -> dict[str, float]:
     made = clock("Arrow tables", build)
     files = clock("lz4", lambda: [tables.file_bytes(table, "lz4") for table in made])
     clock("hash, fsync, rename", lambda: [
-        worker.store.write(f"{layout.SUMMARY}/part-{i}.arrow", memoryview(f))
+        worker.store.write(f"{layout.SUMMARY}/part-{i}.arrow", f)
         for i, f in enumerate(files)
     ])  # fmt: skip
     return taken

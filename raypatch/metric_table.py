@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor
 
 from raypatch.metric_terms import DIGITS_LEFT, Array, Baselines, Fixed, Rows, first_argmax
 from raypatch.metrics import METRICS
+from raypatch.results.schema import STATISTICS
 
 # Logits at a time: enough to make the call of an operation cheap, few enough for the cache.
 BLOCK_LOGITS = 131072
 # Experiments at a time even so, because operations run along them; and rows where inputs are
 # so many that these would be too much memory.
-MIN_EXPERIMENTS = 256
+MIN_EXPERIMENTS = 512
 MAX_ROWS = 1 << 19
-STATISTICS = ("mean", "std", "min", "max")
 # Some of the inputs, and what depends on their baselines.
 Part = tuple[slice, Fixed]
 
@@ -56,21 +57,39 @@ class MetricTable:
             if changed_rate is not None or actions is not None:
                 greedy = first_argmax(block.numpy())
             if changed_rate is not None:
-                changed = np.count_nonzero(greedy != self.baseline_actions, axis=1)
-                changed_rate[part] = torch.from_numpy(changed / self.n_inputs)
+                changed = torch.from_numpy(greedy != self.baseline_actions)
+                changed_rate[part] = changed.sum(1, dtype=torch.int32) / self.n_inputs
             if actions is not None:
                 actions[part] = torch.from_numpy(greedy)
             # Overflow is looked for, and what is undefined is NaN on purpose.
             with np.errstate(all="ignore"):
-                summaries = []
-                for number, metric in enumerate(self._metrics(block)):
+                metric_of = self._metrics(block)
+                found = np.empty((len(STATISTICS), len(self.names), len(block)))
+                for number in range(len(self.names)):
+                    # What is to be done with a metric costs less while it is in the cache.
+                    metric = metric_of(number)
                     if values is not None:
                         stored = values[number, part].numpy()
                         stored[...] = metric.astype(stored.dtype).T
                     if statistics is not None:
-                        summaries.append(summarise(metric))
+                        defined, _ = self._defined[number]
+                        _add_up(metric if defined is None else metric[defined], found[:, number])
                 if statistics is not None:
-                    statistics[:, :, part] = torch.from_numpy(np.stack(summaries, axis=1))
+                    unsure = _finish(found, np.array([count for _, count in self._defined]))
+                    for number in np.flatnonzero(unsure.any(axis=1)):
+                        some = np.flatnonzero(unsure[number])
+                        _with_care(metric_of(number)[:, some], found[:, number], some)
+                    statistics[:, :, part] = torch.from_numpy(found)
+
+    @cached_property
+    def _defined(self) -> list[tuple[Array | None, int]]:
+        """The inputs ``[inputs]`` bool for which each metric is defined, None for all, and how
+        many. As a rule it is the pair that leaves a metric undefined, not the patch: what is
+        undefined where nothing changes always is."""
+        with np.errstate(all="ignore"):
+            metric_of = self._metrics(self.baselines.target[None])
+            found = [~np.isnan(metric_of(number)[:, 0]) for number in range(len(self.names))]
+        return [(None if one.all() else one, int(one.sum())) for one in found]
 
     def _parts(self, n_experiments: int) -> list[Part]:
         """Many inputs are taken in parts, few are all in the first."""
@@ -84,64 +103,61 @@ class MetricTable:
             ]
         return self._kept[size]
 
-    def _metrics(self, block: Tensor) -> Iterator[Array]:
-        """Each metric of a block, ``[inputs, experiments]``, one after the other: what is to be
-        done with it costs less while it is in the cache."""
+    def _metrics(self, block: Tensor) -> Callable[[int], Array]:
+        """Computes a metric of a block by its number, ``[inputs, experiments]``."""
         formulas = [METRICS[name].formula for name in self.names]
         parts = self._parts(len(block))
         if len(parts) == 1:
             rows = Rows(block, parts[0][1])
-            yield from (formula(rows) for formula in formulas)
-            return
+            return lambda number: formulas[number](rows)
         found = []
         for inputs, fixed in parts:
             rows = Rows(block[:, inputs], fixed)
             found.append([formula(rows) for formula in formulas])
-        yield from map(np.concatenate, zip(*found))
+        return lambda number: np.concatenate([of_some[number] for of_some in found])
+
+
+def _add_up(metric: Array, found: Array) -> None:
+    """Sum, sum of squares, least and largest of a metric ``[inputs, experiments]`` over the
+    inputs, into ``found`` ``[4, experiments]``; NaN where there are no inputs."""
+    if not len(metric):
+        found[...] = np.nan
+        return
+    # A product and ufuncs' own reductions: the methods of arrays cost several times as much.
+    np.matmul(np.ones(len(metric)), metric, out=found[0])
+    np.einsum("ne,ne->e", metric, metric, out=found[1])
+    np.minimum.reduce(metric, 0, out=found[2])
+    np.maximum.reduce(metric, 0, out=found[3])
+
+
+def _finish(found: Array, counts: Array) -> Array:
+    """Make statistics of what :func:`_add_up` found ``[4, metrics, experiments]`` over so many
+    inputs ``[metrics]``; those to be computed with care instead, ``[metrics, experiments]``."""
+    mean, squares = found[0], found[1]
+    found[:2] /= counts[:, None]
+    variance = squares - mean * mean
+    # Where little is left of what was subtracted, digits are lost.
+    unsure: Array = ~(variance >= DIGITS_LEFT * squares) & (counts > 0)[:, None]
+    np.sqrt(variance, out=found[1])
+    return unsure
+
+
+def _with_care(metric: Array, found: Array, some: Array) -> None:
+    """Statistics of ``some`` experiments, whose metric ``[inputs, some]`` is given."""
+    mean = found[0, some]
+    if np.isnan(mean).any():
+        found[:, some] = summarise(metric)
+        return
+    # Undefined for a pair, or defined for all its experiments.
+    metric = metric[~np.isnan(metric[:, 0])]
+    metric -= mean
+    found[1, some] = np.sqrt(np.einsum("ne,ne->e", metric, metric) / len(metric))
 
 
 def summarise(metric: Array) -> Array:
     """Statistics of a metric ``[inputs, experiments]`` over the inputs, in float64, leaving out
     NaN: ``[statistics, experiments]``, mean, std (population), min, max; NaN where nothing is
     defined."""
-    # As a rule it is the pair that leaves a metric undefined, not the patch.
-    undefined = np.isnan(metric[:, 0])
-    if not undefined.any():
-        return _plain_statistics(metric)
-    if not np.isnan(metric[undefined]).all() or np.isnan(metric[~undefined]).any():
-        return _statistics_of_defined(metric)
-    if undefined.all():
-        return np.full((len(STATISTICS), metric.shape[1]), np.nan)
-    return _plain_statistics(metric[~undefined])
-
-
-def _plain_statistics(metric: Array) -> Array:
-    """The same, found fast where all is defined."""
-    n_inputs, n_experiments = metric.shape
-    found = np.empty((len(STATISTICS), n_experiments))
-    mean, std, low, high = found
-    # A product and ufuncs' own reductions: the methods of arrays cost several times as much.
-    np.matmul(np.ones(n_inputs), metric, out=mean)
-    mean /= n_inputs
-    squares = np.einsum("ne,ne->e", metric, metric)
-    squares /= n_inputs
-    np.minimum.reduce(metric, 0, out=low)
-    np.maximum.reduce(metric, 0, out=high)
-    np.subtract(squares, mean * mean, out=std)
-    squares *= DIGITS_LEFT
-    if not (std >= squares).all():
-        if np.isnan(mean).any():
-            return _statistics_of_defined(metric)
-        # Where little is left of what was subtracted, digits are lost.
-        some = np.flatnonzero(std < squares)
-        deviation = metric[:, some] - mean[some]
-        std[some] = (deviation * deviation).mean(0)
-    np.sqrt(std, out=std)
-    return found
-
-
-def _statistics_of_defined(metric: Array) -> Array:
-    """The same where any number may be undefined."""
     undefined = np.isnan(metric)
     count = (~undefined).sum(0)
     mean = np.where(undefined, 0, metric).sum(0) / count

@@ -11,11 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from raypatch.errors import InputError
-from raypatch.metric_terms import Array, Rows, dot, length, log_sum_exp, pick, softmax, unit
+from raypatch.metric_terms import (
+    Array,
+    Rows,
+    dot,
+    length,
+    log_sum_exp,
+    pick,
+    softmax,
+    unit,
+    weighted,
+)
 
 
 def _reverse_kl(r: Rows) -> Array:
-    kl = dot(r.grown, r.e)
+    kl = weighted(r.fixed.prob, r.x * r.e)
     kl /= r.sum
     kl -= r.log_s
 

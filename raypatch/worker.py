@@ -19,10 +19,10 @@ from raypatch.definitions import Experiments
 from raypatch.engine.patch_run import PatchRun
 from raypatch.engine.patcher import Patcher
 from raypatch.errors import RaypatchError
-from raypatch.metric_table import STATISTICS, MetricTable
+from raypatch.metric_table import MetricTable
 from raypatch.metric_terms import Baselines
 from raypatch.results import layout, schema, tables
-from raypatch.results.schema import TARGET_SIDE
+from raypatch.results.schema import STATISTICS, TARGET_SIDE
 from raypatch.results.store import open_store
 from raypatch.results.tables import ItemArrays
 from raypatch.shipping import Shipment, unpack
@@ -213,7 +213,7 @@ class Worker:
                 actions=None if actions is None else actions[:, number],
             )
         if actions is not None:
-            baseline = [torch.from_numpy(table.baseline_actions) for table in self.tables]
+            baseline = [torch.from_numpy(table.baseline_actions).int() for table in self.tables]
             changed = actions != torch.stack(baseline)
         return ItemArrays(
             indices=item.indices,

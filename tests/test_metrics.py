@@ -198,6 +198,34 @@ def test_many_inputs_are_taken_in_parts_with_the_same_answer(monkeypatch):
     assert torch.equal(statistics[2], low)
 
 
+@pytest.mark.parametrize("n_inputs", [1, 2, 13])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("pairs", ["all", "some have no runner-up to recover", "no source"])
+def test_statistics_are_those_of_the_values_with_two_passes(n_inputs, size, pairs):
+    generator = torch.Generator().manual_seed(2)
+    target, source = (torch.randn(n_inputs, 4, generator=generator) for _ in range(2))
+    if pairs != "all":
+        source[::2] = target[::2]
+    patched = target + size * torch.randn(300, n_inputs, 4, generator=generator)
+    patched[5] = target  # nothing changes
+    patched[6] = target + size  # all logits by the same
+    patched[7] = patched[7, :1]  # all inputs give the same
+    patched[8, 0] = 0.5  # no direction of its own
+    if n_inputs > 1:
+        target[1] = 0.25  # no correlation with anything
+    table = MetricTable(list(METRICS), Baselines(target, None if pairs == "no source" else source))
+    values = torch.empty(len(METRICS), 300, n_inputs, dtype=torch.float64)
+    found = torch.empty(4, len(METRICS), 300, dtype=torch.float64)
+    table.compute(patched, values, statistics=found)
+    with np.errstate(invalid="ignore"):
+        expected = [torch.from_numpy(summarise(metric.numpy().T)) for metric in values]
+    for name, got, right in zip(METRICS, found.transpose(0, 1), expected):
+        torch.testing.assert_close(
+            got, right, rtol=1e-9, atol=1e-9 * right.nan_to_num(0).abs().max().item(),
+            equal_nan=True, msg=lambda text, name=name: f"{name}: {text}",
+        )  # fmt: skip
+
+
 def test_without_a_source_run_nothing_is_recovered():
     target = torch.randn(3, 4)
     table = MetricTable(["logit_diff_recovered"], Baselines(target, None))
