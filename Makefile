@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO_OUT ?= results/lavacrossing_dqn
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/raypatch generate --type single_neuron --agent_path examples/lavacrossing_dqn

@@ -201,7 +201,7 @@ def two_processes(case: Case) -> float:
     """What this machine gives to two workers with no pool at all: each half of the items."""
     context = multiprocessing.get_context("spawn")
     halves = [case.items[::2], case.items[1::2]]
-    ready, go = context.Barrier(3), context.Barrier(3)
+    ready, go, done = (context.Barrier(3) for _ in range(3))
     workers = [
         context.Process(
             target=_work,
@@ -209,8 +209,7 @@ def two_processes(case: Case) -> float:
                 case.spec(f"alone{n}"),
                 half,
                 [case.job.experiments_of(i) for i in half],
-                ready,
-                go,
+                (ready, go, done),
             ),
         )
         for n, half in enumerate(halves)
@@ -220,17 +219,21 @@ def two_processes(case: Case) -> float:
     ready.wait()
     go.wait()
     started = time.perf_counter()
+    done.wait()
+    seconds = time.perf_counter() - started
     for worker in workers:
         worker.join()
-    return time.perf_counter() - started
+    return seconds
 
 
-def _work(spec: Any, items: list[Item], experiments: list[Any], ready: Any, go: Any) -> None:
+def _work(spec: Any, items: list[Item], experiments: list[Any], barriers: Any) -> None:
     worker = Worker(spec)
+    ready, go, done = barriers
     ready.wait()
     go.wait()
     for item, packed in zip(items, experiments):
         worker.compute(item, packed, 1)
+    done.wait()
 
 
 def main() -> None:

@@ -189,7 +189,10 @@ def length(x: Array) -> Array:
 
 
 def centred(x: Array) -> Array:
-    return x - x.mean(1, keepdims=True)
+    """Outputs less their mean; all exactly zero where they are equal."""
+    apart = x - x[:, :1]
+    apart -= apart.mean(1, keepdims=True)
+    return apart
 
 
 def unit(x: Array) -> Array:

@@ -226,6 +226,18 @@ def test_statistics_are_those_of_the_values_with_two_passes(n_inputs, size, pair
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [0.1, 1 / 3, 1e5 + 0.1])
+def test_equal_logits_in_float64_have_no_direction(size):
+    b = torch.full((1, 3), size, dtype=torch.float64)
+    names = ["pearson_correlation", "reversed_pearson_correlation"]
+    found = torch.empty(2, 2, 1, dtype=torch.float64)
+    p = torch.tensor([[[1.0, 2.0, 4.0]], [[size, size, size]]], dtype=torch.float64)
+    MetricTable(names, Baselines(b, None)).compute(p, found)
+    assert bool(found.isnan().all())
+    MetricTable(names, Baselines(p[0], None)).compute(p, found)
+    assert bool(found[:, 1].isnan().all()) and found[:, 0].flatten().tolist() == [1, 0]
+
+
 def test_without_a_source_run_nothing_is_recovered():
     target = torch.randn(3, 4)
     table = MetricTable(["logit_diff_recovered"], Baselines(target, None))

@@ -102,7 +102,8 @@ class PatchRun:
         )
 
     def __call__(self, experiments: Definition) -> Tensor:
-        """Patched outputs ``[experiments, inputs, outputs]`` in the definition's order."""
+        """Patched outputs ``[experiments, inputs, outputs]`` in the definition's order; in memory
+        each of few outputs lies apart."""
         plan = self.plan(experiments)
         with exact_math(), torch.no_grad():
             out = _empty_outputs(plan.n_experiments, self.baseline)

@@ -76,7 +76,7 @@ class Patcher:
         seed: int = 0,
     ) -> Tensor:
         """Patched outputs ``[experiments, inputs, outputs]``; see :func:`patch`."""
-        return self.prepare(source, target, kind=kind, seed=seed)(experiments)
+        return self.prepare(source, target, kind=kind, seed=seed)(experiments).contiguous()
 
     def prepare(
         self, source: Any = None, target: Any = None, *, kind: SourceKind = "pair", seed: int = 0

@@ -120,9 +120,10 @@ def plan_experiments(experiments: Experiments, *, deduplicate: bool = True) -> P
         entries = experiments.entry_offsets[ids][:, None] + np.arange(entries_each)
         layers = experiments.layers[entries].astype(np.int64)
         # Entries in the order of layers, so that spelling order makes no new signature.
-        order = np.argsort(layers, axis=1, kind="stable")
-        layers = np.take_along_axis(layers, order, 1)
-        entries = np.take_along_axis(entries, order, 1)
+        if (layers[:, 1:] < layers[:, :-1]).any():
+            order = np.argsort(layers, axis=1, kind="stable")
+            layers = np.take_along_axis(layers, order, 1)
+            entries = np.take_along_axis(entries, order, 1)
         starts = experiments.neuron_offsets[entries]
         counts = experiments.neuron_offsets[entries + 1] - starts
         for members in _same_rows(np.concatenate([layers, counts], axis=1)):

@@ -190,7 +190,8 @@ def reduction(
     name = node.target if isinstance(node.target, str) else node.target.__name__
     share = base[0].numel() / sparse.of.owner.numel() if name == "mean" else 1.0
     delta = batch.gather(sparse.delta, index) * share
-    places = index.take(target[sparse.of.positions.clamp(min=0)])
+    positions = sparse.of.positions.clamp(min=0)
+    places = index.take(target.to(positions.device)[positions])
     places = places.view(batch.n_experiments, 1, -1).expand_as(delta)
     out = batch_like(context, node, batch, base)
     out.view(batch.n_experiments, batch.n_inputs, -1).scatter_add_(2, places, delta)

@@ -167,6 +167,7 @@ def file_bytes(table: pa.Table, compression: str) -> memoryview:
         compression=None if compression == "none" else compression,
         use_threads=False,  # an actor has one core: another one's is not its to take
     )
+    table = table.combine_chunks()
     # A sink that grows copies itself over and over; memory that is not touched costs nothing.
     room = 2 * (table.nbytes + table.schema.serialize().size) + SPARE_BYTES
     buffer = pa.allocate_buffer(room)
