@@ -220,6 +220,7 @@ class Job:
             len(self.experiments),
             self.passes_each,
             2 * sum(self.agent.parameters.values()),
+            next(iter(self.outputs_by_side.values())).shape[1],
             self.device_class,
         )
 

@@ -16,9 +16,11 @@ from raypatch.definitions import Experiments
 from raypatch.errors import InputError
 
 # Items aim at this many seconds on a slow core, by a count of the network's operations, and
-# at no more rows than suit one Arrow file; a small sweep is still cut for several actors.
+# at no more rows than suit one Arrow file, nor logits than suit an actor's memory; a small sweep
+# is still cut for several actors.
 ITEM_SECONDS = 1.0
 ITEM_ROWS = 1 << 19
+ITEM_LOGITS = 1 << 24
 MIN_ITEM_ROWS = 1024
 MIN_ITEMS = 16
 # Where GPUs and cores work together, any item may go to the slower one.
@@ -36,10 +38,13 @@ class Range:
         return self.last - self.first
 
 
-def item_length(n_experiments: int, passes_each: int, operations: int, device_class: str) -> int:
+def item_length(
+    n_experiments: int, passes_each: int, operations: int, n_outputs: int, device_class: str
+) -> int:
     """Experiments in an item; depends on agent, inputs, definition and device class only."""
     seconds_each = max(operations * passes_each / OPERATIONS_PER_SECOND[device_class], 1e-12)
-    length = min(ITEM_SECONDS / seconds_each, ITEM_ROWS / passes_each)
+    most_rows = min(ITEM_ROWS, ITEM_LOGITS / n_outputs)
+    length = min(ITEM_SECONDS / seconds_each, most_rows / passes_each)
     length = min(length, max(n_experiments / MIN_ITEMS, MIN_ITEM_ROWS / passes_each))
     return max(1, math.ceil(length))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from raypatch import pool
 from raypatch.pool import Dispatch, Failed, TooManyLosses
-from raypatch.sweep import Range, cut, remaining
+from raypatch.sweep import ITEM_LOGITS, ITEM_ROWS, Range, cut, item_length, remaining
 
 
 def test_two_items_are_in_flight_per_actor_and_no_more():
@@ -235,3 +235,27 @@ def test_however_often_a_driver_dies_and_resumes_every_item_is_committed_exactly
             break
     expected = [part[1:] for part in cut([whole], length)]
     assert sorted(committed) == expected
+
+
+@given(
+    n_experiments=st.integers(1, 10**8),
+    passes_each=st.integers(1, 10**5),
+    operations=st.integers(0, 10**9),
+    n_outputs=st.integers(1, 5000),
+    device=st.sampled_from(["cpu", "cuda", "cuda+cpu"]),
+)
+def test_an_item_is_an_experiment_or_fits_in_a_file_and_in_memory(
+    n_experiments, passes_each, operations, n_outputs, device
+):
+    length = item_length(n_experiments, passes_each, operations, n_outputs, device)
+    assert length >= 1
+    rows = (length - 1) * passes_each
+    assert rows < ITEM_ROWS and rows * n_outputs < ITEM_LOGITS
+
+
+def test_items_are_small_enough_for_several_actors_and_for_a_slow_network():
+    assert item_length(16000, 16, 1000, 4, "cpu") == 1000
+    assert item_length(10**8, 16, 1000, 4, "cpu") == ITEM_ROWS / 16
+    assert item_length(10**8, 16, 10**9, 4, "cpu") == 2  # a second of 20 GFLOP/s
+    assert item_length(10**8, 16, 10**9, 4, "cuda") == 1250
+    assert item_length(10**8, 16, 1000, 4096, "cpu") == 256
