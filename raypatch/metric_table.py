@@ -14,10 +14,10 @@ from raypatch.metrics import METRICS
 from raypatch.results.schema import STATISTICS
 
 # Logits at a time: enough to make the call of an operation cheap, few enough for the cache.
-BLOCK_LOGITS = 131072
+BLOCK_LOGITS = 128_000
 # Experiments at a time even so, because operations run along them; and rows where inputs are
 # so many that these would be too much memory.
-MIN_EXPERIMENTS = 512
+MIN_EXPERIMENTS = 400
 MAX_ROWS = 1 << 19
 # Some of the inputs, and what depends on their baselines.
 Part = tuple[slice, Fixed]
