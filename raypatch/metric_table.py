@@ -78,7 +78,7 @@ class MetricTable:
                     unsure = _finish(found, np.array([count for _, count in self._defined]))
                     for number in np.flatnonzero(unsure.any(axis=1)):
                         some = np.flatnonzero(unsure[number])
-                        _with_care(metric_of(number)[:, some], found[:, number], some)
+                        _with_care(metric_of(number).take(some, 1), found[:, number], some)
                     statistics[:, :, part] = torch.from_numpy(found)
 
     @cached_property
@@ -149,7 +149,8 @@ def _with_care(metric: Array, found: Array, some: Array) -> None:
         found[:, some] = summarise(metric)
         return
     # Undefined for a pair, or defined for all its experiments.
-    metric = metric[~np.isnan(metric[:, 0])]
+    undefined = np.isnan(metric[:, 0])
+    metric = metric[~undefined] if undefined.any() else metric
     metric -= mean
     found[1, some] = np.sqrt(np.einsum("ne,ne->e", metric, metric) / len(metric))
 
