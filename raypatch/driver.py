@@ -217,11 +217,11 @@ class Job:
         self.passes_each = len(self.directions) * len(self.inputs)
         # One multiplication per weight is the least a forward costs.
         self.item_length = sweep.item_length(
-            len(self.experiments),
-            self.passes_each,
-            2 * sum(self.agent.parameters.values()),
-            next(iter(self.outputs_by_side.values())).shape[1],
-            self.device_class,
+            n_experiments=len(self.experiments),
+            passes_each=self.passes_each,
+            operations=2 * sum(self.agent.parameters.values()),
+            n_outputs=self.agent.output_size,
+            device_class=self.device_class,
         )
 
     @property

@@ -72,24 +72,26 @@ class MetricTable:
                         stored = values[number, part].numpy()
                         stored[...] = metric.astype(stored.dtype).T
                     if statistics is not None:
-                        defined, _ = self._defined[number]
-                        _add_up(metric if defined is None else metric[defined], found[:, number])
+                        _add_up(self._of_defined(metric, number), found[:, number])
                 if statistics is not None:
-                    unsure = _finish(found, np.array([count for _, count in self._defined]))
+                    unsure = _finish(found, self._defined.sum(1))
                     for number in np.flatnonzero(unsure.any(axis=1)):
-                        some = np.flatnonzero(unsure[number])
-                        _with_care(metric_of(number).take(some, 1), found[:, number], some)
+                        metric = self._of_defined(metric_of(number), number)
+                        _with_care(metric, found[:, number], np.flatnonzero(unsure[number]))
                     statistics[:, :, part] = torch.from_numpy(found)
 
     @cached_property
-    def _defined(self) -> list[tuple[Array | None, int]]:
-        """The inputs ``[inputs]`` bool for which each metric is defined, None for all, and how
-        many. As a rule it is the pair that leaves a metric undefined, not the patch: what is
-        undefined where nothing changes always is."""
+    def _defined(self) -> Array:
+        """The inputs for which each metric is defined, ``[metrics, inputs]``. As a rule it is the
+        pair that leaves a metric undefined, not the patch: what is undefined where nothing
+        changes always is."""
         with np.errstate(all="ignore"):
             metric_of = self._metrics(self.baselines.target[None])
-            found = [~np.isnan(metric_of(number)[:, 0]) for number in range(len(self.names))]
-        return [(None if one.all() else one, int(one.sum())) for one in found]
+            return np.stack([~np.isnan(metric_of(i)[:, 0]) for i in range(len(self.names))])
+
+    def _of_defined(self, metric: Array, number: int) -> Array:
+        defined = self._defined[number]
+        return metric if defined.all() else metric[defined]
 
     def _parts(self, n_experiments: int) -> list[Part]:
         """Many inputs are taken in parts, few are all in the first."""
@@ -143,16 +145,14 @@ def _finish(found: Array, counts: Array) -> Array:
 
 
 def _with_care(metric: Array, found: Array, some: Array) -> None:
-    """Statistics of ``some`` experiments, whose metric ``[inputs, some]`` is given."""
-    mean = found[0, some]
+    """The statistics ``found`` of ``some`` experiments in a second pass over the metric
+    ``[inputs, experiments]``."""
+    deviation, mean = metric.take(some, 1), found[0, some]
     if np.isnan(mean).any():
-        found[:, some] = summarise(metric)
+        found[:, some] = summarise(deviation)
         return
-    # Undefined for a pair, or defined for all its experiments.
-    undefined = np.isnan(metric[:, 0])
-    metric = metric[~undefined] if undefined.any() else metric
-    metric -= mean
-    found[1, some] = np.sqrt(np.einsum("ne,ne->e", metric, metric) / len(metric))
+    deviation -= mean
+    found[1, some] = np.sqrt(np.einsum("ne,ne->e", deviation, deviation) / len(deviation))
 
 
 def summarise(metric: Array) -> Array:

@@ -56,10 +56,11 @@ class Fixed:
     there is one number an input."""
 
     def __init__(self, baselines: Baselines) -> None:
-        self.baseline = baselines.target.double()[..., None]
-        self.b: Array = self.baseline.numpy()
-        source = baselines.source
-        self.b_source: Array | None = None if source is None else source.double()[..., None].numpy()
+        def columns(outputs: Tensor) -> Array:
+            return outputs.double().numpy()[..., None]
+
+        self.b = columns(baselines.target)
+        self.b_source = None if baselines.source is None else columns(baselines.source)
 
     @cached_property
     def a(self) -> Array:
@@ -164,8 +165,8 @@ def log_sum_exp(columns: Array) -> Array:
 
 
 def first_argmax(outputs: Array) -> Array:
-    """Largest of the outputs ``[..., outputs]``, the first of several; int8 where that holds
-    their numbers with ease.
+    """Largest of the outputs ``[..., outputs]``, the first of several; int8 for few
+    outputs.
 
     NumPy's own over a short axis is several times slower than comparing outputs.
     """
@@ -219,7 +220,7 @@ class Rows:
     def __init__(self, patched: Tensor, fixed: Fixed) -> None:
         self._patched = patched
         self.fixed = fixed
-        self.d: Array = experiments_last(patched).sub_(fixed.baseline).numpy()
+        self.d: Array = experiments_last(patched).sub_(torch.from_numpy(fixed.b)).numpy()
 
     @cached_property
     def p(self) -> Array:
@@ -253,16 +254,16 @@ class Rows:
         return self.d - self.mean_d[:, None]
 
     @cached_property
-    def x(self) -> Array:
+    def growth(self) -> Array:
         """expm1(e)."""
-        x: Array = np.expm1(self.e)
-        return x
+        growth: Array = np.expm1(self.e)
+        return growth
 
     @cached_property
     def excess(self) -> Array:
         """S - 1."""
         # The second sum is what rounding has left of zero in the first.
-        excess = weighted(self.fixed.prob, self.x)
+        excess = weighted(self.fixed.prob, self.growth)
         excess -= weighted(self.fixed.prob, self.e)
         return excess
 
@@ -296,7 +297,7 @@ class Rows:
     @cached_property
     def prob_change(self) -> Array:
         """P_p - P_b."""
-        change = self.x - self.excess[:, None]
+        change = self.growth - self.excess[:, None]
         change *= self.fixed.prob
         change /= self.sum[:, None]
         return self.or_if_wild(change, lambda: softmax(self.p) - self.fixed.prob)
@@ -306,24 +307,22 @@ class Rows:
         """P_p(a) - P_b(a)."""
         if self.wild is not None:
             return pick(self.prob_change, self.fixed.a)
-        change = pick(self.x, self.fixed.a)
-        change -= self.excess
-        change *= self.fixed.prob_a
-        change /= self.sum
-        return change
+        return self._times_sum(self.fixed.a, self.fixed.prob_a) / self.sum
 
     @cached_property
     def margin_change(self) -> Array:
         if self.wild is not None:
             return self.prob_change_a - pick(self.prob_change, self.fixed.s)
-        change = pick(self.x, self.fixed.a)
-        change -= self.excess
-        change *= self.fixed.prob_a
-        second = pick(self.x, self.fixed.s)
-        second -= self.excess
-        second *= self.fixed.prob_s
-        change -= second
+        change = self._times_sum(self.fixed.a, self.fixed.prob_a)
+        change -= self._times_sum(self.fixed.s, self.fixed.prob_s)
         change /= self.sum
+        return change
+
+    def _times_sum(self, which: Array, prob: Array) -> Array:
+        """(P_p - P_b) S of one output of each input."""
+        change = pick(self.growth, which)
+        change -= self.excess
+        change *= prob
         return change
 
     @cached_property

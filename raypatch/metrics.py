@@ -25,7 +25,7 @@ from raypatch.metric_terms import (
 
 
 def _reverse_kl(r: Rows) -> Array:
-    kl = weighted(r.fixed.prob, r.x * r.e)
+    kl = weighted(r.fixed.prob, r.growth * r.e)
     kl /= r.sum
     kl -= r.log_s
 

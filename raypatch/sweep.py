@@ -39,9 +39,12 @@ class Range:
 
 
 def item_length(
-    n_experiments: int, passes_each: int, operations: int, n_outputs: int, device_class: str
+    *, n_experiments: int, passes_each: int, operations: int, n_outputs: int, device_class: str
 ) -> int:
-    """Experiments in an item; depends on agent, inputs, definition and device class only."""
+    """Experiments in an item; depends on agent, inputs, definition and device class only.
+
+    ``passes_each`` are the rows of an experiment, ``operations`` those of a forward.
+    """
     seconds_each = max(operations * passes_each / OPERATIONS_PER_SECOND[device_class], 1e-12)
     most_rows = min(ITEM_ROWS, ITEM_LOGITS / n_outputs)
     length = min(ITEM_SECONDS / seconds_each, most_rows / passes_each)

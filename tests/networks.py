@@ -207,6 +207,10 @@ ZOO = {
 }  # fmt: skip
 
 
+# The engine's thresholds where small networks take the ways that only pay for large ones.
+AS_IF_LARGE = {"LEAVE_OUT_ELEMENTS": 0, "COMPACT_WORK": 0, "COMPACT_SHARE": 2}
+
+
 def build(name, seed):
     """The network in evaluation mode with reproducible weights, and two sets of inputs."""
     torch.manual_seed(seed)

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
-from networks import build
+from networks import AS_IF_LARGE, build
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -121,8 +121,7 @@ def check(name: str) -> None:
                 patch.object(structure, "_shares", lambda a, b: shares(held(a), held(b)))
             )
             if large:
-                small = {"LEAVE_OUT_ELEMENTS": 0, "COMPACT_WORK": 0, "COMPACT_SHARE": 2}
-                stack.enter_context(patch.multiple(incremental, **small))
+                stack.enter_context(patch.multiple(incremental, **AS_IF_LARGE))
             stack.enter_context(Device())
             found = patcher.to(NAME)(experiments, source, target)
             assert isinstance(found, OnDevice)

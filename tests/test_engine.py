@@ -15,7 +15,7 @@ import torch
 from conftest import CARTPOLE, LAVA, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import ACTIVATIONS, ZOO, MixesInputs, build, mlp
+from networks import ACTIVATIONS, AS_IF_LARGE, ZOO, MixesInputs, build, mlp
 from torch import nn
 
 import raypatch
@@ -56,10 +56,7 @@ def experiments_for(counts, draw):
 
 
 def as_if_large(yes):
-    """Let small networks take the ways that only pay for large ones."""
-    if not yes:
-        return nullcontext()
-    return patch.multiple(incremental, LEAVE_OUT_ELEMENTS=0, COMPACT_WORK=0, COMPACT_SHARE=2)
+    return patch.multiple(incremental, **AS_IF_LARGE) if yes else nullcontext()
 
 
 def counts_of(network, args):

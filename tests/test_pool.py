@@ -242,20 +242,23 @@ def test_however_often_a_driver_dies_and_resumes_every_item_is_committed_exactly
     passes_each=st.integers(1, 10**5),
     operations=st.integers(0, 10**9),
     n_outputs=st.integers(1, 5000),
-    device=st.sampled_from(["cpu", "cuda", "cuda+cpu"]),
+    device_class=st.sampled_from(["cpu", "cuda", "cuda+cpu"]),
 )
-def test_an_item_is_an_experiment_or_fits_in_a_file_and_in_memory(
-    n_experiments, passes_each, operations, n_outputs, device
-):
-    length = item_length(n_experiments, passes_each, operations, n_outputs, device)
+def test_an_item_is_an_experiment_or_fits_in_a_file_and_in_memory(passes_each, n_outputs, **sweep):
+    length = item_length(passes_each=passes_each, n_outputs=n_outputs, **sweep)
     assert length >= 1
     rows = (length - 1) * passes_each
     assert rows < ITEM_ROWS and rows * n_outputs < ITEM_LOGITS
 
 
 def test_items_are_small_enough_for_several_actors_and_for_a_slow_network():
-    assert item_length(16000, 16, 1000, 4, "cpu") == 1000
-    assert item_length(10**8, 16, 1000, 4, "cpu") == ITEM_ROWS / 16
-    assert item_length(10**8, 16, 10**9, 4, "cpu") == 2  # a second of 20 GFLOP/s
-    assert item_length(10**8, 16, 10**9, 4, "cuda") == 1250
-    assert item_length(10**8, 16, 1000, 4096, "cpu") == 256
+    small = {
+        "n_experiments": 10**8, "passes_each": 16, "operations": 1000, "n_outputs": 4,
+        "device_class": "cpu",
+    }  # fmt: skip
+    slow = {**small, "operations": 10**9}
+    assert item_length(**small) == ITEM_ROWS / 16
+    assert item_length(**{**small, "n_experiments": 16000}) == 1000
+    assert item_length(**{**small, "n_outputs": 4096}) == 256
+    assert item_length(**slow) == 2  # a second of 20 GFLOP/s
+    assert item_length(**{**slow, "device_class": "cuda"}) == 1250

@@ -171,11 +171,10 @@ def file_bytes(table: pa.Table, compression: str) -> memoryview:
     # A sink that grows copies itself over and over; memory that is not touched costs nothing.
     room = 2 * (table.nbytes + table.schema.serialize().size) + SPARE_BYTES
     buffer = pa.allocate_buffer(room)
-    with pa.FixedSizeBufferWriter(buffer) as sink:
-        with pa.ipc.new_file(sink, table.schema, options=options) as writer:
-            writer.write_table(table, max_chunksize=schema.BATCH_ROWS)
-        size = sink.tell()
-    return memoryview(buffer)[:size]
+    sink = pa.FixedSizeBufferWriter(buffer)
+    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=schema.BATCH_ROWS)
+    return memoryview(buffer)[: sink.tell()]
 
 
 # Most items have as many experiments as the one before, and then the same columns.
