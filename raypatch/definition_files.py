@@ -42,6 +42,8 @@ def read_definition(path: str | Path, layers: Mapping[str, int]) -> Experiments:
         with _fetched(str(path)) as local:
             return read_definition(local, layers)
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: this is a directory; give a definition file in it")
     if not path.is_file():
         raise InputError(f"{path}: no such definition file; make one with `raypatch generate`")
     if path.suffix in (".arrow", ".parquet"):

@@ -301,3 +301,8 @@ def test_sizes_beyond_any_network_are_one_line(command, words):
     ended = command("generate", "--type", "neuron_groups", *words)
     assert ended.code == 2 and "2147483647" in ended.err
     assert len(ended.err.strip().splitlines()) == 1
+
+
+def test_a_folder_in_place_of_a_definition_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="this is a directory; give a definition file in it"):
+        read_definition(tmp_path, LAYERS)

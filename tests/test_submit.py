@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -120,4 +123,31 @@ def test_what_cannot_be_submitted_is_one_line(
         single_neurons(LAVA), "--output_dir", output,
     )  # fmt: skip
     assert ended.code == code and message in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
+
+
+class OldCluster(BaseHTTPRequestHandler):
+    """A job server that speaks a version of its interface from before ours."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        old = {"version": "1", "ray_version": "1.9.0", "ray_commit": "0", "session_name": "s"}
+        self.wfile.write(json.dumps(old).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_cluster_of_another_version_is_one_line_that_says_what_to_install(
+    command, single_neurons
+):
+    with HTTPServer(("127.0.0.1", 0), OldCluster) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ended = command(
+            "submit", "--address", f"http://127.0.0.1:{server.server_port}", "--", "--agent_path",
+            LAVA, "--definition_file", single_neurons(LAVA), "--output_dir", "/tmp/out",
+        )  # fmt: skip
+        server.shutdown()
+    assert ended.code == 1 and "install the cluster's version of Ray here" in ended.err
     assert len(ended.err.strip().splitlines()) == 1

@@ -8,6 +8,7 @@ ends, and dense operations on the rows that really change from there to the outp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -57,7 +58,7 @@ class Incremental:
         self.structure = Structure(graph, layers, savings, graph.run(one_input))
         self._buffers: dict[int, Tensor] = {}
         self._views: dict[int, Tensor] = {}
-        self._weights: dict[int, Weights] = {}
+        self._made: dict[int, Any] = {}
 
     def prepare(self, source: Args | None, target: Args, fill: Fill | None) -> Prepared:
         """Run both sides once, unpatched, and keep every node's value.
@@ -73,7 +74,7 @@ class Incremental:
                 node.target.to(device)
             elif node.op == "constant" and isinstance(node.target, Tensor):
                 node.target = node.target.to(device)
-        self._buffers, self._views, self._weights = {}, {}, {}
+        self._buffers, self._views, self._made = {}, {}, {}
         sample = self.graph.run(one_input)
         self.structure = Structure(self.graph, self.layers, self.savings, sample)
 
@@ -106,15 +107,19 @@ class Incremental:
         self._views[key] = view = held[:size].view(shape)
         return view
 
+    def once(self, node: Node, make: Callable[[], Any]) -> Any:
+        """What follows from a node alone, made when it is first asked for."""
+        if node.index not in self._made:
+            self._made[node.index] = make()
+        return self._made[node.index]
+
     def weights(self, node: Node) -> Weights:
         """Those of a linear or convolution node."""
-        held = self._weights.get(node.index)
-        if held is None:
-            held = self._weights[node.index] = Weights.of(node.target)
-        return held
+        made: Weights = self.once(node, lambda: Weights.of(node.target))
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buffers": {}, "_views": {}, "_weights": {}}
+        return {**self.__dict__, "_buffers": {}, "_views": {}, "_made": {}}
 
 
 def _true_places(mask: Tensor) -> Tensor:
@@ -171,6 +176,9 @@ class Prepared:
 
     def buffer(self, node: Node, *shape: int) -> Tensor:
         return self.engine.buffer(node.index, *shape, like=self.baseline)
+
+    def once(self, node: Node, make: Callable[[], Any]) -> Any:
+        return self.engine.once(node, make)
 
     def weight_columns(self, node: Node) -> Tensor:
         return self.engine.weights(node).columns

@@ -57,6 +57,9 @@ class Context(Protocol):
     def weight_columns(self, node: Node) -> Tensor:
         """The node's weight with input features first, contiguous; computed once."""
 
+    def once(self, node: Node, make: Callable[[], Any]) -> Any:
+        """What follows from a node alone and no other rule asks for, made once."""
+
 
 SpreadRule = Callable[[Context, Node, Sparse, Selection, Batch], "Tensor | None"]
 SPREAD_RULES: dict[Any, SpreadRule] = {}
@@ -184,14 +187,13 @@ def reduction(
     base = context.base(node.index)
     shape = sparse.of.owner.shape
     # Where each input feature goes: the reduction's own gradient tells, place by place.
-    target = reduction_places(node, shape, base.shape[1:])
+    target = context.once(node, lambda: reduction_places(node, shape, base))
     if target is None or base.dim() < 2:
         return None
     name = node.target if isinstance(node.target, str) else node.target.__name__
     share = base[0].numel() / sparse.of.owner.numel() if name == "mean" else 1.0
     delta = batch.gather(sparse.delta, index) * share
-    positions = sparse.of.positions.clamp(min=0)
-    places = index.take(target.to(positions.device)[positions])
+    places = index.take(target[sparse.of.positions.clamp(min=0)])
     places = places.view(batch.n_experiments, 1, -1).expand_as(delta)
     out = batch_like(context, node, batch, base)
     out.view(batch.n_experiments, batch.n_inputs, -1).scatter_add_(2, places, delta)
@@ -205,14 +207,15 @@ def batch_like(context: Context, node: Node, batch: Batch, base: Tensor) -> Tens
     )
 
 
-def reduction_places(node: Node, shape: torch.Size, out_shape: torch.Size) -> Tensor | None:
-    """``[features]``: the flat output feature that each flat input feature is reduced into."""
+def reduction_places(node: Node, shape: torch.Size, base: Tensor) -> Tensor | None:
+    """``[features]``: the flat feature of the output ``base`` that each flat input feature is
+    reduced into; None where inputs are mixed."""
     probe = torch.zeros(1, *shape, dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
         reduced = node.call(lambda _: probe)
-        if reduced.shape[0] != 1 or reduced.shape[1:] != out_shape:
+        if reduced.shape[0] != 1 or reduced.shape[1:] != base.shape[1:]:
             return None
         numbers = torch.arange(1, reduced.numel() + 1, dtype=torch.float64)
         (gradient,) = torch.autograd.grad((reduced.flatten() * numbers).sum(), probe)
     share = gradient.flatten() / gradient.flatten().min() if len(numbers) else gradient
-    return share.round().long() - 1
+    return (share.round().long() - 1).to(base.device)
