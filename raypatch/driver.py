@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,30 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raypatch.agents.agent import Agent
-from raypatch.checking import layer_resolver
 from raypatch.config import RunConfig, check_config
-from raypatch.definition_files import read_definition
-from raypatch.definitions import OUTPUT_LOGITS, Experiments
+from raypatch.definitions import Experiments
 from raypatch.errors import InputError, Interrupted
-from raypatch.inputs import (
-    INPUTS_FOLDER,
-    SIDES,
-    Inputs,
-    ObservationShape,
-    find_inputs,
-    read_activations,
-    read_inputs,
-)
+from raypatch.inputs import Inputs
 from raypatch.interruption import Interruption, signals_caught
 from raypatch.progress import Progress
 from raypatch.results import layout
 from raypatch.results.locks import ALL_EXPERIMENTS
-from raypatch.results.schema import (
-    DIRECTIONS,
-    FORMAT_VERSION,
-    TARGET_SIDE,
-    Columns,
-)
+from raypatch.results.schema import FORMAT_VERSION, Columns
 
 if TYPE_CHECKING:
     from raypatch.actors import RayBackend
@@ -100,8 +85,13 @@ class Job:
     """One run from its config to its last commit."""
 
     agent: Agent
-    inputs: Inputs
     experiments: Experiments
+    metrics: tuple[str, ...]
+    wanted: Range
+    inputs: Inputs
+    directions: tuple[str, ...]
+    source_kind: str
+    given: Mapping[str, Any]
     patcher: Patcher
     ranges: list[Range]
     # Parts of a run before that have no record of being checked.
@@ -119,77 +109,15 @@ class Job:
         self.interruption = interruption
         self.store = open_store(config.output_dir)
 
-    # ------------------------------------------------------------------- read and check
-
     def read(self) -> None:
         """Read and check every input; nothing is written."""
-        from raypatch.agents import load_agent
-        from raypatch.metrics import choose_metrics
+        from raypatch.reading import read_subject
 
-        config = self.config
-        self.agent = load_agent(config.agent_path, config.agent_options())
-        self.metrics = choose_metrics(config.metrics, discrete=self.agent.discrete)
-        self.experiments = read_definition(config.definition_file, self.agent.neuron_counts)
-        self.wanted = self._range()
-        paths = self._input_paths()
-        ids = config.input_ids.split(",") if config.input_ids else None
-        shape = ObservationShape(self.agent.observation_shape, self.agent.observation_parts)
-        self.inputs = read_inputs(paths, shape, input_ids=ids)
-        self.directions = self._directions()
-        self.given = self._given_activations()
-
-    def _range(self) -> Range:
-        from raypatch.sweep import Range
-
-        n, first = len(self.experiments), self.config.start_index
-        last = n if self.config.end_index is None else self.config.end_index
-        if first >= n:
-            raise InputError(
-                f"--start_index {first}: the definition has {n} experiments, 0 to {n - 1}"
-            )
-        if not first < last <= n:
-            raise InputError(f"--end_index {last}: valid are {first + 1} to {n}")
-        return Range(first, last)
-
-    def _input_paths(self) -> dict[str, Path]:
-        folder = Path(self.config.agent_path) / INPUTS_FOLDER
-        given = {side: getattr(self.config, f"{side}_inputs") for side in SIDES}
-        paths = {side: Path(given[side] or find_inputs(folder, side)) for side in SIDES}
-        if self.config.source_activations is not None:
-            side = TARGET_SIDE[self.config.direction]
-            return {side: paths[side]}
-        if self.config.source == "pair":
-            return paths
-        found = {side: path for side, path in paths.items() if given[side] or path.is_file()}
-        if not found:
-            raise InputError(f"{paths['clean']}: no such input file; give --clean_inputs")
-        return found
-
-    def _given_activations(self) -> dict[str, Any]:
-        """Recorded source values of every layer the definition patches."""
-        path = self.config.source_activations
-        if path is None:
-            return {}
-        shapes = {name: layer.output_shape for name, layer in self.agent.layers.items()}
-        shapes[OUTPUT_LOGITS] = (self.agent.output_size,)
-        used = self.experiments.used_layers()
-        needed = {name: shapes[name] for name in used}
-        resolve = layer_resolver(self.agent.neuron_counts)
-        return read_activations(Path(path), self.inputs.ids, needed, resolve)
-
-    @property
-    def _source_kind(self) -> str:
-        return "given" if self.config.source_activations is not None else self.config.source
-
-    def _directions(self) -> tuple[str, ...]:
-        asked = DIRECTIONS if self.config.direction == "both" else (self.config.direction,)
-        possible = tuple(d for d in asked if TARGET_SIDE[d] in self.inputs.sides)
-        if not possible:
-            side = TARGET_SIDE[asked[0]]
-            raise InputError(
-                f"--direction {asked[0]}: needs the {side} inputs; give --{side}_inputs"
-            )
-        return possible
+        subject = read_subject(self.config)
+        self.agent, self.experiments = subject.agent, subject.experiments
+        self.metrics, self.wanted = subject.metrics, subject.wanted
+        self.inputs, self.directions = subject.inputs, subject.directions
+        self.source_kind, self.given = subject.source_kind, subject.given
 
     # --------------------------------------------------------------------------- plan
 
@@ -266,7 +194,7 @@ class Job:
             "n_experiments": len(self.experiments),
             "layers": self.agent.neuron_counts,
             "directions": list(self.directions),
-            "source": self._source_kind,
+            "source": self.source_kind,
             "source_activations": sweep.sha256_of(
                 *(part for name in sorted(self.given) for part in (name.encode(), self.given[name]))
             ),
@@ -413,7 +341,7 @@ class Job:
 
         return Verifier(
             self.agent.network, self.experiments, self.inputs.sides, self.directions,
-            self._source_kind, self.config.seed, self.config.dtype, self.given,
+            self.source_kind, self.config.seed, self.config.dtype, self.given,
         )  # fmt: skip
 
     def worker_spec(self) -> WorkerSpec:
@@ -426,7 +354,7 @@ class Job:
             patcher=self._packed_patcher(),
             sides=self.inputs.sides,
             directions=self.directions,
-            source_kind=self._source_kind,
+            source_kind=self.source_kind,
             given=self.given,
             seed=config.seed,
             discrete=self.agent.discrete,
