@@ -1,4 +1,5 @@
-"""Random networks of every kind the engine knows, and some that it does not."""
+"""Random networks of every kind the engine knows, and some that it does not; what is patched in
+them, and how close to the truth it must come."""
 
 from __future__ import annotations
 
@@ -8,6 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from raypatch.definitions import OUTPUT_LOGITS
+from raypatch.engine.layers import find_layers
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 ACTIVATIONS = [
     nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Softplus, nn.Mish,
     nn.SELU, nn.CELU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softsign,
@@ -218,3 +223,15 @@ def build(name, seed):
     network = builder().eval()
     source, target = (tuple(torch.randn(4, *shape) for shape in shapes) for _ in range(2))
     return network, source, target
+
+
+def check_equal(found, expected, dtype):
+    error = (found.double() - expected).abs() / expected.abs().clamp(min=1)
+    assert float(error.max()) <= TOLERANCE[dtype]
+
+
+def counts_of(network, args):
+    """Neurons by layer, the output logits among them."""
+    counts = {name: layer.neurons for name, layer in find_layers(network, args).items()}
+    with torch.no_grad():
+        return {**counts, OUTPUT_LOGITS: network(*args).shape[1]}

@@ -11,14 +11,12 @@ from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
-from networks import AS_IF_LARGE, build
+from networks import AS_IF_LARGE, build, check_equal, counts_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine import incremental, structure
-from raypatch.engine.layers import find_layers
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.reference import reference_outputs
 
@@ -101,9 +99,7 @@ def check(name: str) -> None:
     network, source, target = build(name, 0)
     for one, other in zip(source, target):
         one[:2] = other[:2]  # nothing changes there
-    counts = {layer: found.neurons for layer, found in find_layers(network, target).items()}
-    with torch.no_grad():
-        counts[OUTPUT_LOGITS] = network(*target).shape[1]
+    counts = counts_of(network, target)
     experiments = [{layer: [i]} for layer, n in counts.items() for i in range(n)]
     experiments += [{layer: "all"} for layer in counts]
     experiments += [
@@ -125,8 +121,7 @@ def check(name: str) -> None:
             stack.enter_context(Device())
             found = patcher.to(NAME)(experiments, source, target)
             assert isinstance(found, OnDevice)
-        error = (found.held.double() - expected).abs() / expected.abs().clamp(min=1)
-        assert float(error.max()) < 1e-5, f"{name}: off by {float(error.max())}"
+        check_equal(found.held, expected, torch.float32)
 
 
 if __name__ == "__main__":

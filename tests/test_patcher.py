@@ -1,0 +1,165 @@
+"""The patcher as its users meet it: nothing left behind, refusals, pickles, source kinds."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import build, counts_of
+from torch import nn
+
+import raypatch
+from raypatch.definitions import OUTPUT_LOGITS
+from raypatch.engine.patcher import Patcher
+from raypatch.engine.reference import reference_outputs
+from raypatch.engine.sources import resample_order
+from raypatch.errors import InputError
+
+# ------------------------------------------------------------------ nothing left behind
+
+
+def state_of(network):
+    return (
+        {name: tensor.clone() for name, tensor in network.state_dict().items()},
+        [module.training for module in network.modules()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules()],
+        [p.requires_grad for p in network.parameters()],
+        [getattr(m, "inplace", None) for m in network.modules()],
+    )
+
+
+def check_same_state(one, two):
+    assert one[1:] == two[1:]
+    for name, tensor in one[0].items():
+        assert torch.equal(tensor, two[0][name])
+
+
+@pytest.mark.parametrize("name", ["residual", "dueling_cnn", "untraceable", "cnn3d"])
+def test_no_hook_weight_or_flag_is_left_changed(name):
+    network, source, target = build(name, 0)
+    network.train()
+    before = state_of(network)
+    raypatch.patch(
+        network,
+        [{next(iter(counts_of(copy.deepcopy(network).eval(), target))): [0]}],
+        source,
+        target,
+    )
+    check_same_state(before, state_of(network))
+
+
+def test_no_hook_is_left_after_an_error_in_the_middle():
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.calls = nn.Linear(2, 3), nn.Linear(3, 2), 0
+
+        def forward(self, x):
+            self.calls += 1
+            if x.sum() == x.sum() and self.calls > 600:
+                raise ZeroDivisionError("in the middle")
+            return self.b(torch.relu(self.a(x)))
+
+    network = Fails()
+    patcher = Patcher(network)
+    run = patcher.prepare(torch.randn(3, 2), torch.randn(3, 2))
+    inner = run._engine.network
+    with pytest.raises(ZeroDivisionError):
+        for _ in range(1000):
+            run([{"a": [0]}])
+    assert all(not m._forward_hooks for m in [*network.modules(), *inner.modules()])
+
+
+def test_a_patcher_does_not_follow_later_changes_to_the_network():
+    network, source, target = build("residual", 0)
+    patcher = Patcher(network)
+    before = patcher([{"a": [1]}], source, target)
+    network.a.weight.data.zero_()
+    assert torch.equal(before, patcher([{"a": [1]}], source, target))
+
+
+# ------------------------------------------------------------------------------ faces
+
+
+@pytest.mark.parametrize("name", ["dueling_cnn", "shape_dependent", "norm_and_concatenate"])
+def test_a_patcher_survives_pickling_with_the_same_bits(name):
+    network, source, target = build(name, 0)
+    patcher = Patcher(network)
+    experiments = [{layer: [0]} for layer in counts_of(network, target)]
+    before = patcher(experiments, source, target)
+    again = pickle.loads(pickle.dumps(patcher))
+    assert torch.equal(before, again(experiments, source, target))
+
+
+def test_the_readmes_notebook_example_runs_as_printed():
+    text = (ROOT / "README.md").read_text()
+    code = next(b for b in text.split("```python\n")[1:] if "raypatch.Patcher" in b).split("```")[0]
+    names: dict = {}
+    exec(code, names)
+    assert names["outputs"].shape == (66, 32, 2) and names["ablated"].shape == (66, 32, 2)
+
+
+def test_outputs_are_in_one_piece_in_the_order_of_their_axes():
+    network, source, target = build("residual", 0)
+    assert raypatch.patch(network, [{"a": [0]}, {"b": [1]}], source, target).is_contiguous()
+
+
+def test_unknown_layers_and_neurons_are_refused():
+    network, source, target = build("residual", 0)
+    with pytest.raises(InputError, match="experiment 0: unknown layer 'z'"):
+        raypatch.patch(network, [{"z": [0]}], source, target)
+    with pytest.raises(InputError, match="neuron 8 is out of range"):
+        raypatch.patch(network, [{"a": [8]}], source, target)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "kind", "message"),
+    [
+        (torch.randn(3, 6), torch.randn(4, 6), "pair", "source shapes"),
+        (None, torch.randn(4, 6), "pair", "needs target inputs, and source"),
+        (None, None, "zero", "needs target inputs"),
+        (None, torch.randn(0, 6), "zero", "number of inputs above 0"),
+        (None, torch.randn(4, 6), "other", "source kind 'other'"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(source, target, kind, message):
+    network, _, _ = build("residual", 0)
+    with pytest.raises(InputError, match=message):
+        raypatch.patch(network, [{"a": [0]}], source, target, kind=kind)
+
+
+def test_a_network_without_one_row_of_outputs_an_input_is_refused():
+    network = nn.Conv2d(1, 2, 1)
+    with pytest.raises(InputError, match=r"needs|patching needs one tensor \[inputs, outputs\]"):
+        raypatch.patch(
+            network, [{OUTPUT_LOGITS: [0]}], torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
+        )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 1000))
+def test_resampling_moves_every_input_and_is_seeded(n_inputs, seed):
+    order = resample_order(n_inputs, seed)
+    assert sorted(order.tolist()) == list(range(n_inputs))
+    assert n_inputs == 1 or not bool((order == torch.arange(n_inputs)).any())
+    assert torch.equal(order, resample_order(n_inputs, seed))
+
+
+def test_given_activations_equal_those_of_the_run_they_come_from():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    source, target = torch.randn(7, 4), torch.randn(7, 4)
+    values = {"0": network[0](source), "2": network[:3](source), "output_logits": network(source)}
+    values = {name: value.detach() for name, value in values.items()}
+    experiments = [{"0": [1, 3]}, {"2": "all", "0": [2]}, {"output_logits": [1]}]
+    small = raypatch.Patcher(network, memory_bytes=1 << 10)  # the inputs in parts
+    for patcher in (raypatch.Patcher(network), small):
+        found = patcher(experiments, source=values, target=target, kind="given")
+        torch.testing.assert_close(found, patcher(experiments, source, target))
+    truth = reference_outputs(network, experiments, values, target, kind="given")
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,135 @@
+"""What the engine leaves out, computes once, or takes in parts; the numbers stay the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import build, check_equal, counts_of, mlp
+from torch import nn
+
+from raypatch.definitions import OUTPUT_LOGITS
+from raypatch.engine.incremental import Incremental
+from raypatch.engine.patcher import Patcher
+from raypatch.engine.reference import reference_outputs
+from raypatch.engine.sources import SOURCE_KINDS
+from raypatch.errors import RunError
+
+# ------------------------------------------------------------------------- the savings
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_skipped_rows_are_exactly_those_equal_to_the_baseline_bit_for_bit(seed):
+    torch.manual_seed(seed)
+    network = mlp([6, 32, 32, 4], nn.ReLU).double()
+    source, target = torch.randn(16, 6).double(), torch.randn(16, 6).double()
+    experiments = [{"0": [i]} for i in range(32)] + [{"2": [i]} for i in range(32)]
+    run = Patcher(network).prepare(source, target)
+    prepared = run._prepare(0)
+    assert isinstance(run._engine, Incremental)
+    changed = torch.cat(
+        [prepared.active(prepared.structure.calls[name][0])[0] for name in ("0", "2")]
+    )
+    expected = reference_outputs(network, experiments, source, target)
+    with torch.no_grad():
+        baseline = network(target)
+    # The reference patches one experiment at a time: where both units are off, nothing moves.
+    same = (expected == baseline).all(-1)
+    assert torch.equal(same, ~changed)
+    outputs = run(experiments)
+    assert torch.equal((outputs == run.baseline).all(-1), ~changed)
+    assert 0 < int(changed.sum()) < changed.numel()
+
+
+def test_a_whole_layer_on_a_cut_gives_the_sources_own_output_and_computes_nothing():
+    network, source, target = build("residual", 0)
+    run = Patcher(network).prepare(source, target)
+    outputs = run([{"a": "all"}, {OUTPUT_LOGITS: "all"}])
+    assert torch.equal(outputs[0], run.source_baseline)
+    assert torch.equal(outputs[1], run.source_baseline)
+    assert run.rows_computed == 0
+
+
+def test_duplicates_are_computed_once():
+    network, source, target = build("residual", 0)
+    run = Patcher(network).prepare(source, target)
+    outputs = run([{"a": [1, 2]}, {"b": [3]}, {"a": [2, 1]}, {"a": [1, 2]}])
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[0], outputs[3])
+    assert run.rows_computed <= 2 * 4
+
+
+def test_nothing_upstream_of_the_patch_is_computed_again(monkeypatch):
+    calls = []
+    network = mlp([4, 8, 8, 3], nn.ReLU)
+    run = Patcher(network).prepare(torch.randn(5, 4), torch.randn(5, 4))
+    first = run._engine.graph.nodes[1]
+    monkeypatch.setattr(type(first.target), "forward", lambda *_: calls.append(1))
+    run([{"2": [1]}, {"4": [0]}])
+    assert first.path == "0" and calls == []
+
+
+@pytest.mark.parametrize("batch_rows", [1, 7, 4096])
+def test_the_answer_does_not_depend_on_the_batch_size(batch_rows):
+    network, source, target = build("dueling_cnn", 0)
+    counts = counts_of(network, target)
+    experiments = [{name: [i]} for name, n in counts.items() for i in range(n)]
+    whole = Patcher(network, dtype=torch.float64)(experiments, source, target)
+    cut = Patcher(network, dtype=torch.float64, batch_rows=batch_rows)(experiments, source, target)
+    torch.testing.assert_close(whole, cut, rtol=0, atol=1e-13)
+
+
+def test_experiments_come_back_in_the_definitions_order():
+    network, source, target = build("residual", 0)
+    experiments = [{"c": [0]}, {"a": [1]}, {"b": "all"}, {"a": [0], "c": [2]}, {"a": [2]}]
+    run = Patcher(network, dtype=torch.float64).prepare(source, target)
+    together = run(experiments)
+    for number, experiment in enumerate(experiments):
+        torch.testing.assert_close(together[number], run([experiment])[0], rtol=0, atol=1e-13)
+
+
+# ----------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("kind", [k for k in SOURCE_KINDS if k != "given"])
+def test_inputs_are_taken_in_parts_under_a_memory_ceiling(kind):
+    network = mlp([4, 16, 3], nn.Tanh)
+    source, target = torch.randn(200, 4), torch.randn(200, 4)
+    experiments = [{"0": [i]} for i in range(16)] + [{"0": "all"}]
+    patcher = Patcher(network, dtype=torch.float64, memory_bytes=1 << 17)
+    run = patcher.prepare(source, target, kind=kind)
+    assert len(run._parts) > 1
+    check_equal(
+        run(experiments),
+        reference_outputs(network, experiments, source, target, kind=kind),
+        torch.float64,
+    )
+
+
+def test_batches_are_halved_when_memory_runs_out_and_stay_halved(monkeypatch):
+    network, source, target = build("residual", 0)
+    run = Patcher(network, batch_rows=64).prepare(source, target)
+    prepared = run._prepare(0)
+    sizes = []
+    real = prepared.evaluate
+
+    def evaluate(group, out, batch_rows):
+        sizes.append(batch_rows)
+        if batch_rows > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(group, out, batch_rows)
+
+    monkeypatch.setattr(prepared, "evaluate", evaluate)
+    run([{"a": [0]}, {"a": [1]}])
+    run([{"b": [0]}])
+    assert sizes == [64, 32, 16, 16]
+
+
+def test_out_of_memory_with_one_experiment_says_what_to_lower(monkeypatch):
+    network, source, target = build("residual", 0)
+    run = Patcher(network, batch_rows=8).prepare(source, target)
+
+    def evaluate(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(run._prepare(0), "evaluate", evaluate)
+    with pytest.raises(RunError, match="lower --memory_per_actor"):
+        run([{"a": [0]}])
