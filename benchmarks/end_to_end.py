@@ -42,7 +42,7 @@ def make_worker(case, save: str, folder: str) -> tuple[Worker, Experiments]:
     one = [{str(layer): [neuron]} for layer, neuron in case.experiments]
     # As long as an item of a large sweep: every neuron several times over.
     passes = 2 * len(case.target)
-    repeats = max(1, ITEM_ROWS // (len(one) * passes))
+    repeats = max(1, ITEM_ROWS["cpu"] // (len(one) * passes))
     worker = Worker(spec)
     for run in worker.runs:
         run.deduplicate = False

@@ -9,12 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raypatch.metric_terms import DIGITS_LEFT, Array, Baselines, Fixed, Rows, first_argmax
+from raypatch.arrays import (
+    Array,
+    add_up,
+    as_array,
+    as_tensor,
+    first_argmax,
+    less,
+    library,
+    sum_of_squares,
+)
+from raypatch.metric_terms import DIGITS_LEFT, Baselines, Fixed, Rows
 from raypatch.metrics import METRICS
 from raypatch.results.schema import STATISTICS
 
-# Logits at a time: enough to make the call of an operation cheap, few enough for the cache.
+# Logits at a time: enough to make the call of an operation cheap, few enough for the cache; on
+# a GPU for its memory, 32 MiB an array of them.
 BLOCK_LOGITS = 128_000
+GPU_BLOCK_LOGITS = 1 << 22
 # Experiments at a time even so, because operations run along them; and rows where inputs are
 # so many that these would be too much memory.
 MIN_EXPERIMENTS = 400
@@ -31,8 +43,10 @@ class MetricTable:
         self.baselines = baselines
         self.n_inputs, self._n_outputs = baselines.target.shape
         least = max(1, min(MIN_EXPERIMENTS, MAX_ROWS // self.n_inputs))
-        self._step = max(least, BLOCK_LOGITS // (self.n_inputs * self._n_outputs))
-        self.baseline_actions = first_argmax(baselines.target.numpy())
+        on_cpu = baselines.target.device.type == "cpu"
+        self._block_logits = BLOCK_LOGITS if on_cpu else GPU_BLOCK_LOGITS
+        self._step = max(least, self._block_logits // (self.n_inputs * self._n_outputs))
+        self.baseline_actions = as_tensor(first_argmax(as_array(baselines.target)))
         self._kept: dict[int, list[Part]] = {}
 
     def compute(
@@ -55,30 +69,29 @@ class MetricTable:
             block = patched[start : start + self._step]
             part = slice(start, start + len(block))
             if changed_rate is not None or actions is not None:
-                greedy = first_argmax(block.numpy())
+                greedy = first_argmax(as_array(block))
             if changed_rate is not None:
-                changed = torch.from_numpy(greedy != self.baseline_actions)
+                changed = as_tensor(greedy) != self.baseline_actions
                 changed_rate[part] = changed.sum(1, dtype=torch.int32) / self.n_inputs
             if actions is not None:
-                actions[part] = torch.from_numpy(greedy)
+                actions[part] = as_tensor(greedy)
             # Overflow is looked for, and what is undefined is NaN on purpose.
             with np.errstate(all="ignore"):
                 metric_of = self._metrics(block)
-                found = np.empty((len(STATISTICS), len(self.names), len(block)))
+                shape = len(STATISTICS), len(self.names), len(block)
+                found = as_array(block.new_empty(shape, dtype=torch.float64))
                 for number in range(len(self.names)):
                     # What is to be done with a metric costs less while it is in the cache.
                     metric = metric_of(number)
                     if values is not None:
-                        stored = values[number, part].numpy()
-                        stored[...] = metric.astype(stored.dtype).T
+                        values[number, part] = as_tensor(metric).T
                     if statistics is not None:
                         _add_up(self._of_defined(metric, number), found[:, number])
                 if statistics is not None:
-                    unsure = _finish(found, self._defined.sum(1))
-                    for number in np.flatnonzero(unsure.any(axis=1)):
+                    for number in _finish(found, self._n_defined):
                         metric = self._of_defined(metric_of(number), number)
-                        _with_care(metric, found[:, number], np.flatnonzero(unsure[number]))
-                    statistics[:, :, part] = torch.from_numpy(found)
+                        _with_care(metric, found[:, number])
+                    statistics[:, :, part] = as_tensor(found)
 
     @cached_property
     def _defined(self) -> Array:
@@ -87,15 +100,26 @@ class MetricTable:
         changes always is."""
         with np.errstate(all="ignore"):
             metric_of = self._metrics(self.baselines.target[None])
-            return np.stack([~np.isnan(metric_of(i)[:, 0]) for i in range(len(self.names))])
+            found = [metric_of(number)[:, 0] for number in range(len(self.names))]
+        xp = library(found[0])
+        return ~xp.isnan(xp.stack(found))
+
+    @cached_property
+    def _n_defined(self) -> Array:
+        return self._defined.sum(1)[:, None]
+
+    @cached_property
+    def _some_defined(self) -> list[Array | None]:
+        """The same for every metric, None where it is all of them."""
+        return [None if bool(some.all()) else some for some in self._defined]
 
     def _of_defined(self, metric: Array, number: int) -> Array:
-        defined = self._defined[number]
-        return metric if defined.all() else metric[defined]
+        some = self._some_defined[number]
+        return metric if some is None else metric[some]
 
     def _parts(self, n_experiments: int) -> list[Part]:
         """Many inputs are taken in parts, few are all in the first."""
-        size = min(self.n_inputs, max(1, BLOCK_LOGITS // (n_experiments * self._n_outputs)))
+        size = min(self.n_inputs, max(1, self._block_logits // (n_experiments * self._n_outputs)))
         if size not in self._kept:
             if len(self._kept) > 1:
                 self._kept.clear()
@@ -116,54 +140,50 @@ class MetricTable:
         for inputs, fixed in parts:
             rows = Rows(block[:, inputs], fixed)
             found.append([formula(rows) for formula in formulas])
-        return lambda number: np.concatenate([of_some[number] for of_some in found])
+        concatenate = library(found[0][0]).concatenate
+        return lambda number: concatenate([of_some[number] for of_some in found])
 
 
 def _add_up(metric: Array, found: Array) -> None:
-    """Sum, sum of squares, least and largest of a metric ``[inputs, experiments]`` over the
-    inputs, into ``found`` ``[4, experiments]``; NaN where there are no inputs."""
-    if not len(metric):
-        found[...] = np.nan
-        return
-    # A product and ufuncs' own reductions: the methods of arrays cost several times as much.
-    np.matmul(np.ones(len(metric)), metric, out=found[0])
-    np.einsum("ne,ne->e", metric, metric, out=found[1])
-    np.minimum.reduce(metric, 0, out=found[2])
-    np.maximum.reduce(metric, 0, out=found[3])
+    """:func:`add_up` of a metric; NaN where there are no inputs."""
+    if len(metric):
+        add_up(metric, found)
+    else:
+        found[...] = torch.nan
 
 
-def _finish(found: Array, counts: Array) -> Array:
+def _finish(found: Array, counts: Array) -> list[int]:
     """Make statistics of what :func:`_add_up` found ``[4, metrics, experiments]`` over so many
-    inputs ``[metrics]``; those to be computed with care instead, ``[metrics, experiments]``."""
+    inputs ``[metrics, 1]``; the metrics for which that loses too many digits."""
+    found[:2] /= counts
     mean, squares = found[0], found[1]
-    found[:2] /= counts[:, None]
     variance = squares - mean * mean
-    # Where little is left of what was subtracted, digits are lost.
-    unsure: Array = ~(variance >= DIGITS_LEFT * squares) & (counts > 0)[:, None]
-    np.sqrt(variance, out=found[1])
-    return unsure
+    sure = as_tensor((variance >= DIGITS_LEFT * squares).all(1))
+    found[1] = library(variance).sqrt(variance)
+    return list(np.flatnonzero(~sure.numpy(force=True)))
 
 
-def _with_care(metric: Array, found: Array, some: Array) -> None:
-    """The statistics ``found`` of ``some`` experiments in a second pass over the metric
-    ``[inputs, experiments]``."""
-    deviation, mean = metric.take(some, 1), found[0, some]
-    if np.isnan(mean).any():
-        found[:, some] = summarise(deviation)
+def _with_care(metric: Array, found: Array) -> None:
+    """The statistics of a metric ``[inputs, experiments]`` in a second pass over it."""
+    if not len(metric):
         return
-    deviation -= mean
-    found[1, some] = np.sqrt(np.einsum("ne,ne->e", deviation, deviation) / len(deviation))
+    if library(metric).isnan(found[0]).any():
+        found[...] = summarise(metric)
+        return
+    deviation = less(metric, found[0])
+    found[1] = (sum_of_squares(deviation) / len(deviation)) ** 0.5
 
 
 def summarise(metric: Array) -> Array:
     """Statistics of a metric ``[inputs, experiments]`` over the inputs, in float64, leaving out
     NaN: ``[statistics, experiments]``, mean, std (population), min, max; NaN where nothing is
     defined."""
-    undefined = np.isnan(metric)
+    xp = library(metric)
+    undefined = xp.isnan(metric)
     count = (~undefined).sum(0)
-    mean = np.where(undefined, 0, metric).sum(0) / count
-    deviation = np.where(undefined, 0, metric - mean)
-    std = np.sqrt((deviation * deviation).sum(0) / count)
-    low = np.where(undefined, np.inf, metric).min(0)
-    high = np.where(undefined, -np.inf, metric).max(0)
-    return np.where(count == 0, np.nan, np.stack([mean, std, low, high]))
+    mean = xp.where(undefined, 0, metric).sum(0) / count
+    deviation = xp.where(undefined, 0, metric - mean)
+    std = ((deviation * deviation).sum(0) / count) ** 0.5
+    low = xp.amin(xp.where(undefined, torch.inf, metric), 0)
+    high = xp.amax(xp.where(undefined, -torch.inf, metric), 0)
+    return xp.where(count == 0, torch.nan, xp.stack([mean, std, low, high]))

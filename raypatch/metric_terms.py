@@ -23,17 +23,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from raypatch.arrays import (
+    Array,
+    as_array,
+    as_tensor,
+    count,
+    dot,
+    largest,
+    less,
+    library,
+    products,
+    weighted,
+)
 
 SMALL = 1e-10  # keeps the saturating ratios defined, as in the original
 WILD = 500  # beyond this exp comes near the end of float64's range
 DIGITS_LEFT = 1e-6  # of float64's sixteen digits, a difference may lose six
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Fixed:
 
     def __init__(self, baselines: Baselines) -> None:
         def columns(outputs: Tensor) -> Array:
-            return outputs.double().numpy()[..., None]
+            return as_array(outputs.double())[..., None]
 
         self.b = columns(baselines.target)
         self.b_source = None if baselines.source is None else columns(baselines.source)
@@ -70,11 +79,10 @@ class Fixed:
     @cached_property
     def s(self) -> Array:
         """Runners-up; the action itself where there is only one."""
-        others = self.b[..., 0].copy()
-        if others.shape[1] == 1:
+        if self.b.shape[1] == 1:
             return self.a
-        others[np.arange(len(others)), self.a] = -np.inf
-        return others.argmax(1)
+        actions = as_tensor(self.a)[:, None]
+        return as_array(as_tensor(self.b[..., 0]).scatter(1, actions, -torch.inf).argmax(1))
 
     @cached_property
     def prob(self) -> Array:
@@ -90,11 +98,11 @@ class Fixed:
 
     @cached_property
     def sqrt_prob(self) -> Array:
-        return np.sqrt(self.prob)
+        return self.prob**0.5
 
     @cached_property
     def share(self) -> Array:
-        return np.abs(pick(self.b, self.a)) / np.abs(self.b).sum(1)
+        return abs(pick(self.b, self.a)) / abs(self.b).sum(1)
 
     @cached_property
     def centred(self) -> Array:
@@ -110,18 +118,24 @@ class Fixed:
         return DIGITS_LEFT * self.centred_length**2
 
     @cached_property
+    def surely_long(self) -> float:
+        """No centred patched output of this length has lost its digits, whatever the input."""
+        return float(self.least_length.max()) ** 0.5
+
+    @cached_property
     def centred_unit(self) -> Array:
-        return unit(self.centred.copy())
+        return unit(self.centred)
 
     @cached_property
     def unit(self) -> Array:
-        return unit(self.b.copy())
+        return unit(self.b)
 
     @cached_property
-    def weights(self) -> Tensor:
+    def weights(self) -> Array:
         """``[inputs, 3, outputs]`` of the sums that several formulas need of d."""
-        equal = np.full_like(self.b, self.b.shape[1] ** -0.5)
-        return torch.from_numpy(np.stack([self.prob, self.centred_unit, equal], axis=1)[..., 0])
+        xp = library(self.b)
+        equal = xp.full_like(self.b, self.b.shape[1] ** -0.5)
+        return xp.stack([self.prob, self.centred_unit, equal], 1)[..., 0]
 
     @cached_property
     def recovery(self) -> tuple[Array, Array] | None:
@@ -132,83 +146,49 @@ class Fixed:
         base = pick(self.b, a_source) - pick(self.b, self.a)
         span = pick(self.b_source, a_source) - pick(self.b_source, self.a) - base
         agree = (a_source == self.a)[:, None]
-        return a_source, np.where(agree | (span == 0), np.nan, span)
+        return a_source, library(span).where(agree | (span == 0), torch.nan, span)
 
 
 def pick(columns: Array, which: Array) -> Array:
     """One output ``which`` ``[inputs]`` of each input, ``[inputs, experiments]``."""
-    return columns[np.arange(len(which)), which]
-
-
-def dot(x: Array, y: Array) -> Array:
-    """Sum of products over the outputs, without the products in between."""
-    found: Array = np.einsum("noe,noe->ne", x, y)
-    return found
-
-
-def weighted(weights: Array, x: Array) -> Array:
-    """Sum over the outputs of ``x`` with weights ``[inputs, outputs, 1]``."""
-    found: Array = np.matmul(weights.transpose(0, 2, 1), x)[:, 0]
-    return found
+    return columns[count(which), which]
 
 
 def softmax(columns: Array) -> Array:
-    powers = np.exp(columns - columns.max(1, keepdims=True))
-    powers /= powers.sum(1, keepdims=True)
+    powers = library(columns).exp(columns - largest(columns)[:, None])
+    powers /= powers.sum(1)[:, None]
     return powers
 
 
 def log_sum_exp(columns: Array) -> Array:
-    top = columns.max(1)
-    found: Array = np.log(np.exp(columns - top[:, None]).sum(1)) + top
-    return found
-
-
-def first_argmax(outputs: Array) -> Array:
-    """Largest of the outputs ``[..., outputs]``, the first of several; int8 for few
-    outputs.
-
-    NumPy's own over a short axis is several times slower than comparing outputs.
-    """
-    n_outputs = outputs.shape[-1]
-    if n_outputs > 32:
-        return outputs.argmax(-1)
-    best, place = outputs[..., 0].copy(), np.zeros(outputs.shape[:-1], np.int8)
-    for number in range(1, n_outputs):
-        # Numbers rise, so the last output that beat all before it has the largest.
-        beats = (outputs[..., number] > best).view(np.int8)
-        beats *= np.int8(number)
-        np.maximum(place, beats, out=place)
-        np.maximum(best, outputs[..., number], out=best)
-    return place
+    top, xp = largest(columns), library(columns)
+    return xp.log(xp.exp(columns - top[:, None]).sum(1)) + top
 
 
 def length(x: Array) -> Array:
     """L2 norm over the outputs. Squares of float32 logits stay far inside float64's range."""
-    found: Array = np.sqrt(dot(x, x))
-    return found
+    return library(x).sqrt(dot(x, x))
 
 
 def centred(x: Array) -> Array:
     """Outputs less their mean; all exactly zero where they are equal."""
     apart = x - x[:, :1]
-    apart -= apart.mean(1, keepdims=True)
+    apart -= apart.mean(1)[:, None]
     return apart
 
 
 def unit(x: Array) -> Array:
-    """Outputs over their length, in place; NaN where all are zero."""
-    x /= length(x)[:, None]
-    return x
+    """Outputs over their length; NaN where all are zero."""
+    return x / length(x)[:, None]
 
 
 def experiments_last(patched: Tensor) -> Tensor:
     """``[experiments, inputs, outputs]`` to float64 ``[inputs, outputs, experiments]``."""
     n_experiments, n_inputs, n_outputs = patched.shape
     # Turned around before it is twice as wide.
-    turned = torch.empty(n_outputs, n_inputs, n_experiments, dtype=patched.dtype)
+    turned = patched.new_empty(n_outputs, n_inputs, n_experiments)
     turned.copy_(patched.permute(2, 1, 0))
-    columns = torch.empty(n_inputs, n_outputs, n_experiments, dtype=torch.float64)
+    columns = turned.new_empty(n_inputs, n_outputs, n_experiments, dtype=torch.float64)
     return columns.copy_(turned.transpose(0, 1))
 
 
@@ -220,16 +200,20 @@ class Rows:
     def __init__(self, patched: Tensor, fixed: Fixed) -> None:
         self._patched = patched
         self.fixed = fixed
-        self.d: Array = experiments_last(patched).sub_(torch.from_numpy(fixed.b)).numpy()
+        self.d = as_array(experiments_last(patched).sub_(as_tensor(fixed.b)))
 
     @cached_property
     def p(self) -> Array:
         """Few formulas need it; as a rule it would only take room in the cache."""
-        return experiments_last(self._patched).numpy()
+        return as_array(experiments_last(self._patched))
 
     @cached_property
     def d_a(self) -> Array:
         return pick(self.d, self.fixed.a)
+
+    @cached_property
+    def size_a(self) -> Array:
+        return abs(self.d_a)
 
     @cached_property
     def squared_norm(self) -> Array:
@@ -237,12 +221,14 @@ class Rows:
         return dot(self.d, self.d)
 
     @cached_property
+    def norm(self) -> Array:
+        return library(self.d).sqrt(self.squared_norm)
+
+    @cached_property
     def sums(self) -> Array:
         """m, and the parts of d along the centred baseline and along equal logits,
         ``[inputs, 3, experiments]``."""
-        # Of three rows, torch's product is a third faster than NumPy's.
-        found: Array = torch.bmm(self.fixed.weights, torch.from_numpy(self.d)).numpy()
-        return found
+        return products(self.fixed.weights, self.d)
 
     @cached_property
     def mean_d(self) -> Array:
@@ -251,13 +237,12 @@ class Rows:
 
     @cached_property
     def e(self) -> Array:
-        return self.d - self.mean_d[:, None]
+        return less(self.d, self.mean_d[:, None])
 
     @cached_property
     def growth(self) -> Array:
         """expm1(e)."""
-        growth: Array = np.expm1(self.e)
-        return growth
+        return library(self.e).expm1(self.e)
 
     @cached_property
     def excess(self) -> Array:
@@ -276,15 +261,15 @@ class Rows:
     def wild(self) -> Array | None:
         """Rows whose probabilities change by more than float64's range; None if there are none."""
         # No element of e is larger than twice the length of d.
-        largest = 2 * float(self.squared_norm.max()) ** 0.5
-        return np.any(self.e > WILD, 1) if largest > WILD else None
+        bound = 2 * float(self.squared_norm.max()) ** 0.5
+        return (self.e > WILD).any(1) if bound > WILD else None
 
     @cached_property
     def log_s(self) -> Array:
-        log_s = np.log1p(self.excess)
+        log_s = library(self.excess).log1p(self.excess)
         if self.wild is not None:
             exact = log_sum_exp(self.p) - log_sum_exp(self.fixed.b) - self.mean_d
-            log_s = np.where(self.wild, exact, log_s)
+            log_s = library(log_s).where(self.wild, exact, log_s)
         return log_s
 
     def or_if_wild(self, usual: Array, exact: Callable[[], Array]) -> Array:
@@ -292,7 +277,7 @@ class Rows:
         if self.wild is None:
             return usual
         wild = self.wild if usual.ndim == 2 else self.wild[:, None]
-        return np.where(wild, exact(), usual)
+        return library(usual).where(wild, exact(), usual)
 
     @cached_property
     def prob_change(self) -> Array:
@@ -328,10 +313,9 @@ class Rows:
     @cached_property
     def chebyshev(self) -> Array:
         """max |p - b| over the outputs but the action."""
-        size = np.abs(self.d)
-        size[np.arange(len(size)), self.fixed.a] = 0.0
-        largest: Array = np.maximum.reduce(size, 1)
-        return largest
+        size = abs(self.d)
+        size[count(size), self.fixed.a] = 0.0
+        return largest(size)
 
     @cached_property
     def directed(self) -> Array:
@@ -340,7 +324,9 @@ class Rows:
 
     @cached_property
     def scale(self) -> Array:
-        return self.chebyshev + np.abs(self.d_a) + SMALL
+        scale = self.chebyshev + self.size_a
+        scale += SMALL
+        return scale
 
     @cached_property
     def pearson_distance(self) -> Array:
@@ -351,30 +337,33 @@ class Rows:
         rest of squared length D = |d|^2 - (d.u)^2. With L^2 = A^2 + D that distance is
         (L - A) / L, which for A > 0 keeps its digits as D / (L (L + A)).
         """
-        rest = dot(self.sums[:, 1:], self.sums[:, 1:])
-        np.subtract(self.squared_norm, rest, out=rest)
-        if self.d.shape[1] == 2:
-            rest[...] = 0  # two centred numbers are always in line
+        xp, always_in_line = library(self.d), self.d.shape[1] <= 2
+        rest = self.squared_norm - dot(self.sums[:, 1:], self.sums[:, 1:])
+        if always_in_line:
+            rest[...] = 0
         part = self.sums[:, 1] + self.fixed.centred_length
         squared = part * part
         squared += rest
-        size = np.sqrt(squared)
+        size = xp.sqrt(squared)
         distance = part + size
         distance *= size
-        np.divide(rest, distance, out=distance)
-        if not part.min() > 0:
-            distance = np.where(part > 0, distance, (size - part) / size)
+        distance = rest / distance
+        least = float(part.min())
+        if not least > 0:
+            distance = xp.where(part > 0, distance, (size - part) / size)
         # Where little is left of what was subtracted, digits are lost.
-        delicate = squared < self.fixed.least_length
-        if self.d.shape[1] > 2:
-            delicate |= rest < DIGITS_LEFT * self.squared_norm
+        delicate = rest < DIGITS_LEFT * self.squared_norm
+        if always_in_line:
+            delicate[...] = False
+        if not least > self.fixed.surely_long:
+            delicate |= squared < self.fixed.least_length
         if delicate.any():
             distance[delicate] = self._pearson_distance_of(delicate)
         return distance
 
     def _pearson_distance_of(self, some: Array) -> Array:
         """1 - r of the rows of a mask, ``[rows]``, from their own logits."""
-        inputs, experiments = some.nonzero()
+        inputs, experiments = library(some).where(some)
         mine = unit(centred(self.p[inputs, :, experiments][..., None]))
         mine -= self.fixed.centred_unit[inputs]
         return dot(mine, mine)[:, 0] / 2

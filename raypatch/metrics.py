@@ -8,20 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 
+from raypatch.arrays import Array, at_least, dot, largest, library, weighted
 from raypatch.errors import InputError
-from raypatch.metric_terms import (
-    Array,
-    Rows,
-    dot,
-    length,
-    log_sum_exp,
-    pick,
-    softmax,
-    unit,
-    weighted,
-)
+from raypatch.metric_terms import Rows, length, log_sum_exp, pick, softmax, unit
 
 
 def _reverse_kl(r: Rows) -> Array:
@@ -33,25 +24,23 @@ def _reverse_kl(r: Rows) -> Array:
         top, base = log_sum_exp(r.p), log_sum_exp(r.fixed.b)
         return dot(softmax(r.p), r.p - top[:, None] - (r.fixed.b - base[:, None]))
 
-    kl = r.or_if_wild(kl, exact)
-    return np.maximum(kl, 0, out=kl)
+    return at_least(r.or_if_wild(kl, exact), 0)
 
 
 def _hellinger(r: Rows) -> Array:
-    change = np.expm1((r.e - r.log_s[:, None]) / 2)
+    change = library(r.e).expm1((r.e - r.log_s[:, None]) / 2)
     change *= r.fixed.sqrt_prob
-    change = r.or_if_wild(change, lambda: np.sqrt(softmax(r.p)) - r.fixed.sqrt_prob)
+    change = r.or_if_wild(change, lambda: softmax(r.p) ** 0.5 - r.fixed.sqrt_prob)
     return length(change) / 2**0.5
 
 
 def _probability_gap(r: Rows) -> Array:
-    gap: Array = (r.fixed.prob + r.prob_change).max(1) - r.fixed.prob.max(1)
-    return gap
+    return largest(r.fixed.prob + r.prob_change) - largest(r.fixed.prob)
 
 
 def _recovered(r: Rows) -> Array:
     if r.fixed.recovery is None:
-        return np.full_like(r.d_a, np.nan)
+        return library(r.d).full_like(r.d_a, torch.nan)
     a_source, span = r.fixed.recovery
     gained = pick(r.d, a_source)  # LD_p - LD_b, but for the target's own action
     gained -= r.d_a
@@ -60,12 +49,12 @@ def _recovered(r: Rows) -> Array:
 
 
 def _proportion_change(r: Rows) -> Array:
-    share: Array = np.abs(pick(r.p, r.fixed.a)) / np.abs(r.p).sum(1)
+    share: Array = abs(pick(r.p, r.fixed.a)) / abs(r.p).sum(1)
     return share - r.fixed.share
 
 
 def _cosine_similarity(r: Rows) -> Array:
-    apart = unit(r.p.copy())
+    apart = unit(r.p)
     apart -= r.fixed.unit
     return 1 - dot(apart, apart) / 2
 
@@ -81,19 +70,19 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "output_logit_delta": Metric(lambda r: r.d_a, "logits"),
-    "top_logit_delta_magnitude": Metric(lambda r: np.abs(r.d_a), "logits"),
-    "logit_difference_norm": Metric(lambda r: np.sqrt(r.squared_norm), "logits", discrete=False),
+    "top_logit_delta_magnitude": Metric(lambda r: r.size_a, "logits"),
+    "logit_difference_norm": Metric(lambda r: r.norm, "logits", discrete=False),
     "action_probability_delta": Metric(lambda r: r.prob_change_a, "probability"),
     "top_action_probability_gap": Metric(_probability_gap, "probability"),
-    "kl_divergence": Metric(lambda r: np.maximum(r.log_s, 0), "nats"),
+    "kl_divergence": Metric(lambda r: at_least(1 * r.log_s, 0), "nats"),
     "reverse_kl_divergence": Metric(_reverse_kl, "nats"),
     "hellinger_distance": Metric(_hellinger, "1"),
     "confidence_margin_change": Metric(lambda r: r.margin_change, "probability"),
-    "confidence_margin_magnitude": Metric(lambda r: np.abs(r.margin_change), "probability"),
+    "confidence_margin_magnitude": Metric(lambda r: abs(r.margin_change), "probability"),
     "logit_proportion_change": Metric(_proportion_change, "1"),
     "chebyshev_distance_excluding_top": Metric(lambda r: r.chebyshev, "logits"),
     "directed_saturating_chebyshev": Metric(lambda r: r.directed, "1"),
-    "undirected_saturating_chebyshev": Metric(lambda r: np.abs(r.directed), "1"),
+    "undirected_saturating_chebyshev": Metric(lambda r: abs(r.directed), "1"),
     "reversed_undirected_saturating_chebyshev": Metric(lambda r: r.chebyshev / r.scale, "1"),
     "cosine_similarity": Metric(_cosine_similarity, "1", discrete=False),
     "pearson_correlation": Metric(lambda r: 1 - r.pearson_distance, "1", discrete=False),

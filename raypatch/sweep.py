@@ -16,10 +16,10 @@ from raypatch.definitions import Experiments
 from raypatch.errors import InputError
 
 # Items aim at this many seconds on a slow core, by a count of the network's operations, and
-# at no more rows than suit one Arrow file, nor logits than suit an actor's memory; a small sweep
-# is still cut for several actors.
+# at no more rows than suit one Arrow file (more for a GPU, which would else wait for the disk),
+# nor logits than suit an actor's memory; a small sweep is still cut for several actors.
 ITEM_SECONDS = 1.0
-ITEM_ROWS = 1 << 19
+ITEM_ROWS = {"cpu": 1 << 19, "cuda": 1 << 22, "cuda+cpu": 1 << 19}
 ITEM_LOGITS = 1 << 24
 MIN_ITEM_ROWS = 1024
 MIN_ITEMS = 16
@@ -46,7 +46,7 @@ def item_length(
     ``passes_each`` are the rows of an experiment, ``operations`` those of a forward.
     """
     seconds_each = max(operations * passes_each / OPERATIONS_PER_SECOND[device_class], 1e-12)
-    most_rows = min(ITEM_ROWS, ITEM_LOGITS / n_outputs)
+    most_rows = min(ITEM_ROWS[device_class], ITEM_LOGITS / n_outputs)
     length = min(ITEM_SECONDS / seconds_each, most_rows / passes_each)
     length = min(length, max(n_experiments / MIN_ITEMS, MIN_ITEM_ROWS / passes_each))
     return max(1, math.ceil(length))

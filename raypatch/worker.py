@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -129,11 +129,7 @@ class Worker:
             return False
 
     def _metric_table(self, direction: str, run: PatchRun) -> MetricTable:
-        source = run.source_baseline
-        return MetricTable(
-            self.spec.columns.metrics,
-            Baselines(run.baseline.cpu(), None if source is None else source.cpu()),
-        )
+        return MetricTable(self.spec.columns.metrics, Baselines(run.baseline, run.source_baseline))
 
     def compute(self, item: Item, experiments: Experiments, tries: int) -> Outcome:
         """Compute an item, write its shard and summary part, and give back the receipt.
@@ -183,9 +179,9 @@ class Worker:
         return self._arrays(item, outputs), outputs
 
     def _outputs(self, experiments: Experiments) -> list[torch.Tensor]:
-        """Patched outputs ``[experiments, inputs, outputs]`` of each direction, on the CPU."""
+        """Patched outputs ``[experiments, inputs, outputs]`` of each direction, on the device."""
         plan = self.runs[0].plan(experiments)
-        outputs = [run(plan).cpu() for run in self.runs]
+        outputs = [run(plan) for run in self.runs]
         for patched in outputs:
             # The sum of finite numbers is cheap to test and almost never infinite itself.
             if not bool(patched.sum().isfinite()) and not bool(patched.isfinite().all()):
@@ -197,13 +193,15 @@ class Worker:
         n_directions, (n_experiments, n_inputs, _) = len(outputs), outputs[0].shape
         rows = columns.save != "summary"
         shape = (len(columns.metrics), n_experiments, n_directions)
-        statistics = torch.empty(len(STATISTICS), *shape)
-        values = torch.empty(*shape, n_inputs) if rows else None
+        # Metrics are computed where the outputs are; only results leave a GPU.
+        device = outputs[0].device
+        statistics = torch.empty(len(STATISTICS), *shape, device=device)
+        values = torch.empty(*shape, n_inputs, device=device) if rows else None
         actions = changed = rate = None
         if self.spec.discrete:
-            rate = torch.empty(shape[1:])
+            rate = torch.empty(shape[1:], device=device)
             if rows:
-                actions = torch.empty(*shape[1:], n_inputs, dtype=torch.int32)
+                actions = torch.empty(*shape[1:], n_inputs, dtype=torch.int32, device=device)
         for number, (table, patched) in enumerate(zip(self.tables, outputs)):
             table.compute(
                 patched,
@@ -213,18 +211,17 @@ class Worker:
                 actions=None if actions is None else actions[:, number],
             )
         if actions is not None:
-            baseline = [torch.from_numpy(table.baseline_actions).int() for table in self.tables]
-            changed = actions != torch.stack(baseline)
+            changed = actions != torch.stack([table.baseline_actions for table in self.tables])
         return ItemArrays(
             indices=item.indices,
             directions=self.spec.directions,
             shape=(n_experiments, n_directions, n_inputs),
-            outputs=torch.stack(outputs, 1).float().numpy() if columns.save == "full" else None,
-            actions=actions.numpy() if actions is not None else None,
-            changed=changed.numpy() if changed is not None else None,
-            metrics=values.numpy() if values is not None else None,
-            statistics=dict(zip(STATISTICS, statistics.numpy())),
-            changed_rate=None if rate is None else rate.numpy(),
+            outputs=_on_host(torch.stack(outputs, 1).float()) if columns.save == "full" else None,
+            actions=_on_host(actions),
+            changed=_on_host(changed),
+            metrics=_on_host(values),
+            statistics=dict(zip(STATISTICS, _on_host(statistics))),
+            changed_rate=_on_host(rate),
         )
 
     def _content(self, arrays: ItemArrays, table_schema: Any) -> memoryview:
@@ -237,9 +234,17 @@ class Worker:
         return hashlib.sha256(content).hexdigest()
 
 
+@overload
+def _on_host(x: torch.Tensor) -> np.ndarray: ...
+@overload
+def _on_host(x: torch.Tensor | None) -> np.ndarray | None: ...
+def _on_host(x: torch.Tensor | None) -> np.ndarray | None:
+    return None if x is None else x.numpy(force=True)
+
+
 def outputs_of(outputs: list[torch.Tensor], place: int) -> np.ndarray:
     """One experiment's ``[directions, inputs, outputs]`` of those of all by direction."""
-    return np.stack([patched[place].numpy() for patched in outputs])
+    return np.stack([_on_host(patched[place]) for patched in outputs])
 
 
 def prepare_direction(patcher: Patcher, spec: WorkerSpec, direction: str) -> PatchRun:

@@ -1,5 +1,5 @@
-"""The engine on a pretend GPU: CPU tensors that say they lie on a device, and refuse what a GPU
-refuses. A script of its own, because the pretended device stays with the process.
+"""Engine, metrics and worker on a pretend GPU: CPU tensors that say they lie on a device, and
+refuse what a GPU refuses. A script of its own, because the pretended device stays with the process.
 
     python tests/pretend_gpu.py NETWORK ...
 """
@@ -7,7 +7,8 @@ refuses. A script of its own, because the pretended device stays with the proces
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+import tempfile
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
@@ -16,9 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from raypatch import metric_table
+from raypatch.definitions import Experiments
 from raypatch.engine import incremental, structure
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.reference import reference_outputs
+from raypatch.metric_table import MetricTable
+from raypatch.metric_terms import Baselines
+from raypatch.metrics import METRICS
+from raypatch.results import schema
+from raypatch.shipping import pack
+from raypatch.worker import Item, Worker, WorkerSpec
 
 NAME = "pretended"
 aten = torch.ops.aten
@@ -94,6 +103,14 @@ def compute(function, args, kwargs):
     return tree_map(placed, result)
 
 
+@contextmanager
+def device_present():
+    shares = structure._shares
+    # It compares storages, which the pretended tensors do not have.
+    with patch.object(structure, "_shares", lambda a, b: shares(held(a), held(b))), Device():
+        yield
+
+
 def check(name: str) -> None:
     """Single neurons, several at once and whole layers of a network equal plain hooks."""
     network, source, target = build(name, 0)
@@ -109,19 +126,87 @@ def check(name: str) -> None:
     expected = reference_outputs(network, experiments, source, target)
     patcher = Patcher(network)
     patcher.prepare(source, target)
-    shares = structure._shares
     for large in (False, True):
         with ExitStack() as stack:
-            # It compares storages, which the pretended tensors do not have.
-            stack.enter_context(
-                patch.object(structure, "_shares", lambda a, b: shares(held(a), held(b)))
-            )
             if large:
                 stack.enter_context(patch.multiple(incremental, **AS_IF_LARGE))
-            stack.enter_context(Device())
+            stack.enter_context(device_present())
             found = patcher.to(NAME)(experiments, source, target)
             assert isinstance(found, OnDevice)
         check_equal(found.held, expected, torch.float32)
+
+
+def awkward_logits(n_experiments: int, n_inputs: int, n_outputs: int) -> list[torch.Tensor]:
+    """Target, source ``[inputs, outputs]`` and patched outputs, with what formulas take apart."""
+    generator = torch.Generator().manual_seed(3)
+    target, source = torch.randn(2, n_inputs, n_outputs, generator=generator)
+    patched = target + torch.randn(n_experiments, n_inputs, n_outputs, generator=generator)
+    patched[1] = target  # nothing changes
+    patched[2] = target * (1 + 1e-6)  # nearly nothing
+    patched[3] *= 1e4  # probabilities leave float64's range
+    patched[4] = -target  # the opposite direction
+    patched[5] = patched[5, :1]
+    patched[6, 0] = 0  # no direction
+    source[0] = target[0]  # nothing to recover
+    target[1] = 0.25  # all logits the same
+    return [target, source, patched]
+
+
+def check_metrics(n_experiments: int, n_inputs: int, n_outputs: int) -> None:
+    """Every metric and statistic is the CPU's, in blocks and in parts of the inputs."""
+
+    def computed(tensors):
+        target, source, patched = tensors
+        shape = len(METRICS), n_experiments, n_inputs
+        found = {
+            "values": patched.new_empty(shape, dtype=torch.float64),
+            "statistics": patched.new_empty(4, *shape[:2], dtype=torch.float64),
+            "changed_rate": patched.new_empty(n_experiments),
+            "actions": patched.new_empty(shape[1:], dtype=torch.int32),
+        }
+        MetricTable(list(METRICS), Baselines(target, source)).compute(patched, **found)
+        return found
+
+    tensors = awkward_logits(n_experiments, n_inputs, n_outputs)
+    expected = computed(tensors)
+    with device_present():
+        found = computed([tensor.to(NAME) for tensor in tensors])
+    for name, right in expected.items():
+        assert isinstance(found[name], OnDevice)
+        torch.testing.assert_close(
+            found[name].held, right, rtol=1e-9, atol=1e-12, equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )  # fmt: skip
+
+
+def check_worker(save: str) -> None:
+    """What a worker computes of an item is what it computes on the CPU."""
+    network, (source,), (target,) = build("quantile_head", 0)
+    patcher = Patcher(network)
+    patcher.prepare(source, target)
+    experiments = Experiments.from_list(
+        [{layer: [i]} for layer, n in counts_of(network, (target,)).items() for i in range(n)]
+    )
+    found = []
+    for device in ("cpu", NAME):
+        with tempfile.TemporaryDirectory() as folder, device_present():
+            spec = WorkerSpec(
+                patcher=pack(patcher), sides={"clean": source.numpy(), "corrupted": target.numpy()},
+                directions=("denoising", "noising"), source_kind="pair", seed=0, discrete=True,
+                columns=schema.Columns(len(network(target)[0]), tuple(METRICS), save), metadata={},
+                compression="lz4", output_dir=folder, device=device,
+                samples=frozenset({2}),
+            )  # fmt: skip
+            worker = Worker(spec)
+            arrays, outputs = worker.arrays(Item(0, 0, len(experiments)), experiments)
+            assert outputs[0].device.type == device
+            assert worker.compute(Item(0, 0, len(experiments)), experiments, 1).samples.keys() == {
+                2
+            }
+            found.append(arrays)
+    for name in ("outputs", "actions", "changed", "metrics", "statistics", "changed_rate"):
+        on_cpu, on_device = (getattr(arrays, name) for arrays in found)
+        torch.testing.assert_close(on_device, on_cpu, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 if __name__ == "__main__":
@@ -130,3 +215,11 @@ if __name__ == "__main__":
     for name in sys.argv[1:]:
         check(name)
         print(name, "equals plain hooks")
+    for shape in ((7, 3, 5), (40, 6, 2), (9, 4, 40), (7, 3, 1)):
+        check_metrics(*shape)
+    with patch.multiple(metric_table, BLOCK_LOGITS=200, GPU_BLOCK_LOGITS=150, MIN_EXPERIMENTS=8):
+        check_metrics(30, 40, 4)
+    print("metrics are the CPU's")
+    for save in schema.SAVE_MODES:
+        check_worker(save)
+    print("a worker's results are the CPU's")

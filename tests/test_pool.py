@@ -244,11 +244,15 @@ def test_however_often_a_driver_dies_and_resumes_every_item_is_committed_exactly
     n_outputs=st.integers(1, 5000),
     device_class=st.sampled_from(["cpu", "cuda", "cuda+cpu"]),
 )
-def test_an_item_is_an_experiment_or_fits_in_a_file_and_in_memory(passes_each, n_outputs, **sweep):
-    length = item_length(passes_each=passes_each, n_outputs=n_outputs, **sweep)
+def test_an_item_is_an_experiment_or_fits_in_a_file_and_in_memory(
+    passes_each, n_outputs, device_class, **sweep
+):
+    length = item_length(
+        passes_each=passes_each, n_outputs=n_outputs, device_class=device_class, **sweep
+    )
     assert length >= 1
     rows = (length - 1) * passes_each
-    assert rows < ITEM_ROWS and rows * n_outputs < ITEM_LOGITS
+    assert rows < ITEM_ROWS[device_class] and rows * n_outputs < ITEM_LOGITS
 
 
 def test_items_are_small_enough_for_several_actors_and_for_a_slow_network():
@@ -257,7 +261,8 @@ def test_items_are_small_enough_for_several_actors_and_for_a_slow_network():
         "device_class": "cpu",
     }  # fmt: skip
     slow = {**small, "operations": 10**9}
-    assert item_length(**small) == ITEM_ROWS / 16
+    assert item_length(**small) == ITEM_ROWS["cpu"] / 16
+    assert item_length(**{**small, "device_class": "cuda"}) == ITEM_ROWS["cuda"] / 16
     assert item_length(**{**small, "n_experiments": 16000}) == 1000
     assert item_length(**{**small, "n_outputs": 4096}) == 256
     assert item_length(**slow) == 2  # a second of 20 GFLOP/s

@@ -9,6 +9,7 @@ from torch import nn
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.incremental import Incremental
+from raypatch.engine.patch_run import Limits
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.reference import reference_outputs
 from raypatch.engine.sources import SOURCE_KINDS
@@ -102,6 +103,15 @@ def test_inputs_are_taken_in_parts_under_a_memory_ceiling(kind):
         reference_outputs(network, experiments, source, target, kind=kind),
         torch.float64,
     )
+
+
+def test_a_batch_on_a_gpu_may_take_what_torch_keeps_there_unused(monkeypatch):
+    gib = 1 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * gib, 16 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 4 * gib)
+    limits = Limits(torch.device("cuda"), memory_bytes=100 * gib)
+    assert limits.rows_for(1024) == (2 + 10 - 4) * gib // 4 // 3 // 1024
 
 
 def test_batches_are_halved_when_memory_runs_out_and_stay_halved(monkeypatch):

@@ -52,8 +52,7 @@ class Limits:
         if self.batch_rows is not None:
             return self.batch_rows
         if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            budget = int(min(free * GPU_BATCH_SHARE, self.memory_bytes / 4))
+            budget = int(min(_free_on_gpu(self.device) * GPU_BATCH_SHARE, self.memory_bytes / 4))
             return max(1, budget // (3 * row_bytes))
         rows = max(MIN_BATCH_ROWS, CPU_BATCH_BYTES // row_bytes)
         return max(1, min(rows, self.memory_bytes // 4 // (3 * row_bytes)))
@@ -155,6 +154,13 @@ class PatchRun:
                         "lower --memory_per_actor so that inputs are taken in parts"
                     ) from error
                 self._halvings += 1
+
+
+def _free_on_gpu(device: torch.device) -> int:
+    """Bytes nobody uses; torch keeps some of them for itself, which the device counts as taken."""
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + kept
 
 
 def _empty_outputs(n_experiments: int, baseline: Tensor) -> Tensor:
