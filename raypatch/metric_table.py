@@ -15,9 +15,7 @@ from raypatch.arrays import (
     as_array,
     as_tensor,
     first_argmax,
-    less,
     library,
-    sum_of_squares,
 )
 from raypatch.metric_terms import DIGITS_LEFT, Baselines, Fixed, Rows
 from raypatch.metrics import METRICS
@@ -65,33 +63,45 @@ class MetricTable:
         :func:`summarise`; ``changed_rate`` ``[experiments]`` the share of inputs whose greedy
         action changes; ``actions`` ``[experiments, inputs]`` the greedy actions.
         """
+        shape = len(STATISTICS), len(self.names), len(patched)
+        sums = as_array(patched.new_empty(shape, dtype=torch.float64))
         for start in range(0, len(patched), self._step):
             block = patched[start : start + self._step]
             part = slice(start, start + len(block))
             if changed_rate is not None or actions is not None:
-                greedy = first_argmax(as_array(block))
+                greedy = as_tensor(first_argmax(as_array(block)))
             if changed_rate is not None:
-                changed = as_tensor(greedy) != self.baseline_actions
-                changed_rate[part] = changed.sum(1, dtype=torch.int32) / self.n_inputs
+                changed_rate[part] = (greedy != self.baseline_actions).sum(1, dtype=torch.int32)
             if actions is not None:
-                actions[part] = as_tensor(greedy)
+                actions[part] = greedy
             # Overflow is looked for, and what is undefined is NaN on purpose.
             with np.errstate(all="ignore"):
                 metric_of = self._metrics(block)
-                shape = len(STATISTICS), len(self.names), len(block)
-                found = as_array(block.new_empty(shape, dtype=torch.float64))
                 for number in range(len(self.names)):
                     # What is to be done with a metric costs less while it is in the cache.
                     metric = metric_of(number)
                     if values is not None:
                         values[number, part] = as_tensor(metric).T
                     if statistics is not None:
-                        _add_up(self._of_defined(metric, number), found[:, number])
-                if statistics is not None:
-                    for number in _finish(found, self._n_defined):
-                        metric = self._of_defined(metric_of(number), number)
-                        _with_care(metric, found[:, number])
-                    statistics[:, :, part] = as_tensor(found)
+                        _add_up(self._of_defined(metric, number), sums[:, number, part])
+        if changed_rate is not None:
+            changed_rate /= self.n_inputs
+        if statistics is not None:
+            with np.errstate(all="ignore"):
+                self._repeat(_finish(sums, self._n_defined), patched, sums)
+            statistics.copy_(as_tensor(sums))
+
+    def _repeat(self, unsure: Array, patched: Tensor, found: Array) -> None:
+        """Statistics once more, with care, of experiments and metrics that are ``unsure``
+        ``[metrics, experiments]``; few as a rule."""
+        where = library(unsure).where
+        experiments = where(unsure.any(0))[0]
+        numbers = [number for number, one in enumerate(unsure) if bool(one.any())]
+        for start in range(0, len(experiments), self._step):
+            some = experiments[start : start + self._step]
+            metric_of = self._metrics(patched[as_tensor(some)])
+            for number in numbers:
+                found[:, number, some] = summarise(metric_of(number))
 
     @cached_property
     def _defined(self) -> Array:
@@ -144,34 +154,23 @@ class MetricTable:
         return lambda number: concatenate([of_some[number] for of_some in found])
 
 
-def _add_up(metric: Array, found: Array) -> None:
+def _add_up(metric: Array, sums: Array) -> None:
     """:func:`add_up` of a metric; NaN where there are no inputs."""
     if len(metric):
-        add_up(metric, found)
+        add_up(metric, sums)
     else:
-        found[...] = torch.nan
+        sums[...] = torch.nan
 
 
-def _finish(found: Array, counts: Array) -> list[int]:
-    """Make statistics of what :func:`_add_up` found ``[4, metrics, experiments]`` over so many
-    inputs ``[metrics, 1]``; the metrics for which that loses too many digits."""
+def _finish(found: Array, counts: Array) -> Array:
+    """Make statistics of what :func:`add_up` found ``[4, metrics, experiments]`` over so many
+    inputs ``[metrics, 1]``; tells where this loses too many digits, or some are undefined."""
     found[:2] /= counts
     mean, squares = found[0], found[1]
     variance = squares - mean * mean
-    sure = as_tensor((variance >= DIGITS_LEFT * squares).all(1))
-    found[1] = library(variance).sqrt(variance)
-    return list(np.flatnonzero(~sure.numpy(force=True)))
-
-
-def _with_care(metric: Array, found: Array) -> None:
-    """The statistics of a metric ``[inputs, experiments]`` in a second pass over it."""
-    if not len(metric):
-        return
-    if library(metric).isnan(found[0]).any():
-        found[...] = summarise(metric)
-        return
-    deviation = less(metric, found[0])
-    found[1] = (sum_of_squares(deviation) / len(deviation)) ** 0.5
+    unsure = ~(variance >= DIGITS_LEFT * squares) & (counts > 0)
+    found[1] = library(found).sqrt(variance)
+    return unsure
 
 
 def summarise(metric: Array) -> Array:
