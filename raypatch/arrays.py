@@ -85,11 +85,16 @@ def first_argmax(outputs: Array) -> Array:
     return place
 
 
+def sum_of_squares(x: Array) -> Array:
+    """Along the first axis of ``[inputs, experiments]``."""
+    return (x * x).sum(0) if isinstance(x, Tensor) else np.einsum("ne,ne->e", x, x)
+
+
 def add_up(x: Array, found: Array) -> None:
     """Sum, sum of squares, least and largest along the first axis of ``[inputs, experiments]``,
     into ``found`` ``[4, experiments]``."""
     if isinstance(x, Tensor):
-        found[0], found[1], found[2], found[3] = x.sum(0), (x * x).sum(0), x.amin(0), x.amax(0)
+        found[0], found[1], found[2], found[3] = x.sum(0), sum_of_squares(x), x.amin(0), x.amax(0)
         return
     # A product and ufuncs' own reductions: the methods of arrays cost several times as much.
     np.matmul(np.ones(len(x)), x, out=found[0])

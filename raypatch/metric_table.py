@@ -16,15 +16,16 @@ from raypatch.arrays import (
     as_tensor,
     first_argmax,
     library,
+    sum_of_squares,
 )
 from raypatch.metric_terms import DIGITS_LEFT, Baselines, Fixed, Rows
 from raypatch.metrics import METRICS
 from raypatch.results.schema import STATISTICS
 
 # Logits at a time: enough to make the call of an operation cheap, few enough for the cache; on
-# a GPU for its memory, 32 MiB an array of them.
+# a GPU for its memory, 8 MiB an array of them.
 BLOCK_LOGITS = 128_000
-GPU_BLOCK_LOGITS = 1 << 22
+GPU_BLOCK_LOGITS = 1 << 20
 # Experiments at a time even so, because operations run along them; and rows where inputs are
 # so many that these would be too much memory.
 MIN_EXPERIMENTS = 400
@@ -63,45 +64,58 @@ class MetricTable:
         :func:`summarise`; ``changed_rate`` ``[experiments]`` the share of inputs whose greedy
         action changes; ``actions`` ``[experiments, inputs]`` the greedy actions.
         """
-        shape = len(STATISTICS), len(self.names), len(patched)
-        sums = as_array(patched.new_empty(shape, dtype=torch.float64))
-        for start in range(0, len(patched), self._step):
-            block = patched[start : start + self._step]
-            part = slice(start, start + len(block))
-            if changed_rate is not None or actions is not None:
-                greedy = as_tensor(first_argmax(as_array(block)))
-            if changed_rate is not None:
-                changed_rate[part] = (greedy != self.baseline_actions).sum(1, dtype=torch.int32)
-            if actions is not None:
-                actions[part] = greedy
-            # Overflow is looked for, and what is undefined is NaN on purpose.
-            with np.errstate(all="ignore"):
-                metric_of = self._metrics(block)
-                for number in range(len(self.names)):
-                    # What is to be done with a metric costs less while it is in the cache.
-                    metric = metric_of(number)
-                    if values is not None:
-                        values[number, part] = as_tensor(metric).T
-                    if statistics is not None:
-                        _add_up(self._of_defined(metric, number), sums[:, number, part])
-        if changed_rate is not None:
-            changed_rate /= self.n_inputs
-        if statistics is not None:
-            with np.errstate(all="ignore"):
-                self._repeat(_finish(sums, self._n_defined), patched, sums)
-            statistics.copy_(as_tensor(sums))
+        start = 0
+        while start < len(patched):
+            part = slice(start, min(start + self._step, len(patched)))
+            try:
+                self._compute_block(
+                    patched[part],
+                    None if values is None else values[:, part],
+                    None if statistics is None else statistics[:, :, part],
+                    None if changed_rate is None else changed_rate[part],
+                    None if actions is None else actions[part],
+                )
+            except torch.OutOfMemoryError:
+                if self._step == 1:
+                    raise
+                self._step, self._block_logits = self._step // 2, max(1, self._block_logits // 2)
+                self._kept.clear()
+            else:
+                start = part.stop
 
-    def _repeat(self, unsure: Array, patched: Tensor, found: Array) -> None:
-        """Statistics once more, with care, of experiments and metrics that are ``unsure``
-        ``[metrics, experiments]``; few as a rule."""
-        where = library(unsure).where
-        experiments = where(unsure.any(0))[0]
-        numbers = [number for number, one in enumerate(unsure) if bool(one.any())]
-        for start in range(0, len(experiments), self._step):
-            some = experiments[start : start + self._step]
-            metric_of = self._metrics(patched[as_tensor(some)])
-            for number in numbers:
-                found[:, number, some] = summarise(metric_of(number))
+    def _compute_block(
+        self,
+        block: Tensor,
+        values: Tensor | None,
+        statistics: Tensor | None,
+        changed_rate: Tensor | None,
+        actions: Tensor | None,
+    ) -> None:
+        if changed_rate is not None or actions is not None:
+            greedy = as_tensor(first_argmax(as_array(block)))
+        if changed_rate is not None:
+            changed = (greedy != self.baseline_actions).sum(1, dtype=torch.int32)
+            changed_rate.copy_(changed.double() / self.n_inputs)
+        if actions is not None:
+            actions.copy_(greedy)
+        shape = len(STATISTICS), len(self.names), len(block)
+        found = as_array(block.new_empty(shape, dtype=torch.float64))
+        # Overflow is looked for, and what is undefined is NaN on purpose.
+        with np.errstate(all="ignore"):
+            metric_of = self._metrics(block)
+            for number in range(len(self.names)):
+                # What is to be done with a metric costs less while it is in the cache.
+                metric = metric_of(number)
+                if values is not None:
+                    values[number].copy_(as_tensor(metric).T)
+                if statistics is not None:
+                    _add_up(self._of_defined(metric, number), found[:, number])
+            if statistics is not None:
+                unsure = _finish(found, self._n_defined)
+                for number in _on_host(unsure.any(1)).nonzero()[0]:
+                    metric = self._of_defined(metric_of(number), number)
+                    _with_care(metric, found[:, number], library(unsure).where(unsure[number])[0])
+                statistics.copy_(as_tensor(found))
 
     @cached_property
     def _defined(self) -> Array:
@@ -120,8 +134,9 @@ class MetricTable:
 
     @cached_property
     def _some_defined(self) -> list[Array | None]:
-        """The same for every metric, None where it is all of them."""
-        return [None if bool(some.all()) else some for some in self._defined]
+        """The same for every metric by their places, None where it is all of them."""
+        where = library(self._defined).where
+        return [None if bool(some.all()) else where(some)[0] for some in self._defined]
 
     def _of_defined(self, metric: Array, number: int) -> Array:
         some = self._some_defined[number]
@@ -154,6 +169,10 @@ class MetricTable:
         return lambda number: concatenate([of_some[number] for of_some in found])
 
 
+def _on_host(x: Array) -> np.ndarray:
+    return as_tensor(x).numpy(force=True)
+
+
 def _add_up(metric: Array, sums: Array) -> None:
     """:func:`add_up` of a metric; NaN where there are no inputs."""
     if len(metric):
@@ -163,14 +182,26 @@ def _add_up(metric: Array, sums: Array) -> None:
 
 
 def _finish(found: Array, counts: Array) -> Array:
-    """Make statistics of what :func:`add_up` found ``[4, metrics, experiments]`` over so many
-    inputs ``[metrics, 1]``; tells where this loses too many digits, or some are undefined."""
+    """Make statistics of what :func:`_add_up` found ``[4, metrics, experiments]`` over so many
+    inputs ``[metrics, 1]``; those to be computed with care instead, ``[metrics, experiments]``."""
     found[:2] /= counts
     mean, squares = found[0], found[1]
     variance = squares - mean * mean
-    unsure = ~(variance >= DIGITS_LEFT * squares) & (counts > 0)
+    # Where little is left of what was subtracted, digits are lost; of one input nothing is.
+    unsure = ~(variance >= DIGITS_LEFT * squares) & (counts > 1) | (mean != mean) & (counts > 0)
     found[1] = library(found).sqrt(variance)
     return unsure
+
+
+def _with_care(metric: Array, found: Array, some: Array) -> None:
+    """The statistics ``found`` of ``some`` experiments in a second pass over the metric
+    ``[inputs, experiments]``."""
+    deviation, mean = metric[:, some], found[0, some]
+    if bool((mean != mean).any()):
+        found[:, some] = summarise(deviation)
+        return
+    deviation -= mean
+    found[1, some] = (sum_of_squares(deviation) / len(deviation)) ** 0.5
 
 
 def summarise(metric: Array) -> Array:
