@@ -66,7 +66,7 @@ def measure(worker: Worker, experiments: Experiments) -> dict[str, float]:
 
     outputs = clock("engine", lambda: worker._outputs(experiments))
     clock(FORMULAS, formulas)  # once more, and nothing kept: not a step of the item
-    arrays = clock("metrics and statistics", lambda: worker._arrays(item, outputs))
+    arrays = clock("metrics and statistics", lambda: worker.arrays_of(item, outputs))
 
     def build():
         found = [tables.summary_table(arrays, worker.summary_schema)]

@@ -163,14 +163,16 @@ class RayBackend:
 
     def _choose_actors(self) -> None:
         resources = self._ray.cluster_resources()
-        gpus = resources.get("GPU", 0.0)
-        use_gpu = self.options.device == "cuda" or (self.options.device == "auto" and gpus > 0)
-        if self.options.device == "cuda" and gpus == 0:
+        gpus, device = resources.get("GPU", 0.0), self.options.device
+        if device == "auto" and gpus > 0 and self._local and not _torch_sees_gpu():
+            device = "cpu"  # a build of torch without CUDA, or a driver too old for it
+        use_gpu = device == "cuda" or (device == "auto" and gpus > 0)
+        if device == "cuda" and gpus == 0:
             raise InputError("--device cuda: Ray reports no GPU; use --device cpu")
         if self.options.cpu_actors and not use_gpu:
             raise InputError(
-                f"--cpu_actors {self.options.cpu_actors}: Ray reports no GPU, so that all actors "
-                "are on the CPU; give their number with --num_actors"
+                f"--cpu_actors {self.options.cpu_actors}: there is no GPU to compute on, so that "
+                "all actors are on the CPU; give their number with --num_actors"
             )
         self.device = "cuda" if use_gpu else "cpu"
         # With GPUs those are what is scarce; a share of one needs no core of its own.
@@ -307,6 +309,12 @@ class RayBackend:
                 raise RunError(f"{error}; run the same command again to resume") from None
             return None
         return dispatch.actor_died(event.actor)
+
+
+def _torch_sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _dead_daemons(ray: Any) -> list[str]:

@@ -48,6 +48,13 @@ class Interrupted(RaypatchError):
         return str(self.args[0])
 
 
+def gpu_failed(error: BaseException) -> bool:
+    """Whether CUDA gave up: it refuses everything that the same process asks of it afterwards."""
+    return type(error).__name__ == "AcceleratorError" or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    )
+
+
 def one_line(error: BaseException) -> str:
     """First line of an error's text, prefixed with its type where the text alone says little."""
     text = str(error).strip().splitlines()

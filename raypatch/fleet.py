@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
-from raypatch.errors import RaypatchError, RunError, one_line
+from raypatch.errors import RaypatchError, RunError, gpu_failed, one_line
 from raypatch.pool import Dispatch, Send
 
 if TYPE_CHECKING:
@@ -144,9 +144,9 @@ class Fleet:
                 raise cause from None
             if pending.starting:
                 raise RunError(f"an actor could not start: {one_line(cause)}") from None
-            if not _out_of_memory(cause):
+            if not (_out_of_memory(cause) or gpu_failed(cause)):
                 return Event(actor, "failed", error=one_line(cause))
-            # What it holds on to goes with its process; the item may fit into a fresh one.
+            # What it holds on to goes with its process; a fresh one may compute the item.
             self._drop(actor)
             return Event(actor, "died", error=one_line(cause))
         except exceptions.RayError as error:

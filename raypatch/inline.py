@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
-from raypatch.errors import InputError, RaypatchError, RunError, one_line
+from raypatch.errors import InputError, RaypatchError, RunError, gpu_failed, one_line
 from raypatch.pool import Dispatch, Failed
 
 if TYPE_CHECKING:
@@ -111,6 +111,11 @@ class InlineBackend:
                     except RaypatchError:
                         raise
                     except Exception as error:  # the agent's network may raise anything
+                        if gpu_failed(error):
+                            raise RunError(
+                                f"{send.item}: the GPU failed: {one_line(error)}; run the same "
+                                "command again to resume"
+                            ) from error
                         failed = dispatch.item_failed(0)
                         if failed is not None:
                             yield verdict(failed, one_line(error))

@@ -64,7 +64,8 @@ def _recompute(
 
     ranges = [Range(receipt.first, receipt.last) for receipt in results.receipts]
     chosen = choose_sample(ranges, sample, seed)
-    job = Job(_config(results, agent_options, sample), _backend(results), Interruption())
+    backend = _AsRecorded(results.sweep["device"])
+    job = Job(_config(results, agent_options, sample), backend, Interruption())
     job.read()
     job.plan()  # against the directory, which is left as it is
     job.ranges = ranges
@@ -99,7 +100,6 @@ def _config(results: Results, agent_options: dict[str, Any], sample: int) -> Run
             "agent_path": agent_options.get("agent_path") or record["agent"]["path"],
             "definition_file": record["definition_file"],
             "output_dir": results.path,
-            "backend": "inline",
             "device": record["device"],
             "overwrite": False,
             "verify": sample,
@@ -108,5 +108,8 @@ def _config(results: Results, agent_options: dict[str, Any], sample: int) -> Run
     )
 
 
-def _backend(results: Results) -> InlineBackend:
-    return InlineBackend(results.sweep["device"])
+class _AsRecorded(InlineBackend):
+    """Cuts items as they were cut where the run computed them, whether that is at hand or not."""
+
+    def wait_started(self) -> None:
+        self.device = self._wanted

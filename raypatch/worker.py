@@ -171,12 +171,12 @@ class Worker:
 
     def probe(self, experiments: Experiments) -> None:
         """Compute experiments only to see whether they can be."""
-        self._outputs(experiments)
+        self.arrays(Item(0, 0, len(experiments)), experiments)
 
     def arrays(self, item: Item, experiments: Experiments) -> tuple[ItemArrays, list[torch.Tensor]]:
         """An item's results, and its outputs ``[experiments, inputs, outputs]`` by direction."""
         outputs = self._outputs(experiments)
-        return self._arrays(item, outputs), outputs
+        return self.arrays_of(item, outputs), outputs
 
     def _outputs(self, experiments: Experiments) -> list[torch.Tensor]:
         """Patched outputs ``[experiments, inputs, outputs]`` of each direction, on the device."""
@@ -188,7 +188,8 @@ class Worker:
                 raise ValueError("patched outputs hold NaN or infinity; metrics need finite logits")
         return outputs
 
-    def _arrays(self, item: Item, outputs: list[torch.Tensor]) -> ItemArrays:
+    def arrays_of(self, item: Item, outputs: list[torch.Tensor]) -> ItemArrays:
+        """An item's results from its outputs."""
         columns = self.spec.columns
         n_directions, (n_experiments, n_inputs, _) = len(outputs), outputs[0].shape
         rows = columns.save != "summary"

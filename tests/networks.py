@@ -148,6 +148,21 @@ class ShapeDependent(nn.Module):
         return self.b(h.reshape(x.shape[0], -1))
 
 
+class PooledOutsideTracing(nn.Module):
+    """Only torch.export can follow; it writes down the device of the padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 8, 3), nn.Linear(10, 3)
+
+    def forward(self, x):
+        if x.dim() != 4:
+            raise ValueError
+        pooled = torch.relu(self.first(x)).mean((2, 3))
+        padding = torch.ones(x.shape[0], 2, device=x.device)
+        return self.last(torch.cat([pooled, padding], 1))
+
+
 class CalledTwice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -208,6 +223,7 @@ ZOO = {
     "two_inputs": (TwoInputs, [(6,), (3,)]),
     "untraceable": (Untraceable, [(6,)]),
     "shape_dependent": (ShapeDependent, [(6,)]),
+    "pooled_outside_tracing": (PooledOutsideTracing, [(1, 6, 6)]),
     "called_twice": (CalledTwice, [(6,)]),
 }  # fmt: skip
 

@@ -25,7 +25,8 @@ from raypatch.engine.reference import reference_outputs
 from raypatch.engine.sources import SOURCE_KINDS
 from raypatch.engine.structure import Savings
 
-CAPTURED = sorted(set(ZOO) - {"untraceable", "sequence_first", "shape_dependent"})
+EXPORTED = {"shape_dependent", "pooled_outside_tracing"}
+CAPTURED = sorted(set(ZOO) - {"untraceable", "sequence_first"} - EXPORTED)
 
 
 def experiments_for(counts, draw):
@@ -106,8 +107,9 @@ def test_what_can_be_captured_is_evaluated_incrementally(name):
     assert patcher.path == "incremental (torch.fx)"
 
 
-def test_torch_export_captures_what_symbolic_tracing_cannot():
-    network, source, target = build("shape_dependent", 0)
+@pytest.mark.parametrize("name", sorted(EXPORTED))
+def test_torch_export_captures_what_symbolic_tracing_cannot(name):
+    network, source, target = build(name, 0)
     patcher = Patcher(network)
     patcher.prepare(source, target)
     assert patcher.path.startswith("incremental (torch.export; torch.fx: TraceError")

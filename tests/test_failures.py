@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import raypatch
+from raypatch.worker import Worker
 
 HERE = Path(__file__).parent
 N_EXPERIMENTS = 3000
@@ -83,6 +84,26 @@ def test_an_experiment_that_raises_is_quarantined_with_its_error_and_the_rest_is
     again = command(*words(fragile, out, "raising", "--backend", "inline"))
     assert again.code == 3 and "0 passes" in again.err
     check_all_but_the_poison(out)
+
+
+def test_a_gpu_that_fails_ends_an_inline_run_and_no_experiment_is_blamed(
+    fragile, command, tmp_path, monkeypatch
+):
+    out, real = tmp_path / "out", Worker.compute
+
+    def compute(self, item, experiments, tries):
+        if item.number == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return real(self, item, experiments, tries)
+
+    monkeypatch.setattr(Worker, "compute", compute)
+    ended = command(*words(fragile, out, "raising", "--backend", "inline", "--end_index", 1700))
+    assert ended.code == 1 and "item 3" in ended.err and "the GPU failed" in ended.err
+    results = raypatch.open_results(out)
+    assert len(results.receipts) == 3 and not results.failures
+    monkeypatch.setattr(Worker, "compute", real)
+    again = command(*words(fragile, out, "raising", "--backend", "inline", "--end_index", 1700))
+    assert again.code == 0
 
 
 def test_more_quarantined_than_allowed_ends_the_run_with_the_option_named(

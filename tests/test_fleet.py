@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+import torch
+
+from raypatch.actors import PoolOptions, RayBackend
 from raypatch.fleet import Crew, Fleet
 from raypatch.inline import halves, without
 from raypatch.pool import Dispatch
@@ -79,6 +83,43 @@ def test_an_answer_that_overtakes_an_earlier_one_is_not_taken_for_it():
         if dispatch.done:
             break
     assert sorted(committed) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("CUDA error: device-side assert triggered"), "died"),
+        (MemoryError(), "died"),
+        (RuntimeError("a value of the wrong shape"), "failed"),
+    ],
+    ids=str,
+)
+def test_an_actor_whose_gpu_or_memory_failed_is_replaced_and_another_error_is_the_items(
+    error, kind
+):
+    answers = iter([Reference(None), Reference(RayTaskError(error))])
+    handle = SimpleNamespace(
+        setup=SimpleNamespace(remote=lambda *_: next(answers)),
+        compute=SimpleNamespace(remote=lambda *_: next(answers)),
+    )
+    crew = Crew(SimpleNamespace(remote=lambda: handle), "cuda")
+    fleet = Fleet(LateRay(), [crew], None)
+    fleet.grow([1])
+    fleet.events()
+    fleet.send(SimpleNamespace(actor=0, item=Item(0, 0, 8), tries=1, probe=False), None)
+    assert [event.kind for event in fleet.events()] == [kind]
+    assert crew.size == (kind == "failed")
+
+
+@pytest.mark.parametrize(("sees", "device"), [(True, "cuda"), (False, "cpu")])
+def test_a_gpu_that_torch_cannot_use_is_none_by_default(monkeypatch, sees, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees)
+    backend = RayBackend(PoolOptions())
+    backend._ray = SimpleNamespace(
+        cluster_resources=lambda: {"GPU": 1.0, "CPU": 2.0}, remote=lambda **_: lambda made: made
+    )
+    backend._choose_actors()
+    assert backend.device == device and backend._limit == (1 if sees else 2)
 
 
 def test_each_crew_grows_to_its_own_size_on_its_own_device():

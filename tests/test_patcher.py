@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,6 +23,34 @@ from raypatch.engine.sources import resample_order
 from raypatch.errors import InputError
 
 # ------------------------------------------------------------------ nothing left behind
+
+REDUCED = """
+import torch, raypatch
+from raypatch.engine.patch_run import PatchRun
+{allowed}
+parts = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
+def show():
+    return [part.fp32_precision for part in parts]
+before, inside, plan = show(), [], PatchRun.plan
+PatchRun.plan = lambda *args: (plan(*args), inside.append(show()))[0]
+evaluate = PatchRun._evaluate
+PatchRun._evaluate = lambda *args: (inside.append(show()), evaluate(*args))[1]
+net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+raypatch.patch(net, [{{"0": [3]}}], torch.randn(5, 4), torch.randn(5, 4))
+print(before == show(), any(held in ("tf32", "bf16") for held in inside[-1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch's older switches")
+@pytest.mark.parametrize(
+    "allowed",
+    ["torch.set_float32_matmul_precision('medium')", "torch.backends.fp32_precision = 'tf32'"],
+)
+def test_products_are_exact_whatever_is_allowed_and_that_is_left_as_it_was(allowed):
+    # In a process of its own: torch does not forget which kind of switch was used.
+    script = REDUCED.format(allowed=allowed)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False"], done.stderr
 
 
 def state_of(network):

@@ -143,3 +143,34 @@ def test_out_of_memory_with_one_experiment_says_what_to_lower(monkeypatch):
     monkeypatch.setattr(run._prepare(0), "evaluate", evaluate)
     with pytest.raises(RunError, match="lower --memory_per_actor"):
         run([{"a": [0]}])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=str,
+)
+def test_every_way_to_run_out_of_memory_halves_the_batch_and_gives_scratch_memory_back(
+    monkeypatch, error
+):
+    network, source, target = build("residual", 0)
+    run = Patcher(network, batch_rows=64).prepare(source, target)
+    run([{"a": [0]}])
+    prepared, engine, errors = run._prepare(0), run._engine, [error]
+    real, scratch = prepared.evaluate, []
+
+    def evaluate(*args):
+        scratch.append(len(engine._buffers))
+        if errors:
+            raise errors.pop()
+        return real(*args)
+
+    monkeypatch.setattr(prepared, "evaluate", evaluate)
+    run([{"a": [0]}])
+    assert run._halvings == 1 and scratch[0] > 0 and scratch[1] == 0

@@ -6,12 +6,17 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 from conftest import CARTPOLE, LAVA
 
+from raypatch import driver
+from raypatch.engine.patcher import Patcher
+from raypatch.engine.structure import Savings
 from raypatch.errors import RunError
+from raypatch.inline import InlineBackend
 from raypatch.results import layout
 from raypatch.worker import Worker
 
@@ -57,6 +62,40 @@ def test_wrong_numbers_under_a_right_hash_are_found(command, run_inline, single_
     ended = command("verify", out)
     assert ended.code == 1
     assert "is not what the agent gives now" in ended.err
+
+
+def test_a_run_is_verified_where_outputs_round_differently(
+    command, run_inline, single_neurons, monkeypatch
+):
+    out = run_inline(LAVA, single_neurons(LAVA), "--metrics", "all")
+    real = Patcher.__init__
+
+    def another_way(self, *args, **settings):
+        real(self, *args, **{**settings, "savings": Savings(low_rank=False)})
+
+    monkeypatch.setattr(Patcher, "__init__", another_way)
+    ended = command("verify", out, "--sample", 30)
+    assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize("more", [[], ["--cpu_actors", 1]], ids=["a GPU", "a GPU and a core"])
+def test_a_run_on_a_gpu_is_verified_where_there_is_none(
+    command, run_inline, single_neurons, monkeypatch, more
+):
+    def on_cpu(self, spec):
+        real(self, replace(spec, device="cpu"))
+
+    real = Worker.__init__
+    with monkeypatch.context() as patched:
+        # Said to be a GPU: the numbers are computed on the CPU.
+        patched.setattr(Worker, "__init__", on_cpu)
+        patched.setattr(InlineBackend, "wait_started", lambda self: setattr(self, "device", "cuda"))
+        patched.setattr(driver, "check_config", lambda _: None)
+        out = run_inline(LAVA, single_neurons(LAVA), *more)
+    sweep = json.loads((out / "sweep.json").read_text())
+    assert sweep["identity"]["device_class"] == ("cuda+cpu" if more else "cuda")
+    ended = command("verify", out)
+    assert ended.code == 0, ended.err
 
 
 def test_an_agent_that_has_changed_is_named_as_what_differs(

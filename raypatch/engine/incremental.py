@@ -69,12 +69,19 @@ class Incremental:
 
     def to(self, device: torch.device, one_input: Args) -> None:
         """Move weights and constants; everything derived is made anew."""
+
+        def moved(argument: Any) -> Any:
+            return device if isinstance(argument, torch.device) else argument
+
         for node in self.graph.nodes:
+            # An export writes down the device that a forward asked its input for.
+            node.args, node.kwargs = tree_map(moved, (node.args, node.kwargs))
             if node.op == "module":
                 node.target.to(device)
             elif node.op == "constant" and isinstance(node.target, Tensor):
                 node.target = node.target.to(device)
-        self._buffers, self._views, self._made = {}, {}, {}
+        self.forget_buffers()
+        self._made = {}
         sample = self.graph.run(one_input)
         self.structure = Structure(self.graph, self.layers, self.savings, sample)
 
@@ -106,6 +113,10 @@ class Incremental:
             self._buffers[key] = held
         self._views[key] = view = held[:size].view(shape)
         return view
+
+    def forget_buffers(self) -> None:
+        """Give scratch memory back."""
+        self._buffers, self._views = {}, {}
 
     def once(self, node: Node, make: Callable[[], Any]) -> Any:
         """What follows from a node alone, made when it is first asked for."""

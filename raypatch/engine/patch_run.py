@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -17,6 +16,7 @@ from raypatch.engine.dense_ops import NARROW_OUTPUT
 from raypatch.engine.incremental import Incremental, Prepared
 from raypatch.engine.layers import Args
 from raypatch.engine.plan import Plan, plan_experiments
+from raypatch.engine.precision import exact_math
 from raypatch.engine.sources import Fill, GivenFill
 from raypatch.engine.stacked import Stacked, StackedPrepared
 from raypatch.errors import RunError
@@ -154,6 +154,8 @@ class PatchRun:
                         "lower --memory_per_actor so that inputs are taken in parts"
                     ) from error
                 self._halvings += 1
+                if isinstance(self._engine, Incremental):
+                    self._engine.forget_buffers()
 
 
 def _free_on_gpu(device: torch.device) -> int:
@@ -172,16 +174,9 @@ def _empty_outputs(n_experiments: int, baseline: Tensor) -> Tensor:
     return baseline.new_empty(n_experiments, n_inputs, n_outputs)
 
 
-@contextmanager
-def exact_math() -> Iterator[None]:
-    """TF32 off, so that float32 means float32 on a GPU too; restored afterwards."""
-    held = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = held
-
-
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # The CPU's allocator, CUDA itself, cuBLAS and cuDNN have words of their own.
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return any(word in str(error) for word in words)

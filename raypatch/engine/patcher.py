@@ -11,7 +11,8 @@ from raypatch.engine.arguments import count_inputs, in_parts, inputs_between, sh
 from raypatch.engine.capture import Graph
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.layers import Args, Layer, as_args, map_tensors
-from raypatch.engine.patch_run import Definition, Engine, Limits, PatchRun, exact_math
+from raypatch.engine.patch_run import Definition, Engine, Limits, PatchRun
+from raypatch.engine.precision import exact_math
 from raypatch.engine.reference import cast
 from raypatch.engine.sources import (
     SOURCE_KINDS,

@@ -190,9 +190,11 @@ def reduction(
     target = context.once(node, lambda: reduction_places(node, shape, base))
     if target is None or base.dim() < 2:
         return None
-    name = node.target if isinstance(node.target, str) else node.target.__name__
+    name = getattr(node.key, "__name__", node.key)
     share = base[0].numel() / sparse.of.owner.numel() if name == "mean" else 1.0
     delta = batch.gather(sparse.delta, index) * share
+    if delta.shape[2] > 1 and delta.device.type != "cpu":
+        return None  # a GPU would add in any order, and the last bit with it
     places = index.take(target[sparse.of.positions.clamp(min=0)])
     places = places.view(batch.n_experiments, 1, -1).expand_as(delta)
     out = batch_like(context, node, batch, base)
