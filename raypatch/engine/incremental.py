@@ -257,7 +257,7 @@ class Prepared:
             )
             return 0
         index = self._indices(group, program)
-        found, active, compact, computed = self._changing(program, index), None, False, 0
+        found, active, compact, computed = self._changing(program, group, index), None, False, 0
         if found is not None:
             active, n_active = found
             n_still = len(n_active) - np.count_nonzero(n_active)
@@ -297,7 +297,7 @@ class Prepared:
         return found
 
     def _changing(
-        self, program: Program, index: dict[str, Selection]
+        self, program: Program, group: Group, index: dict[str, Selection]
     ) -> tuple[Tensor, np.ndarray] | None:
         """Rows that can differ from the baseline, ``[E, N]`` bool, and how many of each
         experiment, ``[E]``; None for all."""
@@ -309,7 +309,9 @@ class Prepared:
         for entry, layer in entries:
             chosen, (active, n_active) = index[layer], self.active(entry)
             if chosen.shape[1] == 1 and len(entries) == 1:
-                return chosen.take(active), chosen.take(n_active).numpy()
+                # The counts are here, and so are the group's own numbers.
+                here = group.index[layer] or chosen
+                return chosen.take(active), here.take(n_active).numpy()
             taken = chosen.take(active).view(*chosen.shape, -1).any(1)
             total = taken if total is None else total | taken
         return None if total is None else (total, total.sum(1).numpy(force=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Union
 
 import torch
@@ -51,11 +52,19 @@ class Limits:
         """Rows of a batch whose dense values take ``row_bytes`` each."""
         if self.batch_rows is not None:
             return self.batch_rows
+        rows = self._batch_bytes // (3 * row_bytes)
+        if self.device.type == "cpu":
+            rows = min(rows, max(MIN_BATCH_ROWS, CPU_BATCH_BYTES // row_bytes))
+        return max(1, rows)
+
+    @cached_property
+    def _batch_bytes(self) -> int:
+        """What a batch may take: on a GPU of the memory that is free when the first is computed,
+        so that later ones are as large."""
+        most = self.memory_bytes // 4
         if self.device.type == "cuda":
-            budget = int(min(_free_on_gpu(self.device) * GPU_BATCH_SHARE, self.memory_bytes / 4))
-            return max(1, budget // (3 * row_bytes))
-        rows = max(MIN_BATCH_ROWS, CPU_BATCH_BYTES // row_bytes)
-        return max(1, min(rows, self.memory_bytes // 4 // (3 * row_bytes)))
+            most = min(most, int(_free_on_gpu(self.device) * GPU_BATCH_SHARE))
+        return most
 
 
 class PatchRun:

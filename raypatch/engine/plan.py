@@ -39,8 +39,8 @@ class Selection:
         return self.neurons.shape
 
     def to(self, device: torch.device) -> Selection:
-        """The same on a device."""
-        return Selection(self.neurons.to(device), self.start)
+        """The same on a device; where tables are sliced nothing need be there."""
+        return self if self.start is not None else Selection(self.neurons.to(device))
 
     def part(self, first: int, last: int) -> Selection:
         """Experiments ``first`` to ``last`` (exclusive)."""

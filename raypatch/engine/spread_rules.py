@@ -117,7 +117,8 @@ def _linear_on_last_axis(
     delta = batch.gather(sparse.delta, index)  # [E, N, k * places]
     delta = delta.view(batch.n_experiments, batch.n_inputs, k, -1).transpose(2, 3)
     delta = delta.reshape(batch.n_experiments, -1, k)
-    columns = context.weight_columns(node)[index.neurons]
+    columns = context.weight_columns(node)
+    columns = index.take(columns).view(*index.shape, *columns.shape[1:])
     flat = base.reshape(1, -1, base.shape[-1]).expand(batch.n_experiments, -1, -1)
     return torch.baddbmm(flat, delta, columns).view(batch.n_experiments, *base.shape)
 
@@ -155,7 +156,9 @@ def convolution(
         flat = out.view(n_experiments * n_inputs, n_outputs, places)
         torch.bmm(weight, patches, out=flat)
         return out.add_(base)
-    weight = context.weight_columns(node)[index.neurons].transpose(1, 2).flatten(0, 1)
+    columns = context.weight_columns(node)
+    columns = index.take(columns).view(*index.shape, *columns.shape[1:])
+    weight = columns.transpose(1, 2).flatten(0, 1)
     stacked = delta.transpose(0, 2).transpose(1, 2).flatten(1, 2)  # [N, E * k, *spatial]
     convolved = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
     convolved = F.conv3d if isinstance(layer, nn.Conv3d) else convolved
