@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,38 +50,32 @@ def recheck(
                 continue
             item = Item(receipt.item, receipt.first, receipt.last, frozenset(receipt.quarantined))
             arrays, outputs = worker.arrays(item, experiments_of(item))
-            moved = _Moved(worker, item, outputs)
-            _compare(store, receipt, worker, arrays, moved)
+            _compare(store, receipt, worker, item, outputs, arrays)
             place = {int(index): at for at, index in enumerate(arrays.indices)}
             verifier.check({i: outputs_of(outputs, place[i]) for i in inside if i in place})
     finally:
         torch.set_num_threads(n_threads)
 
 
-class _Moved:
+def _moved(worker: Worker, item: Item, outputs: list[torch.Tensor]) -> Iterator[ItemArrays]:
     """The same results from outputs that differ by as much as two processors may round."""
-
-    def __init__(self, worker: Worker, item: Item, outputs: list[torch.Tensor]) -> None:
-        self._worker, self._item, self._outputs = worker, item, outputs
-
-    @cached_property
-    def arrays(self) -> list[ItemArrays]:
-        """Computed only where it is asked for."""
-        return [self._once(seed) for seed in range(MOVED_TIMES)]
-
-    def _once(self, seed: int) -> ItemArrays:
+    for seed in range(MOVED_TIMES):
         generator = torch.Generator().manual_seed(seed)
-
-        def moved(outputs: torch.Tensor) -> torch.Tensor:
-            unit = torch.finfo(outputs.dtype).eps * MOVED_BY
-            steps = 2 * torch.rand(outputs.shape, generator=generator) - 1
-            return outputs + steps.to(outputs) * unit * outputs.abs().clamp(min=1)
-
-        return self._worker.arrays_of(self._item, list(map(moved, self._outputs)))
+        others = []
+        for patched in outputs:
+            unit = torch.finfo(patched.dtype).eps * MOVED_BY
+            steps = (2 * torch.rand(patched.shape, generator=generator) - 1).to(patched)
+            others.append(patched + steps * unit * patched.abs().clamp(min=1))
+        yield worker.arrays_of(item, others)
 
 
 def _compare(
-    store: Store, receipt: layout.Receipt, worker: Worker, arrays: ItemArrays, moved: _Moved
+    store: Store,
+    receipt: layout.Receipt,
+    worker: Worker,
+    item: Item,
+    outputs: list[torch.Tensor],
+    arrays: ItemArrays,
 ) -> None:
     builders: dict[str, tuple[Callable[..., pa.Table], pa.Schema]] = {
         layout.SUMMARY: (tables.summary_table, worker.summary_schema),
@@ -93,11 +86,13 @@ def _compare(
         expected = build(arrays, table_schema)
         with store.open(name) as file:
             held = pa.ipc.open_file(file).read_all()
-        for column in expected.column_names:
-            if _close(held[column], expected[column]):
-                continue
-            others = [build(other, table_schema)[column] for other in moved.arrays]
-            if not _close(held[column], expected[column], others):
+        doubtful = [c for c in expected.column_names if not _close(held[c], expected[c])]
+        if not doubtful:
+            continue
+        moved = _moved(worker, item, outputs)
+        others = [build(other, table_schema).select(doubtful) for other in moved]
+        for column in doubtful:
+            if not _close(held[column], expected[column], [other[column] for other in others]):
                 raise VerificationError(
                     f"{store.location}: {name}: column {column} is not what the agent gives now; "
                     "run the sweep again with --overwrite, and report this if it comes back"
@@ -117,10 +112,12 @@ def _close(
         return bool(np.logical_or.reduce([a == right for right in (b, *others)]).all())
     allowed = ABSOLUTE + RELATIVE * np.abs(b)
     for other in others:
-        allowed = np.maximum(allowed, SPREAD * np.abs(other - b))
-    # Where the patch makes a number undefined or not, NaN is one of what it may be.
-    undefined = np.logical_or.reduce([np.isnan(right) for right in (b, *others)])
-    return bool(((np.abs(a - b) <= allowed) | np.isnan(a) & undefined).all())
+        allowed = np.fmax(allowed, SPREAD * np.abs(other - b))
+    undefined = [np.isnan(number) for number in (b, *others)]
+    any_of_them, all_of_them = np.any(undefined, axis=0), np.all(undefined, axis=0)
+    # Whether there is a number at all may hang on rounding too.
+    either = any_of_them & ~all_of_them | np.isnan(a) & all_of_them
+    return bool(((np.abs(a - b) <= allowed) | either).all())
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

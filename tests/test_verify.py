@@ -17,6 +17,7 @@ from raypatch.engine.patcher import Patcher
 from raypatch.engine.structure import Savings
 from raypatch.errors import RunError
 from raypatch.inline import InlineBackend
+from raypatch.rechecking import _close
 from raypatch.results import layout
 from raypatch.worker import Worker
 
@@ -76,6 +77,28 @@ def test_a_run_is_verified_where_outputs_round_differently(
     monkeypatch.setattr(Patcher, "__init__", another_way)
     ended = command("verify", out, "--sample", 30)
     assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize(
+    ("held", "moved", "is_close"),
+    [
+        ([1.0, 0.5], [], True),
+        ([1.0005, 0.5], [], True),
+        ([1.1, 0.5], [], False),
+        ([1.1, 0.5], [[1.03, 0.5], [0.99, 0.5]], True),  # as near as the moved ones are
+        ([1.2, 0.5], [[1.03, 0.5], [0.99, 0.5]], False),
+        ([None, 0.5], [[1.01, 0.5]], False),
+        ([None, 0.5], [[1.01, 0.5], [None, 0.5]], True),
+        ([True, False], [[True, False]], True),
+        ([True, False], [[False, True]], False),
+    ],
+)
+def test_a_number_that_hangs_on_rounding_may_be_what_moved_outputs_give(held, moved, is_close):
+    def column(values):
+        return pa.chunked_array([values])
+
+    expected = [True, True] if isinstance(held[0], bool) else [1.0, 0.5]
+    assert _close(column(held), column(expected), list(map(column, moved))) is is_close
 
 
 @pytest.mark.parametrize("more", [[], ["--cpu_actors", 1]], ids=["a GPU", "a GPU and a core"])
