@@ -125,12 +125,11 @@ def worker_pids(driver) -> list[int]:
 
 
 def test_a_killed_actor_does_not_lose_the_run(run_inline, tmp_path):
-    # So long that an actor killed after the first commit has more to do.
+    # So long that both actors have started after a quarter, and either has more to do.
     definition = long_definition(tmp_path, repeats=32)
     out = tmp_path / "out"
     process = start(*arguments(LAVA, definition, out, "--num_actors", 2, "--save", "metrics"))
-    wait_for(lambda: committed(out) > 0)
-    # The other one may still be starting, with nothing to lose.
+    wait_for(lambda: committed(out) > 6)
     worked = {pid: psutil.Process(pid).cpu_times().user for pid in worker_pids(process.pid)}
     os.kill(max(worked, key=worked.get), signal.SIGKILL)
     _, err = process.communicate(timeout=120)
