@@ -19,6 +19,20 @@ DEFAULT_METRIC = "kl_divergence"
 BOTH = "both"
 COMBINATIONS = ("average", "maximum")
 RESAMPLES, CONFIDENCE = 2000, 0.95
+# Metrics that go up or down from 0, and those that are 1 where nothing changes; of all others
+# the largest is the strongest effect.
+SIGNED = {
+    "output_logit_delta", "action_probability_delta", "top_action_probability_gap",
+    "confidence_margin_change", "logit_proportion_change", "directed_saturating_chebyshev",
+}  # fmt: skip
+LIKENESS = {"cosine_similarity", "pearson_correlation"}
+
+
+def strength(metric: str, values: np.ndarray) -> np.ndarray:
+    """How strong an effect values of a metric tell of: larger is stronger."""
+    if metric in SIGNED:
+        return np.abs(values)
+    return 1 - values if metric in LIKENESS else values
 
 
 @dataclass
@@ -77,10 +91,11 @@ def rank(
     internal_only: bool = False,
     bootstrap: bool = False,
 ) -> list[dict[str, Any]]:
-    """Experiments by a statistic of a metric over the inputs, largest first.
+    """Experiments by a statistic of a metric over the inputs, the strongest effect first: the
+    largest number, of signed metrics the farthest from 0, of similarities the smallest.
 
     ``direction`` "both" combines the two by ``combine`` "average" or "maximum". ``bottom``
-    gives the smallest first. ``layer`` keeps experiments that patch it; ``internal_only``
+    gives the weakest first. ``layer`` keeps experiments that patch it; ``internal_only``
     leaves out those that patch ``output_logits``. Each row holds rank, experiment_index,
     name, ``<metric>_<statistic>``, z_score and normalised (among all experiments that are
     ranked), action_changed_rate (None for continuous actions) and, with ``bootstrap``,
@@ -93,17 +108,19 @@ def rank(
     layers = results.sweep["identity"]["layers"]
     if layer is not None and layer not in layers and layer != OUTPUT_LOGITS:
         raise InputError(
-            f"--layer: unknown layer {layer!r}; valid: {', '.join(layers)}, output_logits"
+            f"--layer: unknown layer {layer!r}; valid: "
+            f"{', '.join(dict.fromkeys([*layers, OUTPUT_LOGITS]))}"
         )
     wanted = _layer_filter(results, layer, internal_only)
     best, moments = np.empty((0, 3)), Moments()
     sign = 1.0 if bottom else -1.0
+    measured = metric if statistic != "std" else ""
     for part in _parts(results, metric, statistic, chosen, combine):
         kept = slice(None) if wanted is None else np.isin(part.ids, wanted)
         moments.add(part.values[kept], part.lows[kept], part.highs[kept])
         rows = np.column_stack([part.ids, part.values, part.rates])[kept]
         best = np.concatenate([best, rows[~np.isnan(rows[:, 1])]])
-        best = best[np.lexsort((best[:, 0], sign * best[:, 1]))][:top]
+        best = best[np.lexsort((best[:, 0], sign * strength(measured, best[:, 1])))][:top]
     indices = [int(i) for i in best[:, 0]]
     names = results.describe(indices)["name"].to_pylist()
     intervals = {}

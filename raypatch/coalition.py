@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from raypatch.analysis import strength
 from raypatch.definition_files import write_definition
 from raypatch.engine.identity import network_digest
 from raypatch.errors import InputError
@@ -169,7 +170,8 @@ class _Search:
                 for i in range(0, len(neurons), BATCH)
             ]
         )
-        order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")
+        strengths = strength(options.metric, scores)
+        order = np.argsort(-np.nan_to_num(strengths, nan=-np.inf), kind="stable")
         self.ranked = [neurons[i] for i in order if np.isfinite(scores[i])]
         if not self.ranked:
             raise InputError(
@@ -187,14 +189,15 @@ class _Search:
         choice, scores, flips = self._scored(
             [[*held, neuron] for neuron in candidates], held if held else None
         )
+        metric = self.options.metric
         allowed = np.isfinite(choice)
         if self.options.monotone and steps:
-            allowed &= scores > steps[-1].score
+            allowed &= strength(metric, scores) > strength(metric, np.array(steps[-1].score))
             if flips is not None and steps[-1].flips is not None:
                 allowed &= flips >= steps[-1].flips
         if not allowed.any():
             return None
-        best = int(np.argmax(np.where(allowed, choice, -np.inf)))
+        best = int(np.argmax(np.where(allowed, strength(metric, choice), -np.inf)))
         layer, neuron = candidates[best]
         return Step(
             len(steps) + 1, layer, neuron, float(scores[best]),

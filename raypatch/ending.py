@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from dataclasses import asdict
 from typing import Any
 
 from raypatch.analysis import DEFAULT_METRIC, rank
 from raypatch.progress import duration, short_number
 from raypatch.results.reader import Results
+
+PIPE_WIDTH = 240
 
 
 def status_of(results: Results) -> dict[str, Any]:
@@ -112,7 +115,9 @@ def show_ending(results: Results) -> None:
     if results.receipts:
         metric = DEFAULT_METRIC if DEFAULT_METRIC in results.metrics else results.metrics[0]
         sides = "both directions" if len(results.directions) > 1 else results.directions[0]
-        console.print(f"\nStrongest neurons by mean {metric}, {sides}", markup=False)
+        console.print(
+            f"\nStrongest neurons by mean {metric}, {sides}, output_logits left out", markup=False
+        )
         show_ranking(rank(results, metric, top=8, internal_only=True), metric)
     command = f"raypatch rank {shlex.quote(str(results.path))} --metric {results.metrics[-1]}"
     console.print(f"\nNext: {command}", markup=False, soft_wrap=True)
@@ -169,4 +174,5 @@ def _facts_table() -> Any:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False)
+    # Elsewhere than on a terminal nothing is gained by folding: a program may read it.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)

@@ -72,9 +72,11 @@ class Bench:
 
     def check_metric(self, metric: str) -> None:
         """Raises InputError for a metric this agent has not."""
-        choose_metrics(metric, discrete=self.agent.discrete)
         if metric not in METRICS:
-            raise InputError(f"--metric {metric!r}: a search goes by one of {', '.join(METRICS)}")
+            raise InputError(
+                f"--metric {metric!r}: unknown metric; a search goes by one of {', '.join(METRICS)}"
+            )
+        choose_metrics(metric, discrete=self.agent.discrete)
 
     def scores(
         self, metric: str, outputs: Mapping[str, Tensor], against: Mapping[str, Tensor]

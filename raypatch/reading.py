@@ -89,8 +89,13 @@ def _input_paths(config: RunConfig) -> dict[str, Path]:
     if config.source == "pair":
         return paths
     found = {side: path for side, path in paths.items() if given[side] or path.is_file()}
+    if config.direction != "both":
+        # No other side is needed: patched values are no run's own.
+        target = TARGET_SIDE[config.direction]
+        found = {side: path for side, path in found.items() if side == target}
     if not found:
-        raise InputError(f"{paths['clean']}: no such input file; give --clean_inputs")
+        side = TARGET_SIDE.get(config.direction, "clean")
+        raise InputError(f"{paths[side]}: no such input file; give --{side}_inputs")
     return found
 
 

@@ -79,6 +79,22 @@ def test_the_ranking_is_that_of_the_rows(lava_run, values, statistic, direction,
         )
 
 
+@pytest.mark.parametrize("metric", ["output_logit_delta", "cosine_similarity"])
+def test_the_strongest_of_a_signed_metric_are_farthest_from_0_and_of_a_similarity_least_alike(
+    run_inline, single_neurons, metric, command
+):
+    out = run_inline(LAVA, single_neurons(LAVA), "--metrics", metric)
+    results = raypatch.open_results(out)
+    every = [row[f"{metric}_mean"] for row in results.rank(metric, top=None)]
+    strengths = [1 - v if metric == "cosine_similarity" else abs(v) for v in every]
+    assert strengths == sorted(strengths, reverse=True) and strengths[0] > 10 * strengths[30]
+    weakest = results.rank(metric, bottom=True, top=5)
+    assert weakest[0][f"{metric}_mean"] == pytest.approx(every[-1])
+    # Outside a terminal nothing is folded.
+    assert all(row["name"] in command("rank", out, "--metric", metric).out
+               for row in results.rank(metric))  # fmt: skip
+
+
 def test_bootstrap_intervals_agree_with_scipys(lava_run, values):
     metric = "logit_difference_norm"
     rows = rank(lava_run, metric, top=5, bootstrap=True)
@@ -214,6 +230,19 @@ def test_exports_that_cannot_be_made_are_refused_and_leave_nothing(command, run_
     ended = command("export", out, "--format", "csv", "--output", tmp_path / "there")
     assert ended.code == 2 and "exists" in ended.err
     assert not (tmp_path / "e").exists() and not list(tmp_path.glob(".*partial"))
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "json"])
+def test_a_missing_part_is_named_when_exporting(
+    command, run_inline, tmp_path, single_neurons, form
+):
+    out = run_inline(LAVA, single_neurons(LAVA))
+    victim = min((out / "shards").iterdir())
+    victim.unlink()
+    ended = command("export", out, "--format", form, "--output", tmp_path / "exported")
+    assert ended.code == 2 and f"{victim.name}: missing or unreadable" in ended.err
+    with pytest.raises(InputError, match="missing or unreadable"):
+        raypatch.open_results(out).dataset()
 
 
 def test_a_summary_run_exports_its_summary_and_ranks_without_intervals(

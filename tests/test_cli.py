@@ -198,6 +198,24 @@ def test_other_sources_need_one_file_only(run_inline, single_neurons, lava_copy,
     assert results.sweep["runs"][-1]["verification"]["checked"] == 8
 
 
+def test_with_a_direction_other_sources_read_the_side_they_patch_into_and_no_other(
+    run_inline, single_neurons, lava_copy
+):
+    folder = lava_copy / "activation_inputs"
+    held = json.loads((folder / "clean_inputs.json").read_text())
+    mine = lava_copy / "mine.json"
+    mine.write_text(json.dumps({f"mine_{name}": value for name, value in held.items()}))
+    (folder / "corrupted_inputs.json").write_text("not even JSON")
+    results = raypatch.open_results(
+        run_inline(
+            lava_copy, single_neurons(lava_copy), "--source", "zero", "--direction", "noising",
+            "--clean_inputs", mine,
+        )
+    )  # fmt: skip
+    assert results.directions == ("noising",)
+    assert results.sweep["input_ids"][0].startswith("mine_")
+
+
 @pytest.mark.parametrize("save", ["full", "metrics", "summary"])
 def test_save_decides_what_is_kept(run_inline, single_neurons, save):
     out = run_inline(CARTPOLE, single_neurons(CARTPOLE), "--save", save)

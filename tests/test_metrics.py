@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypatch import metric_table
+from raypatch.analysis import LIKENESS, SIGNED, strength
 from raypatch.errors import InputError
 from raypatch.metric_table import MetricTable, summarise
 from raypatch.metric_terms import Baselines
@@ -174,6 +175,26 @@ def test_the_answer_does_not_depend_on_how_rows_are_cut_into_blocks(n_experiment
     for i in {0, n_experiments // 2, n_experiments - 1}:
         MetricTable(list(METRICS), Baselines(target, source)).compute(patched[i : i + 1], alone)
         torch.testing.assert_close(alone[:, 0], whole[:, i], rtol=1e-12, atol=1e-15, equal_nan=True)
+
+
+def test_what_a_strong_effect_is_agrees_with_the_formulas():
+    generator = torch.Generator().manual_seed(4)
+    target, source, *patched = torch.randn(40, 8, 5, generator=generator)
+    patched = torch.stack([target, *patched])
+    found = torch.empty(len(METRICS), len(patched), 8, dtype=torch.float64)
+    MetricTable(list(METRICS), Baselines(target, source)).compute(patched, found)
+    for name, (nothing, *others) in zip(METRICS, found):
+        values, unchanged = torch.stack(others), 1.0 if name in LIKENESS else 0.0
+        defined = ~nothing.isnan()
+        torch.testing.assert_close(
+            nothing[defined], torch.full_like(nothing, unchanged)[defined], rtol=0, atol=1e-7
+        )
+        both_ways = bool((values < -1e-6).any() and (values > 1e-6).any())
+        if name != "logit_diff_recovered" and name not in LIKENESS:
+            assert both_ways == (name in SIGNED), name
+        effects = strength(name, values[:, defined].numpy())
+        # A larger share of what is recovered is the stronger effect, so that has a sign.
+        assert name == "logit_diff_recovered" or effects.min() > -1e-9
 
 
 def test_many_inputs_are_taken_in_parts_with_the_same_answer(monkeypatch):

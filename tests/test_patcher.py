@@ -171,6 +171,37 @@ def test_a_network_without_one_row_of_outputs_an_input_is_refused():
         )
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"zero": (4, 8)}, "no activations of '0'.*it holds zero"),
+        ({"0": (4, 7)}, r"activations of '0' are \[4, 7\], the layer's are \[4, 8\]"),
+        ({"0": (8, 4)}, r"activations of '0' are .*, the layer's are \[4, 8\]"),
+    ],
+)
+def test_given_activations_that_do_not_fit_are_refused(given, message):
+    network = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
+    source = {name: torch.randn(shape) for name, shape in given.items()}
+    with pytest.raises(InputError, match=message):
+        raypatch.patch(network, [{"0": [0]}], source, torch.randn(4, 5), kind="given")
+
+
+def test_a_list_of_arguments_is_a_tuple_of_them():
+    network, source, target = build("two_inputs", 0)
+    experiments = [{name: [0]} for name in counts_of(network, target)]
+    expected = raypatch.patch(network, experiments, source, target)
+    assert torch.equal(raypatch.patch(network, experiments, list(source), list(target)), expected)
+
+
+def test_what_is_no_network_and_what_is_no_tensor_is_said():
+    with pytest.raises(InputError, match=r"torch\.nn\.Module, not function"):
+        raypatch.Patcher(lambda x: x)
+    network = nn.Linear(3, 2)
+    numbers = torch.randn(4, 3).numpy()
+    with pytest.raises(InputError, match=r"tensors \[inputs, \.\.\.\], not ndarray"):
+        raypatch.patch(network, [{"output_logits": [0]}], numbers, numbers)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(0, 1000))
 def test_resampling_moves_every_input_and_is_seeded(n_inputs, seed):

@@ -63,6 +63,16 @@ def test_the_search_equals_a_brute_force_greedy_one(lava, tmp_path):
         assert step.score == pytest.approx(score, rel=1e-3) and step.flips == flips
 
 
+def test_a_search_by_a_similarity_looks_for_what_is_least_alike(tmp_path):
+    found = {}
+    for metric in ("reversed_pearson_correlation", "pearson_correlation"):
+        options = SearchOptions(metric, candidates=4)
+        steps = find_coalition(str(LAVA), str(tmp_path / metric), options, max_size=3)
+        found[metric] = [(step.layer, step.neuron) for step in steps]
+        assert steps[0].flips > 0
+    assert len(set(map(tuple, found.values()))) == 1
+
+
 @pytest.mark.parametrize("against", ["baseline", "current"])
 @pytest.mark.parametrize("combine", ["mean", "max"])
 def test_a_monotone_search_never_gets_weaker_nor_flips_less(tmp_path, against, combine):

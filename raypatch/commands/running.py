@@ -64,7 +64,7 @@ RUN_OPTIONS = [
         "--source_activations", metavar="FILE", help="Recorded source values, <id>_<layer>.npz."
     ),
     click.option("--seed", type=int, help="Of resampling and verification.  [default: 0]"),
-    click.option("--metrics", metavar="LIST", help="all, or names with commas; see docs."),
+    click.option("--metrics", metavar="LIST", help="all, or names with commas (docs/results.md)."),
     click.option("--save", metavar="MODE", help="full, metrics or summary.  [default: full]"),
     click.option("--compression", metavar="KIND", help="none, lz4 or zstd.  [default: lz4]"),
     click.option("--num_actors", type=int, help="Default: one a GPU, else one a core."),

@@ -22,6 +22,9 @@ def shapes_of(args: Args) -> list[list[int]]:
 def count_inputs(args: Args) -> int:
     """Number of inputs, the same in every tensor."""
     sizes = {leaf.shape[0] for leaf in _leaves(args)}
+    if not sizes:
+        kinds = ", ".join(type(one).__name__ for one in args)
+        raise InputError(f"inputs must be tensors [inputs, ...], not {kinds}")
     if len(sizes) != 1 or 0 in sizes:
         raise InputError(
             f"inputs of shapes {shapes_of(args)} do not share one number of inputs above 0"

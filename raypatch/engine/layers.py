@@ -78,8 +78,8 @@ def forward(network: nn.Module, args: Args) -> Any:
 
 
 def as_args(inputs: Any) -> Args:
-    """Positional arguments of ``forward``: a tuple as it is, anything else alone."""
-    return inputs if isinstance(inputs, tuple) else (inputs,)
+    """Positional arguments of ``forward``: a tuple or list of several, anything else alone."""
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], args: Any) -> Any:

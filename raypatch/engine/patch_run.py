@@ -113,6 +113,8 @@ class PatchRun:
         """Patched outputs ``[experiments, inputs, outputs]`` in the definition's order; in memory
         each of few outputs lies apart."""
         plan = self.plan(experiments)
+        if isinstance(self._fill, GivenFill):
+            self._fill.check({layer for group in plan.groups for layer, _ in group.signature})
         with exact_math(), torch.no_grad():
             out = _empty_outputs(plan.n_experiments, self.baseline)
             first = 0

@@ -55,6 +55,8 @@ class Patcher:
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         savings: Savings | None = None,
     ) -> None:
+        if not isinstance(network, nn.Module):
+            raise InputError(f"a network is a torch.nn.Module, not {type(network).__name__}")
         parameter = next(network.parameters(), None)
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
         self.device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
@@ -176,15 +178,16 @@ def patch(
 ) -> Tensor:
     """Activation patching of any module: what if these neurons had their source values?
 
-    Each experiment maps layer names (paths of modules with weights, as in
-    ``network.named_modules()``) to neurons or ``"all"``; ``output_logits`` is the output
+    Each experiment maps layer names to neurons or ``"all"``. A layer is a module with a weight
+    matrix or kernel (linear, convolution, recurrent; not a normalisation or an activation
+    function), by its path in ``network.named_modules()``; ``output_logits`` is the output
     itself. For each experiment and input the network runs on the *target*, except that the
-    listed neurons of a layer's output (before the activation that follows) take the values
-    they have in the unpatched run on the *source*.
+    listed neurons of a layer's output (before the activation that follows) take the values they
+    have in the unpatched run on the *source*. It runs in evaluation mode, whatever mode it is in.
 
-    ``source`` and ``target`` are ``[inputs, ...]`` tensors, or tuples of them for a forward
-    with several arguments. ``kind`` "zero" and "mean" patch in zeros or the neuron's mean
-    over the targets; "resample" takes another target as the source (seeded). Those need no
+    ``source`` and ``target`` are ``[inputs, ...]`` tensors, or tuples or lists of them for a
+    forward with several arguments. ``kind`` "zero" and "mean" patch in zeros or the neuron's
+    mean over the targets; "resample" takes another target as the source (seeded). Those need no
     ``source``. With "given" the source is no input: it maps layers to recorded activations
     ``[inputs, ...]``.
 

@@ -10,6 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from raypatch.errors import InputError
+
 # Layer, number of its call and its activation [inputs, ...] to the values to patch in.
 Fill = Callable[[str, int, Tensor], Tensor]
 SourceKind = Literal["pair", "zero", "mean", "resample", "given"]
@@ -45,10 +47,18 @@ def noise_fill(layer: str, call: int, activation: Tensor) -> Tensor:
 class GivenFill:
     """Activations recorded elsewhere: ``values`` holds ``[inputs, ...]`` a layer.
 
-    A layer without values gives NaN: whoever patches it sees that at once.
+    A layer without values gives NaN until :meth:`check` refuses it.
     """
 
     values: Mapping[str, Tensor]
+
+    def check(self, layers: set[str]) -> None:
+        """Raises InputError for a layer without values."""
+        if missing := sorted(layers - self.values.keys()):
+            raise InputError(
+                f"source of kind 'given': no activations of {missing[0]!r}, which an experiment "
+                f"patches; it holds {', '.join(sorted(self.values)) or 'none'}"
+            )
 
     def part(self, first: int, last: int) -> GivenFill:
         """The values of inputs ``first`` to ``last``."""
@@ -57,7 +67,13 @@ class GivenFill:
     def __call__(self, layer: str, call: int, activation: Tensor) -> Tensor:
         if layer not in self.values:
             return torch.full_like(activation, torch.nan)
-        return self.values[layer].to(activation).reshape(activation.shape)
+        given = self.values[layer]
+        if given.numel() != activation.numel() or len(given) != len(activation):
+            raise InputError(
+                f"source of kind 'given': activations of {layer!r} are {list(given.shape)}, the "
+                f"layer's are {list(activation.shape)}"
+            )
+        return given.to(activation).reshape(activation.shape)
 
 
 @dataclass(frozen=True)

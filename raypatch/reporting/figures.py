@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from raypatch.analysis import SIGNED
 from raypatch.errors import InputError, missing_package
 from raypatch.reporting.gather import Gathered, gather, ordered_layers
 from raypatch.results.reader import Results
 
 FORMATS = ("png", "svg", "pdf")
 COLOURS = "cividis"
+BOTH_WAYS = "PuOr"
 
 
 def write_figures(results: Results, metric: str, output: str, form: str) -> list[Path]:
@@ -71,7 +73,13 @@ def _heat_map(found: Gathered, metric: str, direction: str) -> Any:
     for row, layer in enumerate(layers):
         grid[row, : len(by_layer[layer])] = by_layer[layer]
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(layers)))
-    image = axes.imshow(grid, aspect="auto", cmap=COLOURS, interpolation="nearest")
+    both_ways = metric in SIGNED
+    image = axes.imshow(
+        grid, aspect="auto", cmap=BOTH_WAYS if both_ways else COLOURS, interpolation="nearest"
+    )
+    if both_ways:
+        most = float(np.nanmax(np.abs(grid)))
+        image.set_clim(-most, most)
     axes.set_yticks(range(len(layers)), layers)
     axes.set_xlabel("neuron")
     axes.set_title(direction)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from raypatch.analysis import DEFAULT_METRIC, SIGNED, strength
 from raypatch.errors import InputError, missing_package
 from raypatch.progress import duration, short_number
 from raypatch.reporting.gather import Gathered, gather, ordered_layers
@@ -56,12 +57,14 @@ def _data(results: Results, found: Gathered) -> dict[str, Any]:
     columns = [f"{m}|{d}" for m in found.metrics for d in found.directions]
     layers = ordered_layers(next(iter(next(iter(found.heat.values())).values())))
     return {
-        "metrics": list(found.metrics),
+        # The page opens on the first.
+        "metrics": sorted(found.metrics, key=lambda name: name != DEFAULT_METRIC),
+        "signed": sorted(SIGNED.intersection(found.metrics)),
         "directions": list(found.directions),
         "units": found.units,
         "layers": layers[:MAX_LAYERS],
         "heat": {
-            m: {d: _heat(found.heat[m][d], layers[:MAX_LAYERS]) for d in found.directions}
+            m: {d: _heat(m, found.heat[m][d], layers[:MAX_LAYERS]) for d in found.directions}
             for m in found.metrics
         },
         "effects": {
@@ -83,21 +86,22 @@ def _data(results: Results, found: Gathered) -> dict[str, Any]:
     }
 
 
-def _heat(by_layer: dict[str, np.ndarray], layers: list[str]) -> dict[str, Any]:
+def _heat(metric: str, by_layer: dict[str, np.ndarray], layers: list[str]) -> dict[str, Any]:
     """Values and neurons by layer and cell; wide layers show the strongest neuron of each cell."""
     z, neurons, ranks = [], [], []
     joined = np.concatenate([by_layer[layer] for layer in layers])
     order = np.full(len(joined), -1)
     defined = np.flatnonzero(~np.isnan(joined))
-    order[defined[np.argsort(-np.abs(joined[defined]), kind="stable")]] = np.arange(len(defined))
+    strongest = np.argsort(-strength(metric, joined[defined]), kind="stable")
+    order[defined[strongest]] = np.arange(len(defined))
     start = 0
     for layer in layers:
         values = by_layer[layer]
         places = np.arange(len(values))
         if len(values) > MAX_CELLS:
             cells = np.array_split(places, MAX_CELLS)
-            strength = np.where(np.isnan(values), -1, np.abs(values))
-            places = np.array([cell[np.argmax(strength[cell])] for cell in cells])
+            strengths = np.where(np.isnan(values), -np.inf, strength(metric, values))
+            places = np.array([cell[np.argmax(strengths[cell])] for cell in cells])
         z.append(_listed(values[places]))
         neurons.append(places.tolist())
         ranks.append([int(r) + 1 for r in order[start + places]])
@@ -116,10 +120,11 @@ def _listed(values: Any) -> list[float | None]:
 def _facts(results: Results) -> str:
     record, runs = results.sweep, results.sweep["runs"]
     rows = sum(receipt.rows for receipt in results.receipts)
+    committed = sum(receipt.last - receipt.first for receipt in results.receipts)
     facts = {
         "agent": record["agent"]["loaded_as"],
         "network": f"{record['agent']['engine']}; outputs: {record['n_outputs']}",
-        "experiments": f"{record['identity']['n_experiments']:,} of "
+        "experiments": f"{committed:,} of {record['identity']['n_experiments']:,} committed, of "
         f"{Path(record['definition_file']).name}",
         "pairs": f"{len(record['input_ids']):,}, {' and '.join(results.directions)}, "
         f"source: {record['identity']['source']}",

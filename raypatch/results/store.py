@@ -218,11 +218,17 @@ class DiskStore:
         try:
             return pa.memory_map(str(self.path(name)))
         except OSError:
-            raise InputError(
-                f"{self.path(name)}: missing or unreadable; run the sweep again to restore it"
-            ) from None
+            raise self._unreadable(name) from None
+
+    def _unreadable(self, name: str) -> InputError:
+        return InputError(
+            f"{self.path(name)}: missing or unreadable; run the sweep again to restore it"
+        )
 
     def dataset_files(self, names: list[str]) -> tuple[list[str], Any]:
+        for name in names:
+            if not self.path(name).is_file():
+                raise self._unreadable(name)
         return [str(self.path(name)) for name in names], None
 
     def lock(self, first: int, last: int) -> AbstractContextManager[None]:
