@@ -97,11 +97,11 @@ def rank(
     ``direction`` "both" combines the two by ``combine`` "average" or "maximum". ``bottom``
     gives the weakest first. ``layer`` keeps experiments that patch it; ``internal_only``
     leaves out those that patch ``output_logits``. Each row holds rank, experiment_index,
-    name, ``<metric>_<statistic>``, z_score and normalised (among all experiments that are
-    ranked), action_changed_rate (None for continuous actions) and, with ``bootstrap``,
-    ci_low and ci_high: the 95 % percentile interval over resampled inputs, None where a run
-    kept no rows. Experiments for which the metric is undefined are left out. Reads part by
-    part, in bounded memory for any ``top`` that is not None.
+    name, patches (layers and neurons as text), ``<metric>_<statistic>``, z_score and normalised
+    (among all experiments that are ranked), action_changed_rate (None for continuous actions)
+    and, with ``bootstrap``, ci_low and ci_high: the 95 % percentile interval over resampled
+    inputs, None where a run kept no rows. Experiments for which the metric is undefined are left
+    out. Reads part by part, in bounded memory for any ``top`` that is not None.
     """
     _check(results, metric, statistic, combine)
     chosen = _directions(results, direction)
@@ -122,7 +122,9 @@ def rank(
         best = np.concatenate([best, rows[~np.isnan(rows[:, 1])]])
         best = best[np.lexsort((best[:, 0], sign * strength(measured, best[:, 1])))][:top]
     indices = [int(i) for i in best[:, 0]]
-    names = results.describe(indices)["name"].to_pylist()
+    described = results.describe(indices)
+    names = described["name"].to_pylist()
+    patches = map(patched, described["layers"].to_pylist(), described["neurons"].to_pylist())
     intervals = {}
     if bootstrap and results.has_rows:
         intervals = _intervals(results, metric, statistic, chosen, combine, indices)
@@ -131,6 +133,7 @@ def rank(
             "rank": place,
             "experiment_index": index,
             "name": name,
+            "patches": patch,
             f"{metric}_{statistic}": float(value),
             "z_score": moments.standardised(float(value)),
             "normalised": moments.normalised(float(value)),
@@ -141,8 +144,26 @@ def rank(
                 else {}
             ),
         }
-        for place, (index, name, (_, value, rate)) in enumerate(zip(indices, names, best), 1)
+        for place, (index, name, patch, (_, value, rate)) in enumerate(
+            zip(indices, names, patches, best), 1
+        )
     ]
+
+
+def patched(layers: Sequence[str], neurons: Sequence[Sequence[int]]) -> str:
+    """What an experiment patches, as ``layer: 0-15, 20`` or ``layer: all``."""
+
+    def spelled(numbers: Sequence[int]) -> str:
+        if not numbers:
+            return "all"
+        ordered = sorted(numbers)
+        starts = [i for i, n in enumerate(ordered) if i == 0 or n != ordered[i - 1] + 1]
+        runs = zip(starts, [*(i - 1 for i in starts[1:]), len(ordered) - 1])
+        return ", ".join(
+            str(ordered[a]) if a == b else f"{ordered[a]}-{ordered[b]}" for a, b in runs
+        )
+
+    return "; ".join(f"{layer}: {spelled(some)}" for layer, some in zip(layers, neurons))
 
 
 def _check(results: Results, metric: str, statistic: str, combine: str) -> None:

@@ -136,9 +136,14 @@ def show_ranking(rows: list[dict[str, Any]], metric: str, statistic: str = "mean
         table.add_column("95% interval", justify="right")
     table.add_column("z", justify="right")
     table.add_column("action flips", justify="right")
+    names = [row["name"] for row in rows]
     for row in rows:
+        # Groups of one size have one name in the original's scheme.
+        label = (
+            row["name"] if names.count(row["name"]) == 1 else f"{row['name']} ({row['patches']})"
+        )
         rate = row["action_changed_rate"]
-        cells = [str(row["rank"]), row["name"], f"{row[f'{metric}_{statistic}']:.4g}"]
+        cells = [str(row["rank"]), label, f"{row[f'{metric}_{statistic}']:.4g}"]
         if with_interval:
             low, high = row["ci_low"], row["ci_high"]
             cells.append("-" if low is None else f"{low:.3g} to {high:.3g}")

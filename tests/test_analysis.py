@@ -17,7 +17,7 @@ from scipy import stats
 from torch import nn
 
 import raypatch
-from raypatch.analysis import Moments, rank
+from raypatch.analysis import Moments, patched, rank
 from raypatch.errors import InputError
 from raypatch.exporting import export
 from raypatch.results.tables import baseline_table
@@ -128,6 +128,22 @@ def test_the_effect_matrix_holds_every_single_neuron(lava_run, values):
     assert matrix["q_net.0"].shape == (64,)
     with pytest.raises(InputError, match="was not computed"):
         lava_run.effect_matrix("nonsense")
+
+
+def test_groups_of_one_name_are_told_apart_by_their_neurons(command, run_inline, tmp_path):
+    definition = tmp_path / "groups.json"
+    words = ("--type", "neuron_groups", "--group_size", 25, "--agent_path", LAVA)
+    assert command("generate", *words, "--output", definition).code == 0
+    out = run_inline(LAVA, definition)
+    rows = raypatch.open_results(out).rank(top=None)
+    patches = [row["patches"] for row in rows if row["name"] == "q_net.0_group_25"]
+    assert sorted(patches) == ["q_net.0: 0-24", "q_net.0: 25-49"]
+    shown = command("rank", out, "--top", 20).out
+    assert "q_net.0_group_25 (q_net.0: 0-24)" in shown
+
+
+def test_what_an_experiment_patches_is_spelled_in_runs():
+    assert patched(["a", "b"], [[3, 0, 1, 2, 7], []]) == "a: 0-3, 7; b: all"
 
 
 def test_rank_as_csv_and_json_say_the_same(command, lava_run):
