@@ -186,6 +186,13 @@ def test_given_activations_that_do_not_fit_are_refused(given, message):
         raypatch.patch(network, [{"0": [0]}], source, torch.randn(4, 5), kind="given")
 
 
+def test_a_module_without_a_weight_matrix_is_said_to_be_no_layer():
+    network = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 2))
+    for name, kind in (("1", "LayerNorm"), ("2", "ReLU")):
+        with pytest.raises(InputError, match=f"'{name}' is a {kind}.*valid: 0, 3, output_logits"):
+            raypatch.patch(network, [{"0": [0]}, {name: [0]}], *torch.randn(2, 5, 3))
+
+
 def test_a_list_of_arguments_is_a_tuple_of_them():
     network, source, target = build("two_inputs", 0)
     experiments = [{name: [0]} for name in counts_of(network, target)]

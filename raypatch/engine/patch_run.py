@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Union
 
 import torch
@@ -20,7 +21,7 @@ from raypatch.engine.plan import Plan, plan_experiments
 from raypatch.engine.precision import exact_math
 from raypatch.engine.sources import Fill, GivenFill
 from raypatch.engine.stacked import Stacked, StackedPrepared
-from raypatch.errors import RunError
+from raypatch.errors import InputError, RunError
 
 # Dense values of one batch on a CPU: a part of what the last level of cache holds.
 CPU_BATCH_BYTES = 8 << 20
@@ -83,8 +84,10 @@ class PatchRun:
         fill: Fill | None,
         *,
         deduplicate: bool = True,
+        modules: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.deduplicate = deduplicate
+        self._modules = modules
         self.rows_computed = 0
         self.n_inputs = count_inputs(target)
         self._engine = engine
@@ -135,8 +138,21 @@ class PatchRun:
         if not isinstance(experiments, Experiments):
             counts = {name: layer.neurons for name, layer in self._engine.layers.items()}
             counts[OUTPUT_LOGITS] = self.baseline.shape[1]
+            self._refuse_other_modules(experiments, counts)
             experiments = check_experiments(list(experiments), counts, "experiments")
         return plan_experiments(experiments, deduplicate=self.deduplicate)
+
+    def _refuse_other_modules(
+        self, experiments: Sequence[Experiment], counts: Mapping[str, int]
+    ) -> None:
+        """Raises InputError for a module that is there and no layer."""
+        named = {str(name) for one in experiments if isinstance(one, Mapping) for name in one}
+        for name in sorted(named - counts.keys()):
+            if name in self._modules:
+                raise InputError(
+                    f"{name!r} is a {self._modules[name]}: only modules with a weight matrix or "
+                    f"kernel can be patched; valid: {', '.join(counts)}"
+                )
 
     def _prepare(self, part: int) -> Prepared | StackedPrepared:
         if self._kept is not None:

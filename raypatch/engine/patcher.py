@@ -65,6 +65,7 @@ class Patcher:
         self._memory_bytes = memory_bytes
         self.path = "not used yet"
         self.layers: dict[str, Layer] = {}
+        self._modules = {name: type(module).__name__ for name, module in network.named_modules()}
         self._network: nn.Module | None = own_copy(network, self.device, self.dtype)
         self._engine: Engine | None = None
         self._one_input: Args = ()
@@ -111,7 +112,7 @@ class Patcher:
                 fill = GivenFill(source)
             return PatchRun(
                 engine, self._limits, source_args, target_args, fill,
-                deduplicate=self.savings.deduplicate,
+                deduplicate=self.savings.deduplicate, modules=self._modules,
             )  # fmt: skip
 
     def to(self, device: torch.device | str) -> Patcher:
