@@ -372,7 +372,7 @@ class Prepared:
             sparse = self.chain(spread.entry)[spread.node]
             plain = type(node.target) is nn.Linear and sparse.of.owner.dim() == 1
             self._cancelling[key] = plain and cancels(
-                self.base_values[node.index], sparse, self.engine.weights(node).columns
+                self.base_values[node.index], sparse, self.engine.weights(node)
             )
         return self._cancelling[key]
 

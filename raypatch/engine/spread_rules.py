@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raypatch.engine.capture import Node
+from raypatch.engine.dense_ops import Weights
 from raypatch.engine.plan import Selection
 from raypatch.engine.values import Batch, Sparse
 
@@ -27,15 +28,21 @@ CANCELLATION = 16
 CHUNK_ELEMENTS = 1 << 22
 
 
-def cancels(base: Tensor, sparse: Sparse, columns: Tensor) -> bool:
-    """Whether patching any one neuron makes some input's output ``[N, outputs]`` far smaller
-    than ``base``; ``columns`` ``[features, outputs]`` is the linear layer's weight."""
-    size, largest = base.abs().amax(1), columns.abs().amax(1)
+def cancels(base: Tensor, sparse: Sparse, weights: Weights) -> bool:
+    """Whether patching any one neuron makes some input's output ``[N, outputs]`` of the linear
+    layer far smaller than ``base``."""
+    enough = base.abs().amax(1).mul_(1 - 1 / CANCELLATION)
     # At most this much can a neuron's patch change an output.
-    positions = sparse.of.positions.clamp(min=0)
-    parts = sparse.delta.abs() * largest[positions][:, None]
-    bound = parts[:, :, 0] if parts.shape[2] == 1 else parts.sum(-1)
-    neurons, inputs = (bound > size * (1 - 1 / CANCELLATION)).nonzero(as_tuple=True)
+    if sparse.of.is_plain and sparse.delta.shape[2] == 1:
+        bound = (sparse.delta[:, :, 0] * weights.largest[:, None]).abs_()
+    else:
+        largest = weights.largest[sparse.of.positions.clamp(min=0)]
+        bound = (sparse.delta.abs() * largest[:, None]).sum(-1)
+    near = bound > enough
+    if not bool(near.any()):
+        return False
+    size, columns, positions = base.abs().amax(1), weights.columns, sparse.of.positions.clamp(min=0)
+    neurons, inputs = near.nonzero(as_tuple=True)
     step = max(1, CHUNK_ELEMENTS // (positions.shape[1] * columns.shape[1]))
     for first in range(0, len(neurons), step):
         j, n = neurons[first : first + step], inputs[first : first + step]
