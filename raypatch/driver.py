@@ -135,7 +135,8 @@ class Job:
             dtype=getattr(torch, config.dtype),
             device="cpu",
             batch_rows=config.batch_size,
-            memory_bytes=config.memory_per_actor,
+            # An actor keeps the runs of every direction.
+            memory_bytes=config.memory_per_actor // len(self.directions),
         )
         self.outputs_by_side = self._baselines()
         self.backend.wait_started()

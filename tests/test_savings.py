@@ -114,6 +114,14 @@ def test_a_batch_on_a_gpu_may_take_what_torch_keeps_there_unused(monkeypatch):
     assert limits.rows_for(1024) == (2 + 10 - 4) * gib // 4 // 3 // 1024
 
 
+def test_what_is_gathered_for_many_neurons_counts_in_a_batchs_memory():
+    network = mlp([4, 64, 64, 3], nn.ReLU)
+    run = Patcher(network).prepare(torch.randn(8, 4), torch.randn(8, 4))
+    prepared = run._prepare(0)
+    one, many = (prepared.row_bytes(run.plan([{"2": list(range(k))}]).groups[0]) for k in (1, 60))
+    assert many - one == 2 * 59 * 4
+
+
 def test_batches_are_halved_when_memory_runs_out_and_stay_halved(monkeypatch):
     network, source, target = build("residual", 0)
     run = Patcher(network, batch_rows=64).prepare(source, target)

@@ -245,8 +245,12 @@ class Prepared:
         return self.structure.program(group.signature, source_runs=self.source_values is not None)
 
     def row_bytes(self, group: Group) -> int:
-        """Bytes of all dense values of one row."""
-        return self.program(group).row_elements * self.baseline.element_size()
+        """Bytes of all dense values of one row, and of what low-rank updates gather for it."""
+        program, gathered = self.program(group), 0
+        for entry, layer in program.patched.items():
+            if (chosen := group.index[layer]) is not None:
+                gathered += chosen.shape[1] * self.chain(entry)[entry].of.positions.shape[1]
+        return (program.row_elements + 2 * gathered) * self.baseline.element_size()
 
     def evaluate(self, group: Group, out: Tensor, batch_rows: int) -> int:
         """Fill ``out[group.experiments]`` (``[E, N, outputs]``) and return the rows computed."""
