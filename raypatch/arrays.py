@@ -42,9 +42,7 @@ def less(x: Array, y: Array) -> Array:
 
 
 def at_least(x: Array, bound: float) -> Array:
-    """No number below ``bound``, in place."""
-    as_tensor(x).clamp_(min=bound)
-    return x
+    return as_array(as_tensor(x).clamp(min=bound))
 
 
 def largest(x: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -136,12 +137,10 @@ def show_ranking(rows: list[dict[str, Any]], metric: str, statistic: str = "mean
         table.add_column("95% interval", justify="right")
     table.add_column("z", justify="right")
     table.add_column("action flips", justify="right")
-    names = [row["name"] for row in rows]
+    named = Counter(row["name"] for row in rows)
     for row in rows:
         # Groups of one size have one name in the original's scheme.
-        label = (
-            row["name"] if names.count(row["name"]) == 1 else f"{row['name']} ({row['patches']})"
-        )
+        label = row["name"] if named[row["name"]] == 1 else f"{row['name']} ({row['patches']})"
         rate = row["action_changed_rate"]
         cells = [str(row["rank"]), label, f"{row[f'{metric}_{statistic}']:.4g}"]
         if with_interval:

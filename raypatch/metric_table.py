@@ -112,7 +112,7 @@ class MetricTable:
                     _add_up(self._of_defined(metric, number), found[:, number])
             if statistics is not None:
                 unsure = _finish(found, self._n_defined)
-                for number in _on_host(unsure.any(1)).nonzero()[0]:
+                for number in as_tensor(unsure.any(1)).numpy(force=True).nonzero()[0]:
                     metric = self._of_defined(metric_of(number), number)
                     _with_care(metric, found[:, number], library(unsure).where(unsure[number])[0])
                 statistics.copy_(as_tensor(found))
@@ -167,10 +167,6 @@ class MetricTable:
             found.append([formula(rows) for formula in formulas])
         concatenate = library(found[0][0]).concatenate
         return lambda number: concatenate([of_some[number] for of_some in found])
-
-
-def _on_host(x: Array) -> np.ndarray:
-    return as_tensor(x).numpy(force=True)
 
 
 def _add_up(metric: Array, sums: Array) -> None:

@@ -74,7 +74,7 @@ METRICS: dict[str, Metric] = {
     "logit_difference_norm": Metric(lambda r: r.norm, "logits", discrete=False),
     "action_probability_delta": Metric(lambda r: r.prob_change_a, "probability"),
     "top_action_probability_gap": Metric(_probability_gap, "probability"),
-    "kl_divergence": Metric(lambda r: at_least(1 * r.log_s, 0), "nats"),
+    "kl_divergence": Metric(lambda r: at_least(r.log_s, 0), "nats"),
     "reverse_kl_divergence": Metric(_reverse_kl, "nats"),
     "hellinger_distance": Metric(_hellinger, "1"),
     "confidence_margin_change": Metric(lambda r: r.margin_change, "probability"),

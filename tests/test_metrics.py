@@ -177,6 +177,27 @@ def test_the_answer_does_not_depend_on_how_rows_are_cut_into_blocks(n_experiment
         torch.testing.assert_close(alone[:, 0], whole[:, i], rtol=1e-12, atol=1e-15, equal_nan=True)
 
 
+def test_a_block_for_which_memory_runs_out_is_halved_with_the_same_answer(monkeypatch):
+    generator = torch.Generator().manual_seed(6)
+    target, source, *patched = torch.randn(52, 8, 4, generator=generator)
+    real, sizes = MetricTable._compute_block, []
+
+    def compute(self, block, *results):
+        sizes.append(len(block))
+        if len(block) > 15:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(self, block, *results)
+
+    found = torch.empty(2, len(METRICS), 50, 8, dtype=torch.float64)
+    for values, method in zip(found, (real, compute)):
+        monkeypatch.setattr(MetricTable, "_compute_block", method)
+        table = MetricTable(list(METRICS), Baselines(target, source))
+        table._step = 50
+        table.compute(torch.stack(patched), values)
+    assert sizes == [50, 25, 12, 12, 12, 12, 2]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-15, equal_nan=True)
+
+
 def test_what_a_strong_effect_is_agrees_with_the_formulas():
     generator = torch.Generator().manual_seed(4)
     target, source, *patched = torch.randn(40, 8, 5, generator=generator)

@@ -56,6 +56,10 @@ class Selection:
             return table if last - self.start == table.shape[0] else table[self.start : last]
         return table.index_select(0, self.neurons.flatten().to(table.device))
 
+    def take_each(self, table: Tensor) -> Tensor:
+        """The same rows by experiment, ``[E, k, ...]``."""
+        return self.take(table).view(*self.shape, *table.shape[1:])
+
 
 @dataclass(frozen=True)
 class Group:

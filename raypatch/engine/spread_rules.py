@@ -31,17 +31,17 @@ CHUNK_ELEMENTS = 1 << 22
 def cancels(base: Tensor, sparse: Sparse, weights: Weights) -> bool:
     """Whether patching any one neuron makes some input's output ``[N, outputs]`` of the linear
     layer far smaller than ``base``."""
-    enough = base.abs().amax(1).mul_(1 - 1 / CANCELLATION)
+    size = base.abs().amax(1)
     # At most this much can a neuron's patch change an output.
     if sparse.of.is_plain and sparse.delta.shape[2] == 1:
         bound = (sparse.delta[:, :, 0] * weights.largest[:, None]).abs_()
     else:
         largest = weights.largest[sparse.of.positions.clamp(min=0)]
         bound = (sparse.delta.abs() * largest[:, None]).sum(-1)
-    near = bound > enough
+    near = bound > size * (1 - 1 / CANCELLATION)
     if not bool(near.any()):
         return False
-    size, columns, positions = base.abs().amax(1), weights.columns, sparse.of.positions.clamp(min=0)
+    columns, positions = weights.columns, sparse.of.positions.clamp(min=0)
     neurons, inputs = near.nonzero(as_tuple=True)
     step = max(1, CHUNK_ELEMENTS // (positions.shape[1] * columns.shape[1]))
     for first in range(0, len(neurons), step):
@@ -124,8 +124,7 @@ def _linear_on_last_axis(
     delta = batch.gather(sparse.delta, index)  # [E, N, k * places]
     delta = delta.view(batch.n_experiments, batch.n_inputs, k, -1).transpose(2, 3)
     delta = delta.reshape(batch.n_experiments, -1, k)
-    columns = context.weight_columns(node)
-    columns = index.take(columns).view(*index.shape, *columns.shape[1:])
+    columns = index.take_each(context.weight_columns(node))
     flat = base.reshape(1, -1, base.shape[-1]).expand(batch.n_experiments, -1, -1)
     return torch.baddbmm(flat, delta, columns).view(batch.n_experiments, *base.shape)
 
@@ -163,9 +162,8 @@ def convolution(
         flat = out.view(n_experiments * n_inputs, n_outputs, places)
         torch.bmm(weight, patches, out=flat)
         return out.add_(base)
-    columns = context.weight_columns(node)
-    columns = index.take(columns).view(*index.shape, *columns.shape[1:])
-    weight = columns.transpose(1, 2).flatten(0, 1)
+    weight = index.take_each(context.weight_columns(node))
+    weight = weight.transpose(1, 2).flatten(0, 1)
     stacked = delta.transpose(0, 2).transpose(1, 2).flatten(1, 2)  # [N, E * k, *spatial]
     convolved = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
     convolved = F.conv3d if isinstance(layer, nn.Conv3d) else convolved
