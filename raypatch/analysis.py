@@ -28,8 +28,10 @@ SIGNED = {
 LIKENESS = {"cosine_similarity", "pearson_correlation"}
 
 
-def strength(metric: str, values: np.ndarray) -> np.ndarray:
+def strength(metric: str, values: np.ndarray, statistic: str = "mean") -> np.ndarray:
     """How strong an effect values of a metric tell of: larger is stronger."""
+    if statistic == "std":
+        return values
     if metric in SIGNED:
         return np.abs(values)
     return 1 - values if metric in LIKENESS else values
@@ -94,7 +96,8 @@ def rank(
     """Experiments by a statistic of a metric over the inputs, the strongest effect first: the
     largest number, of signed metrics the farthest from 0, of similarities the smallest.
 
-    ``direction`` "both" combines the two by ``combine`` "average" or "maximum". ``bottom``
+    ``direction`` "both" combines the two by ``combine``, "average" or "maximum" (of the two the
+    stronger effect). ``bottom``
     gives the weakest first. ``layer`` keeps experiments that patch it; ``internal_only``
     leaves out those that patch ``output_logits``. Each row holds rank, experiment_index,
     name, patches (layers and neurons as text), ``<metric>_<statistic>``, z_score and normalised
@@ -114,13 +117,13 @@ def rank(
     wanted = _layer_filter(results, layer, internal_only)
     best, moments = np.empty((0, 3)), Moments()
     sign = 1.0 if bottom else -1.0
-    measured = metric if statistic != "std" else ""
     for part in _parts(results, metric, statistic, chosen, combine):
         kept = slice(None) if wanted is None else np.isin(part.ids, wanted)
         moments.add(part.values[kept], part.lows[kept], part.highs[kept])
         rows = np.column_stack([part.ids, part.values, part.rates])[kept]
         best = np.concatenate([best, rows[~np.isnan(rows[:, 1])]])
-        best = best[np.lexsort((best[:, 0], sign * strength(measured, best[:, 1])))][:top]
+        order = sign * strength(metric, best[:, 1], statistic)
+        best = best[np.lexsort((best[:, 0], order))][:top]
     indices = [int(i) for i in best[:, 0]]
     described = results.describe(indices)
     names = described["name"].to_pylist()
@@ -201,20 +204,21 @@ def _parts(
         }
         yield _Part(
             as_numpy(part["experiment_index"])[::n_directions],
-            combined(by_name[f"{metric}_{statistic}"], combine),
-            combined(by_name[f"{metric}_min"], combine),
-            combined(by_name[f"{metric}_max"], combine),
+            combined(by_name[f"{metric}_{statistic}"], combine, metric, statistic),
+            combined(by_name[f"{metric}_min"], combine, metric),
+            combined(by_name[f"{metric}_max"], combine, metric),
             combined(by_name["action_changed_rate"], "average"),
         )
 
 
-def combined(values: np.ndarray, how: str) -> np.ndarray:
-    """``[experiments, directions]`` to one value each, leaving out NaN."""
+def combined(values: np.ndarray, how: str, metric: str = "", statistic: str = "mean") -> np.ndarray:
+    """``[experiments, directions]`` to one value each, leaving out NaN: their "average", or as
+    "maximum" the one of the stronger effect."""
     defined = ~np.isnan(values)
     count = defined.sum(1)
     if how == "maximum":
-        highest = np.where(defined, values, -np.inf).max(1, initial=-np.inf)
-        return np.where(count > 0, highest, np.nan)
+        strengths = np.where(defined, strength(metric, values, statistic), -np.inf)
+        return np.take_along_axis(values, strengths.argmax(1)[:, None], 1)[:, 0]
     total = np.where(defined, values, 0.0).sum(1)
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
@@ -246,7 +250,7 @@ def _intervals(
                     warnings.simplefilter("ignore", RuntimeWarning)
                     resampled.append(reduce(one[draws], axis=1))
         if resampled:
-            both = combined(np.stack(resampled, 1), combine)
+            both = combined(np.stack(resampled, 1), combine, metric, statistic)
             low, high = np.nanpercentile(both, [tail, 100 - tail])
             found[index] = (float(low), float(high))
     return found

@@ -228,7 +228,7 @@ class Checker:
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _brief(value: Any, limit: int = 60) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from raypatch.analysis import strength
+from raypatch.analysis import COMBINATIONS, combined, strength
 from raypatch.definition_files import write_definition
 from raypatch.engine.identity import network_digest
 from raypatch.errors import InputError
@@ -22,7 +22,6 @@ from raypatch.inprocess import Bench
 from raypatch.results.store import DiskStore
 from raypatch.sweep import check_identity, files_digest, sha256_of, unreadable_records
 
-COMBINATIONS = ("mean", "max")
 AGAINST = ("baseline", "current")
 OPTIONS, STEPS, DEFINITION, CURVE = (
     "coalition.json", "steps.jsonl", "definition.json", "curve.png",
@@ -39,7 +38,7 @@ class SearchOptions:
     metric: str
     candidates: int = 20
     direction: str = "both"
-    combine: str = "mean"
+    combine: str = "average"
     against: str = "baseline"
     monotone: bool = False
 
@@ -219,10 +218,7 @@ class _Search:
         return choice, scores, bench.flips(outputs) if bench.agent.discrete else None
 
     def _combined(self, scores: np.ndarray) -> np.ndarray:
-        reduce = np.nanmean if self.options.combine == "mean" else np.nanmax
-        undefined = np.isnan(scores).all(0)
-        combined: np.ndarray = reduce(np.where(undefined, 0.0, scores), axis=0)
-        return np.where(undefined, np.nan, combined)
+        return combined(scores.T, self.options.combine, self.options.metric)
 
 
 def _draw_curve(steps: list[Step], options: SearchOptions, path: Path) -> None:
@@ -233,11 +229,13 @@ def _draw_curve(steps: list[Step], options: SearchOptions, path: Path) -> None:
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     sizes = [step.size for step in steps]
     flips = [step.flips for step in steps if step.flips is not None]
     figure, axes = pyplot.subplots(figsize=(6, 3.6))
     axes.plot(sizes, [s.score for s in steps], "o-", color="#0072B2", markersize=3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("neurons in the coalition")
     axes.set_ylabel(options.metric.replace("_", " "), color="#0072B2")
     if flips:

@@ -99,6 +99,11 @@ def check_config(config: RunConfig) -> None:
         raise InputError(
             f"--cpu_actors {config.cpu_actors}: adds to actors on GPUs, which {other} has none of"
         )
+    for name in ("address", "num_actors"):
+        if config.backend == "inline" and (value := getattr(config, name)) is not None:
+            raise InputError(
+                f"--{name} {value}: --backend inline computes in its own process; leave out one"
+            )
     if config.source_activations is not None and config.direction == "both":
         raise InputError(
             "--source_activations holds the activations of one side: give --direction denoising "

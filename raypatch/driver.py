@@ -291,10 +291,13 @@ class Job:
         config, left = self.config, sum(map(len, self.ranges))
         resumed = f", {self.n_committed:,} already committed" if self.n_committed else ""
         notes = "".join(f"note: {note}\n" for note in self.agent.notes)
+        sides = f"{len(self.directions)} directions"
+        if len(self.directions) == 1:
+            sides = f"1 direction ({self.directions[0]})"
         return (
             f"{self.agent.loaded_as}\n{notes}"
-            f"{left:,} experiments x {len(self.inputs)} pairs x {len(self.directions)} "
-            f"directions = {left * self.passes_each:,} passes{resumed}; "
+            f"{left:,} experiments x {len(self.inputs)} pairs x {sides} "
+            f"= {left * self.passes_each:,} passes{resumed}; "
             f"{self.patcher.path}, {config.dtype} on {self.device_class}"
         )
 

@@ -53,6 +53,13 @@ def _next_command(facts: dict[str, Any]) -> str:
     return f"raypatch rank {where}"
 
 
+def _another(results: Results) -> str:
+    """A metric to look at next; what is recovered of the source is defined where there is one."""
+    has_source = results.sweep["identity"]["source"] in ("pair", "resample")
+    useful = [m for m in results.metrics if has_source or m != "logit_diff_recovered"]
+    return (useful or list(results.metrics))[-1]
+
+
 def show_status(facts: dict[str, Any]) -> None:
     """Print a run's state."""
     share = facts["experiments_committed"] / facts["experiments"]
@@ -120,7 +127,7 @@ def show_ending(results: Results) -> None:
             f"\nStrongest neurons by mean {metric}, {sides}, output_logits left out", markup=False
         )
         show_ranking(rank(results, metric, top=8, internal_only=True), metric)
-    command = f"raypatch rank {shlex.quote(str(results.path))} --metric {results.metrics[-1]}"
+    command = f"raypatch rank {shlex.quote(str(results.path))} --metric {_another(results)}"
     console.print(f"\nNext: {command}", markup=False, soft_wrap=True)
 
 

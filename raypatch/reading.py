@@ -56,6 +56,10 @@ def read_subject(config: RunConfig) -> Subject:
     ids = config.input_ids.split(",") if config.input_ids else None
     shape = ObservationShape(agent.observation_shape, agent.observation_parts)
     inputs = read_inputs(paths, shape, input_ids=ids)
+    if config.source == "resample" and len(inputs) == 1:
+        raise InputError(
+            f"--source resample: takes another input, and there is only {inputs.ids[0]!r}"
+        )
     directions = _directions(config, inputs)
     recorded = config.source_activations
     return Subject(

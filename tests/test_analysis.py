@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,34 @@ def test_the_strongest_of_a_signed_metric_are_farthest_from_0_and_of_a_similarit
     # Outside a terminal nothing is folded.
     assert all(row["name"] in command("rank", out, "--metric", metric).out
                for row in results.rank(metric))  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", ["output_logit_delta", "cosine_similarity"])
+def test_the_maximum_of_both_directions_is_the_stronger_effect(run_inline, single_neurons, metric):
+    results = raypatch.open_results(run_inline(LAVA, single_neurons(LAVA), "--metrics", metric))
+    column = f"{metric}_mean"
+    each = [
+        {r["name"]: r[column] for r in results.rank(metric, direction=direction, top=None)}
+        for direction in results.directions
+    ]
+    strongest = min if metric == "cosine_similarity" else lambda values: max(values, key=abs)
+    for row in results.rank(metric, combine="maximum", top=None):
+        assert row[column] == strongest([means[row["name"]] for means in each])
+
+
+def test_a_metric_that_is_defined_nowhere_is_said_to_be_and_not_what_to_look_at_next(
+    run_inline, single_neurons, command, tmp_path
+):
+    definition = single_neurons(LAVA)
+    out = tmp_path / "out"
+    ended = command(
+        "run", "--agent_path", LAVA, "--definition_file", definition, "--output_dir", out,
+        "--source", "zero", "--backend", "inline",
+    )  # fmt: skip
+    assert re.search("Next: raypatch rank .* --metric reversed_pearson_correlation", ended.out)
+    ranked = command("rank", out, "--metric", "logit_diff_recovered")
+    assert "logit_diff_recovered is undefined for every experiment" in ranked.err
+    assert ranked.code == 0
 
 
 def test_bootstrap_intervals_agree_with_scipys(lava_run, values):

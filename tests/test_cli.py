@@ -300,6 +300,12 @@ MISTAKES = [
         r"--device cuda: torch sees no GPU; use --device cpu",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
     ),
+    ({"--address": "auto"}, r"--address auto: --backend inline computes in its own process"),
+    ({"--num_actors": "2"}, r"--num_actors 2: --backend inline computes in its own process"),
+    (
+        {"--source": "resample", "--input_ids": "lava_beside_00"},
+        r"--source resample: takes another input, and there is only 'lava_beside_00'",
+    ),
     ({"--cpu_actors": "-1"}, r"--cpu_actors: -1 is below 0"),
     ({"--cpu_actors": "2"}, r"--cpu_actors 2: adds to actors on GPUs, which --backend inline has"),
     ({"--gpus_per_actor": "0"}, r"--gpus_per_actor: 0.0 is not above 0"),

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -150,7 +151,14 @@ def test_unknown_layers_and_neurons_are_refused():
 @pytest.mark.parametrize(
     ("source", "target", "kind", "message"),
     [
-        (torch.randn(3, 6), torch.randn(4, 6), "pair", "source shapes"),
+        (torch.randn(3, 6), torch.randn(4, 6), "pair", r"got 3 of float32 \[inputs, 6\] as source"),
+        (torch.randn(4, 7), torch.randn(4, 6), "pair", r"\[inputs, 7\] as source, 4 of float32"),
+        (torch.ones(4, 6).long(), torch.randn(4, 6), "pair", "got 4 of int64"),
+        (torch.randn(4, 5), torch.randn(4, 5), "pair", r"fails on inputs of float32 \[inputs, 5\]"),
+        (None, torch.ones(4, 6).long(), "zero", "fails on inputs of int64"),
+        (None, (torch.randn(4, 6), torch.randn(4, 6)), "zero", "fails on inputs of .*takes 2"),
+        (None, torch.randn(1, 6), "resample", "'resample' takes another input; there is only one"),
+        (torch.randn(4, 6), torch.randn(4, 6), "given", "maps layers to recorded .*got Tensor"),
         (None, torch.randn(4, 6), "pair", "needs target inputs, and source"),
         (None, None, "zero", "needs target inputs"),
         (None, torch.randn(0, 6), "zero", "number of inputs above 0"),
@@ -161,6 +169,55 @@ def test_inputs_that_do_not_fit_are_refused(source, target, kind, message):
     network, _, _ = build("residual", 0)
     with pytest.raises(InputError, match=message):
         raypatch.patch(network, [{"a": [0]}], source, target, kind=kind)
+
+
+def test_inputs_of_another_shape_are_refused_in_a_later_call_as_in_the_first():
+    network, source, target = build("residual", 0)
+    patcher = Patcher(network)
+    patcher([{"a": [0]}], source, target)
+    with pytest.raises(InputError, match=r"the network fails on inputs of float32 \[inputs, 5\]"):
+        patcher([{"a": [0]}], source[0][:, :5], target[0][:, :5])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"dtype": "float64"}, "dtype 'float64': valid are torch.float32"),
+        ({"dtype": torch.int64}, r"dtype torch.int64: valid are torch.float32"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used"),
+        ({"device": "meta"}, "device 'meta' cannot be used"),
+    ],
+)
+def test_what_is_no_type_of_numbers_or_no_device_is_refused(option, message):
+    network, source, target = build("residual", 0)
+    with pytest.raises(InputError, match=message):
+        raypatch.patch(network, [{"a": [0]}], source, target, **option)
+
+
+def test_running_out_of_memory_is_not_called_a_fault_of_the_inputs():
+    class Large(nn.Linear):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        raypatch.patch(Large(3, 2), [{OUTPUT_LOGITS: [0]}], *torch.randn(2, 4, 3))
+
+
+@pytest.mark.parametrize(
+    "neurons", [np.array([1, 3]), torch.tensor([1, 3]), range(1, 4, 2), (1, 3), [np.int64(1), 3]]
+)
+def test_neurons_may_come_as_a_script_holds_them(neurons):
+    network, source, target = build("residual", 0)
+    expected = raypatch.patch(network, [{"a": [1, 3]}], source, target)
+    assert torch.equal(raypatch.patch(network, [{"a": neurons}], source, target), expected)
+
+
+def test_one_experiment_without_its_list_is_said_to_be_none():
+    network, source, target = build("residual", 0)
+    with pytest.raises(
+        InputError, match=r"a definition is a list of experiments.*got {'a': \[3\]}"
+    ):
+        raypatch.patch(network, {"a": [3]}, source, target)
 
 
 def test_a_network_without_one_row_of_outputs_an_input_is_refused():

@@ -74,7 +74,7 @@ def test_a_search_by_a_similarity_looks_for_what_is_least_alike(tmp_path):
 
 
 @pytest.mark.parametrize("against", ["baseline", "current"])
-@pytest.mark.parametrize("combine", ["mean", "max"])
+@pytest.mark.parametrize("combine", ["average", "maximum"])
 def test_a_monotone_search_never_gets_weaker_nor_flips_less(tmp_path, against, combine):
     options = SearchOptions("kl_divergence", combine=combine, against=against, monotone=True)
     steps = find_coalition(str(LAVA), str(tmp_path / "c"), options, max_size=12)
@@ -134,7 +134,7 @@ def test_what_a_search_writes_can_be_run(command, run_inline, tmp_path):
     ("more", "message"),
     [(("--metric", "x"), "unknown metric"), (("--metric", "all"), "goes by one of"),
      (("--candidates", 0), "below 1"),
-     (("--combine", "x"), "not one of mean, max"), (("--direction", "x"), "--direction")],
+     (("--combine", "x"), "not one of average, maximum"), (("--direction", "x"), "--direction")],
 )  # fmt: skip
 def test_bad_search_options_are_one_line(command, tmp_path, more, message):
     words = ["coalition", "--agent_path", LAVA, "--output_dir", tmp_path / "c"]

@@ -62,7 +62,9 @@ SEARCH_OPTIONS = [
 @click.option("--metric", required=True, help="What makes a coalition strong.")
 @click.option("--candidates", default=20, show_default=True, help="Tried at each step.")
 @click.option("--max_size", default=30, show_default=True, help="Neurons at most.")
-@click.option("--combine", default="mean", show_default=True, help="Directions: mean or max.")
+@click.option(
+    "--combine", default="average", show_default=True, help="Both directions: average or maximum."
+)
 @click.option(
     "--against",
     default="baseline",

@@ -59,6 +59,8 @@ def verify(output_dir: str, **given: Any) -> None:
 def rank(output_dir: str, metric: str, as_json: bool, as_csv: bool, **options: Any) -> None:
     """The experiments that move the outputs most, and how sure that is."""
     rows = open_run(output_dir).rank(metric, bootstrap=True, **options)
+    if not rows:
+        click.echo(f"{metric} is undefined for every experiment asked for", err=True)
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     elif as_csv:

@@ -19,6 +19,15 @@ def shapes_of(args: Args) -> list[list[int]]:
     return [list(leaf.shape) for leaf in _leaves(args)]
 
 
+def described(args: Args) -> str:
+    """Types and shapes for messages, as ``float32 [inputs, 4]``."""
+    found = []
+    for leaf in _leaves(args):
+        shape = ", ".join(["inputs", *map(str, leaf.shape[1:])])
+        found.append(f"{str(leaf.dtype).removeprefix('torch.')} [{shape}]")
+    return ", ".join(found)
+
+
 def count_inputs(args: Args) -> int:
     """Number of inputs, the same in every tensor."""
     sizes = {leaf.shape[0] for leaf in _leaves(args)}

@@ -8,6 +8,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Union
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,13 +139,12 @@ class PatchRun:
         if not isinstance(experiments, Experiments):
             counts = {name: layer.neurons for name, layer in self._engine.layers.items()}
             counts[OUTPUT_LOGITS] = self.baseline.shape[1]
-            self._refuse_other_modules(experiments, counts)
-            experiments = check_experiments(list(experiments), counts, "experiments")
+            plain = _plain(experiments)
+            self._refuse_other_modules(plain, counts)
+            experiments = check_experiments(plain, counts, "experiments")
         return plan_experiments(experiments, deduplicate=self.deduplicate)
 
-    def _refuse_other_modules(
-        self, experiments: Sequence[Experiment], counts: Mapping[str, int]
-    ) -> None:
+    def _refuse_other_modules(self, experiments: Any, counts: Mapping[str, int]) -> None:
         """Raises InputError for a module that is there and no layer."""
         named = {str(name) for one in experiments if isinstance(one, Mapping) for name in one}
         for name in sorted(named - counts.keys()):
@@ -173,7 +173,7 @@ class PatchRun:
                 self.rows_computed += prepared.evaluate(group, out, max(1, rows))
                 return
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if rows <= self.n_inputs:
                     raise RunError(
@@ -183,6 +183,25 @@ class PatchRun:
                 self._halvings += 1
                 if isinstance(self._engine, Incremental):
                     self._engine.forget_buffers()
+
+
+def _plain(experiments: Any) -> Any:
+    """Neurons that a script holds as an array, a tensor, a range or a tuple, as lists; what is
+    none of these stays as it is, to be named."""
+    if isinstance(experiments, (str, Mapping)) or not isinstance(experiments, Iterable):
+        return experiments
+    return [
+        {layer: _listed(neurons) for layer, neurons in one.items()}
+        if isinstance(one, Mapping)
+        else one
+        for one in experiments
+    ]
+
+
+def _listed(neurons: Any) -> Any:
+    if isinstance(neurons, (Tensor, np.ndarray)):
+        return neurons.tolist()
+    return list(neurons) if isinstance(neurons, (range, tuple)) else neurons
 
 
 def _free_on_gpu(device: torch.device) -> int:
@@ -201,9 +220,11 @@ def _empty_outputs(n_experiments: int, baseline: Tensor) -> Tensor:
     return baseline.new_empty(n_experiments, n_inputs, n_outputs)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     # The CPU's allocator, CUDA itself, cuBLAS and cuDNN have words of their own.
+    if not isinstance(error, RuntimeError):
+        return False
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return any(word in str(error) for word in words)

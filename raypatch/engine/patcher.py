@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raypatch.engine.arguments import count_inputs, in_parts, inputs_between, shapes_of
+from raypatch.engine.arguments import (
+    count_inputs,
+    described,
+    in_parts,
+    inputs_between,
+)
 from raypatch.engine.capture import Graph
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.layers import Args, Layer, as_args, map_tensors
@@ -24,8 +30,8 @@ from raypatch.engine.sources import (
     zero_fill,
 )
 from raypatch.engine.structure import Savings
-from raypatch.engine.trial import choose_engine, own_copy, trial_inputs
-from raypatch.errors import InputError
+from raypatch.engine.trial import check_forward, choose_engine, own_copy, trial_inputs
+from raypatch.errors import InputError, one_line
 
 DEFAULT_MEMORY_BYTES = 4 << 30
 
@@ -59,7 +65,9 @@ class Patcher:
             raise InputError(f"a network is a torch.nn.Module, not {type(network).__name__}")
         parameter = next(network.parameters(), None)
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
-        self.device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise InputError(f"dtype {self.dtype!r}: valid are torch.float32 and torch.float64")
+        self.device = _usable(device or (parameter.device if parameter is not None else "cpu"))
         self.savings = savings or Savings()
         self._batch_rows = batch_rows
         self._memory_bytes = memory_bytes
@@ -95,16 +103,24 @@ class Patcher:
         source_args = None
         if kind == "pair":
             source_args = cast(as_args(source), self.dtype, self.device)
-            if shapes_of(source_args) != shapes_of(target_args):
+            sides = [(count_inputs(a), described(a)) for a in (source_args, target_args)]
+            if sides[0] != sides[1]:
                 raise InputError(
-                    f"source shapes {shapes_of(source_args)} differ from the target's "
-                    f"{shapes_of(target_args)}"
+                    "every target input has its source input, of its shape: got {} of {} as "
+                    "source, {} of {} as target".format(*sides[0], *sides[1])
                 )
+        elif kind == "given" and not isinstance(source, Mapping):
+            raise InputError(
+                "source of kind 'given': maps layers to recorded activations, like "
+                f"{{'q_net.0': tensor}}; got {type(source).__name__}"
+            )
         elif kind == "resample":
+            if n_inputs == 1:
+                raise InputError("source kind 'resample' takes another input; there is only one")
             order = resample_order(n_inputs, seed).to(self.device)
             source_args = map_tensors(lambda x: x[order], target_args)
         with exact_math():
-            engine = self._engine or self._choose(target_args)
+            engine = self._engine_for(target_args)
             fill: Fill | None = {"zero": zero_fill, "mean": None}.get(kind)
             if kind == "mean":
                 fill = self._means(target_args, n_inputs)
@@ -142,6 +158,16 @@ class Patcher:
     def _limits(self) -> Limits:
         return Limits(self.device, self._memory_bytes, self._batch_rows)
 
+    def _engine_for(self, target: Args) -> Engine:
+        """The engine, chosen at the first inputs; InputError for those the network fails on."""
+        engine = self._engine
+        if engine is None:
+            return self._choose(target)
+        if described(target) != described(self._one_input):
+            few = trial_inputs(target)
+            check_forward(lambda: engine.layer_values(few), few)
+        return engine
+
     def _choose(self, target: Args) -> Engine:
         assert self._network is not None
         engine, self.path = choose_engine(self._network, target, self.dtype, self.savings)
@@ -164,6 +190,15 @@ class Patcher:
                 held = sums.get(name)
                 sums[name] = totals if held is None else [a + b for a, b in zip(held, totals)]
         return MeanFill({name: [t / n_inputs for t in totals] for name, totals in sums.items()})
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """The device; InputError where it holds no numbers, as one that is not there."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {str(device)!r} cannot be used: {one_line(error)}") from None
+    return torch.device(device)
 
 
 def patch(

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments
-from raypatch.engine.arguments import count_inputs, inputs_between
+from raypatch.engine.arguments import count_inputs, described, inputs_between
 from raypatch.engine.capture import CaptureError, capture, first_line
 from raypatch.engine.capture_export import capture_export
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.layers import Args, Layer, find_layers, forward, map_tensors
-from raypatch.engine.patch_run import Engine, Limits, PatchRun
+from raypatch.engine.patch_run import Engine, Limits, PatchRun, is_out_of_memory
 from raypatch.engine.plan import plan_experiments
 from raypatch.engine.sources import Fill, noise_fill
 from raypatch.engine.stacked import Stacked
 from raypatch.engine.structure import Savings
-from raypatch.errors import InputError
+from raypatch.errors import InputError, RaypatchError, gpu_failed, one_line
 
 # How far two float32 evaluations of a network may differ before it is not the same network.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 # A trial is small: nothing of it is cut to fit.
 TRIAL_BYTES = 1 << 40
+Result = TypeVar("Result")
 
 
 def choose_engine(
@@ -32,8 +35,7 @@ def choose_engine(
 ) -> tuple[Engine, str]:
     """The engine for a network on inputs like ``target``, and how it evaluates and why."""
     probe = trial_inputs(target)
-    with torch.no_grad():
-        output = forward(network, probe)
+    output = check_forward(lambda: forward(network, probe), probe)
     if not isinstance(output, Tensor) or output.dim() != 2:
         shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise InputError(f"the network gives {shape}; patching needs one tensor [inputs, outputs]")
@@ -52,6 +54,19 @@ def choose_engine(
             return engine, f"incremental ({how}{because})"
         return engine, f"stacked (not captured: {'; '.join(reasons)})"
     return single, f"single ({'; '.join(reasons)})"
+
+
+def check_forward(run: Callable[[], Result], args: Args) -> Result:
+    """``run()``; InputError where the network itself fails on such inputs."""
+    try:
+        with torch.no_grad():
+            return run()
+    except Exception as error:  # anything a network's own code may raise
+        if isinstance(error, RaypatchError) or gpu_failed(error) or is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"the network fails on inputs of {described(args)}: {one_line(error)}"
+        ) from error
 
 
 def _build(
