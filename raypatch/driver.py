@@ -19,7 +19,7 @@ from raypatch.definitions import Experiments
 from raypatch.errors import InputError, Interrupted
 from raypatch.inputs import Inputs
 from raypatch.interruption import Interruption, signals_caught
-from raypatch.progress import Progress
+from raypatch.progress import Progress, counted
 from raypatch.results import layout
 from raypatch.results.locks import ALL_EXPERIMENTS
 from raypatch.results.schema import FORMAT_VERSION, Columns
@@ -291,12 +291,12 @@ class Job:
         config, left = self.config, sum(map(len, self.ranges))
         resumed = f", {self.n_committed:,} already committed" if self.n_committed else ""
         notes = "".join(f"note: {note}\n" for note in self.agent.notes)
-        sides = f"{len(self.directions)} directions"
+        sides = counted(len(self.directions), "direction")
         if len(self.directions) == 1:
-            sides = f"1 direction ({self.directions[0]})"
+            sides += f" ({self.directions[0]})"
         return (
             f"{self.agent.loaded_as}\n{notes}"
-            f"{left:,} experiments x {len(self.inputs)} pairs x {sides} "
+            f"{counted(left, 'experiment')} x {counted(len(self.inputs), 'pair')} x {sides} "
             f"= {left * self.passes_each:,} passes{resumed}; "
             f"{self.patcher.path}, {config.dtype} on {self.device_class}"
         )

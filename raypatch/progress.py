@@ -66,7 +66,7 @@ class Progress:
         """The line without its bar."""
         retries = f", {self.retries} retried" if self.retries else ""
         failed = f", {self.quarantined} quarantined" if self.quarantined else ""
-        actors = f"{self.actors} actor{'' if self.actors == 1 else 's'}"
+        actors = counted(self.actors, "actor")
         return (
             f"{self.done:,} of {self.n_experiments:,} experiments, "
             f"{short_number(self.passes_per_second)} passes/s, {actors}{retries}{failed}"
@@ -97,6 +97,11 @@ def short_number(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.1f} {unit}"
     return f"{value:.0f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 actor, 2 actors."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from raypatch.analysis import DEFAULT_METRIC, SIGNED, strength
 from raypatch.errors import InputError, missing_package
-from raypatch.progress import duration, short_number
+from raypatch.progress import counted, duration, short_number
 from raypatch.reporting.gather import Gathered, gather, ordered_layers
 from raypatch.results.reader import Results
 
@@ -136,7 +136,8 @@ def _facts(results: Results) -> str:
         last = max(runs, key=lambda run: run["passes"])
         facts["speed"] = (
             f"{last['passes']:,} passes in {duration(last['seconds'])}, "
-            f"{short_number(last['passes_per_second'])} passes/s, {last['actors']} actors"
+            f"{short_number(last['passes_per_second'])} passes/s, "
+            f"{counted(last['actors'], 'actor')}"
         )
         checked = sum(run["verification"]["checked"] for run in runs)
         largest = max(run["verification"]["largest_difference"] for run in runs)
