@@ -14,8 +14,10 @@ import torch
 from conftest import CARTPOLE, LAVA
 from torch import nn
 
+import raypatch
 from raypatch.agents import AgentOptions, load_agent, read_layer_structure
 from raypatch.errors import AgentError
+from raypatch.sweep import files_digest
 
 
 def truth(agent, *names):
@@ -186,7 +188,13 @@ BAD_DIRECTORIES = [
     (lambda p: write_state(p, a__weight=torch.ones(2, 3)), {"activation": "rulu"}, "unknown activation 'rulu'"),
     (
         lambda p: write_state(p, a__weight=torch.ones(2, 3), b__weight=torch.ones(2, 3)),
-        {"activation": "relu"}, "do not chain",
+        {"activation": "relu"}, "do not chain.*--agent_output",
+    ),
+    (lambda p: (p / "dqn.cleanrl_model").write_bytes(b""), {}, "one of dqn.cleanrl_model, name it with --agent_file"),
+    (lambda p: (p / "agent.json").write_text('{"file": "x.pt", "actions": "box"}'), {}, "'box' is not one of discrete, continuous"),
+    (
+        lambda p: [(p / "x.zip").touch(), (p / "agent.json").write_text('{"file": "x.zip", "actions": "continuous"}')],
+        {}, "leave out 'actions'",
     ),
     (lambda p: write_state(p, a__weight=torch.ones(2, 3, 3, 3)), {"activation": "relu"}, "only linear layers"),
     (
@@ -211,6 +219,34 @@ def test_a_directory_that_cannot_be_loaded_is_refused_in_one_line(tmp_path, make
 def test_a_file_instead_of_a_directory_is_refused():
     with pytest.raises(AgentError, match="give its directory"):
         load_agent(LAVA / "policy.pt")
+
+
+def test_a_manifest_says_that_actions_are_continuous(tmp_path, run_inline, command):
+    """The file is as CleanRL saves it, actor and critic together."""
+    parts = {}
+    for part, n_outputs in (("critic", 1), ("actor_mean", 2)):
+        network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, n_outputs))
+        parts |= {f"{part}.{name}": value for name, value in network.state_dict().items()}
+    torch.save(parts, tmp_path / "ppo.cleanrl_model")
+    manifest = {"file": "ppo.cleanrl_model", "output": "actor_mean", "activation": "tanh"}
+    digests = []
+    for actions in ("continuous", "discrete"):
+        (tmp_path / "agent.json").write_text(json.dumps({**manifest, "actions": actions}))
+        agent = load_agent(tmp_path)
+        assert agent.discrete == (actions == "discrete")
+        digests.append(files_digest(agent.files))
+    assert digests[0] != digests[1]  # a run of one is never resumed as the other
+    (tmp_path / "agent.json").write_text(json.dumps({**manifest, "actions": "continuous"}))
+    (tmp_path / "activation_inputs").mkdir()
+    for side in ("clean", "corrupted"):
+        inputs = {"a": torch.randn(3).tolist(), "b": torch.randn(3).tolist()}
+        (tmp_path / "activation_inputs" / f"{side}_inputs.json").write_text(json.dumps(inputs))
+    definition = tmp_path / "definition.json"
+    definition.write_text('[{"0": [1]}, {"0": [2]}]')
+    out = run_inline(tmp_path, definition)
+    table = raypatch.open_results(out).to_pandas()
+    assert table["patched_action"].isna().all() and "kl_divergence" not in table
+    assert command("verify", out).code == 0
 
 
 def test_a_factory_in_a_manifest_needs_trust(tmp_path):

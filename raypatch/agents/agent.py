@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AgentOptions:
-    """How the user wants an agent read; the fields are the command's options."""
+    """How the user wants an agent read; the fields are the command's options.
+
+    ``actions``, "discrete" or "continuous", is a manifest's: what files do not tell.
+    """
 
     agent_file: str | None = None
     agent_factory: str | None = None
     agent_output: str | None = None
     activation: str | None = None
     trust_agent_code: bool = False
+    actions: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from raypatch.agents.agent import Agent, AgentOptions
 from raypatch.agents.archives import DAMAGE
+from raypatch.checking import few
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.errors import AgentError
 
 MANIFEST = "agent.json"
-MANIFEST_KEYS = ("file", "activation", "factory", "output")
+MANIFEST_KEYS = ("file", "activation", "factory", "output", "actions")
+ACTIONS = ("discrete", "continuous")
 # File patterns in the order of the contract.
 PATTERNS = (("*.zip",), ("*.pt2",), ("*.ts",), ("*.safetensors",), ("*.pt", "*.pth"))
 
@@ -35,6 +38,16 @@ def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: 
         from raypatch.agents.stable_baselines import load_zip
 
         return load_zip(file, options)
+    agent = _load(file, options)
+    if options.actions != "continuous":
+        return agent
+    # The manifest is a file of the agent that decides what is computed.
+    files = (*agent.files, directory / (options.agent_file or MANIFEST))
+    return replace(agent, discrete=False, output_kind="mean", files=files)
+
+
+def _load(file: Path, options: AgentOptions) -> Agent:
+    """The agent in a file that does not tell what its actions are."""
     if file.suffix == ".pt2":
         from raypatch.agents.exported import load_exported
 
@@ -142,9 +155,11 @@ def _choose(directory: Path, options: AgentOptions) -> tuple[Path, AgentOptions]
             raise AgentError(f"{directory}: several agents: {names}; choose with --agent_file")
         if found:
             return found[0], options
+    others = sorted(file.name for file in directory.iterdir() if file.is_file())
     raise AgentError(
         f"{directory}: no agent here; expected agent.json, a Stable-Baselines3 *.zip, an "
         "exported *.pt2, a TorchScript *.ts, or weights as *.safetensors, *.pt or *.pth"
+        + (f"; if it is one of {few(others)}, name it with --agent_file" if others else "")
     )
 
 
@@ -163,7 +178,15 @@ def _manifest(path: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
         raise AgentError(f"{path}: unknown key {unknown[0]!r}; valid: {', '.join(MANIFEST_KEYS)}")
     if any(not isinstance(value, str) or "\0" in value for value in content.values()):
         raise AgentError(f"{path}: every value of a manifest is a text, without null characters")
+    if content.get("actions", ACTIONS[0]) not in ACTIONS:
+        raise AgentError(
+            f"{path}: actions {content['actions']!r} is not one of {', '.join(ACTIONS)}"
+        )
     file = path.parent / content["file"]
+    if "actions" in content and file.suffix == ".zip":
+        raise AgentError(
+            f"{path}: leave out 'actions': {content['file']} says itself what they are"
+        )
     if path.parent.resolve() not in file.resolve().parents:
         raise AgentError(f"{path}: file {content['file']!r} lies outside the agent's directory")
     if not file.is_file():
@@ -179,4 +202,5 @@ def _manifest(path: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
         agent_output=options.agent_output or content.get("output"),
         activation=options.activation or content.get("activation"),
         trust_agent_code=options.trust_agent_code,
+        actions=content.get("actions"),
     )

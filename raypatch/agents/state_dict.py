@@ -296,7 +296,9 @@ def chained_mlp(
         if width not in (None, weight.shape[1]):
             raise AgentError(
                 f"{origin}: {path!r} takes {weight.shape[1]} values but {previous!r} before it "
-                f"gives {width}; the layers do not chain, so the network cannot be guessed"
+                f"gives {width}; the layers do not chain, so the network cannot be guessed: name "
+                "the part that is the action network with --agent_output, or build it with "
+                "--agent_factory"
             )
         bias = state.get(f"{path}.bias")
         finite(weight, f"{origin}: {path}.weight")
