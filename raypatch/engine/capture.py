@@ -9,15 +9,17 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from raypatch.engine.layers import owns_weights, widened
+from raypatch.engine.transformers import FORWARDS
 
 
 class CaptureError(Exception):
@@ -140,7 +142,14 @@ def capture(network: nn.Module) -> Graph:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        if type(module) in FORWARDS:
+            return False
         return owns_weights(module) or super().is_leaf_module(module, qualified_name)
+
+    def call_module(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if (steps := FORWARDS.get(type(module))) is not None:
+            forward = partial(steps, module)
+        return super().call_module(module, forward, args, kwargs)
 
 
 def _defaults(network: nn.Module) -> dict[str, Any]:
@@ -187,6 +196,8 @@ def _nodes(traced: fx.Graph, network: nn.Module) -> list[Node]:
             target, overwrites = _out_of_place(item.target, kwargs)
             if isinstance(target, torch._ops.OpOverload):
                 target = aten_operation(target)
+            if target is operator.getitem and _has_bounds(args[1]):
+                target = item_between
             nodes.append(Node(index, op, target, args, kwargs))
             if overwrites and isinstance(item.args[0], fx.Node):
                 current[item.args[0]] = index
@@ -200,13 +211,40 @@ def _nodes(traced: fx.Graph, network: nn.Module) -> list[Node]:
 def replaced(arguments: Any, current: dict[fx.Node, int]) -> Any:
     """Arguments of a traced node with references in the place of traced nodes."""
     mapped: Any = fx.map_arg(arguments, lambda n: Ref(current[n]))  # type: ignore[arg-type, return-value]
-    if any(_in_slice(leaf) for leaf in tree_flatten(mapped, is_leaf=_is_ref)[0]):
-        raise CaptureError("a slice whose bounds are computed")
+    mapped = tree_map(
+        lambda leaf: Bounds(leaf.start, leaf.stop, leaf.step) if _in_slice(leaf) else leaf,
+        mapped,
+        is_leaf=_is_ref,
+    )
     return dict(mapped) if isinstance(arguments, dict) else mapped
 
 
 def _in_slice(leaf: Any) -> bool:
     return isinstance(leaf, slice) and any(map(_is_ref, (leaf.start, leaf.stop, leaf.step)))
+
+
+def _has_bounds(index: Any) -> bool:
+    each = index if type(index) is tuple else (index,)
+    return any(isinstance(one, Bounds) for one in each)
+
+
+class Bounds(NamedTuple):
+    """A slice whose bounds are computed: unlike in a slice, what they refer to is found."""
+
+    start: Any
+    stop: Any
+    step: Any
+
+
+def item_between(value: Any, index: Any) -> Any:
+    """``value[index]`` where :class:`Bounds` stand for slices."""
+    return value[
+        tree_map(
+            lambda leaf: slice(*leaf) if isinstance(leaf, Bounds) else leaf,
+            index,
+            is_leaf=lambda leaf: isinstance(leaf, Bounds),
+        )
+    ]
 
 
 def finished_graph(nodes: list[Node], how: str) -> Graph:
@@ -218,12 +256,8 @@ def finished_graph(nodes: list[Node], how: str) -> Graph:
     kept = [node for node in nodes if node.index in wanted]
     number = {node.index: new for new, node in enumerate(kept)}
     for node in kept:
-        node.args, node.kwargs = tree_map(
-            lambda leaf: Ref(number[leaf.node]) if isinstance(leaf, Ref) else leaf,
-            (node.args, node.kwargs),
-            is_leaf=_is_ref,
-        )
-        node.index = number[node.index]
+        node.args, node.kwargs = renumbered(node, number)
+        node.index, node.users = number[node.index], 0
         node.inputs = tuple(_references(node))
         leaves = [*node.args, *node.kwargs.values()]
         node.flat = not any(isinstance(leaf, (tuple, list, dict, slice)) for leaf in leaves)
@@ -231,6 +265,15 @@ def finished_graph(nodes: list[Node], how: str) -> Graph:
         for used in node.inputs:
             kept[used].users += 1
     return Graph(kept, how)
+
+
+def renumbered(node: Node, number: Mapping[int, int]) -> Any:
+    """Arguments and keyword arguments of a node with the new numbers of the nodes they name."""
+    return tree_map(
+        lambda leaf: Ref(number[leaf.node]) if isinstance(leaf, Ref) else leaf,
+        (node.args, node.kwargs),
+        is_leaf=_is_ref,
+    )
 
 
 def _references(node: Node) -> list[int]:

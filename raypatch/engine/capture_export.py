@@ -105,6 +105,8 @@ def _operation(index: int, item: fx.Node, current: dict[fx.Node, int], network: 
         return Node(index, "module", module, args[:1], path=path)
     if isinstance(module, nn.modules.conv._ConvNd) and name.startswith("conv"):
         return Node(index, "module", module, args[:1], path=path)
+    if isinstance(module, nn.Embedding) and name == "embedding":
+        return Node(index, "module", module, args[1:2], path=path)
     return Node(index, "function", aten_operation(target), args, kwargs)
 
 

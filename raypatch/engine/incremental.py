@@ -55,7 +55,7 @@ class Incremental:
         self.graph = graph
         self.layers = layers
         self.savings = savings
-        self.structure = Structure(graph, layers, savings, graph.run(one_input))
+        self.structure = Structure(graph, layers, savings, one_input)
         self._buffers: dict[int, Tensor] = {}
         self._views: dict[int, Tensor] = {}
         self._made: dict[int, Any] = {}
@@ -82,8 +82,7 @@ class Incremental:
                 node.target = node.target.to(device)
         self.forget_buffers()
         self._made = {}
-        sample = self.graph.run(one_input)
-        self.structure = Structure(self.graph, self.layers, self.savings, sample)
+        self.structure = Structure(self.graph, self.layers, self.savings, one_input)
 
     def layer_values(self, args: Args) -> dict[str, list[Tensor]]:
         """Outputs of every layer, one a call, in an unpatched run."""

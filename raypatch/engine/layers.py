@@ -30,6 +30,11 @@ class Layer:
     kind: str
     output_shape: tuple[int, ...]  # of one input, without the batch dimension
 
+    @property
+    def is_last_axis(self) -> bool:
+        """Whether its neurons lie along the last axis."""
+        return self.axis == len(self.output_shape)
+
 
 def owns_weights(module: nn.Module) -> bool:
     """Whether the module itself holds a parameter of more than one dimension, be it one that a
@@ -87,6 +92,13 @@ def map_tensors(function: Callable[[Tensor], Tensor], args: Any) -> Any:
     if type(args) is tuple and all(type(x) is Tensor for x in args):
         return tuple(map(function, args))  # as a rule; a tree takes many times as long
     return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, args)
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether a value is a tensor or has one in it."""
+    if isinstance(value, Tensor):
+        return True
+    return any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0])
 
 
 def first_tensor(output: Any) -> Tensor:

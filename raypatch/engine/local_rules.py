@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raypatch.engine.capture import Node
+from raypatch.engine.capture import Node, item_between
 
 
 class Owners(Protocol):
@@ -105,7 +105,7 @@ def pointwise(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
 
 
 @local(
-    nn.Flatten, nn.Unflatten, operator.getitem, torch.cat, torch.concat, torch.stack,
+    nn.Flatten, nn.Unflatten, operator.getitem, item_between, torch.cat, torch.concat, torch.stack,
     torch.hstack, torch.vstack,
     *_named(MOVEMENT_NAMES),
     nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,

@@ -30,7 +30,7 @@ from raypatch.engine.sources import (
     zero_fill,
 )
 from raypatch.engine.structure import Savings
-from raypatch.engine.trial import check_forward, choose_engine, own_copy, trial_inputs
+from raypatch.engine.trial import choose_engine, own_copy, trial_inputs
 from raypatch.errors import InputError, one_line
 
 DEFAULT_MEMORY_BYTES = 4 << 30
@@ -40,7 +40,8 @@ class Patcher:
     """Patched outputs of one network, captured once and called many times.
 
     The network is copied: later changes to it do not reach the patcher, and the patcher
-    leaves no hook, weight or training flag changed in it.
+    leaves no hook, weight or training flag changed in it. It is captured for the form of inputs
+    (all but their number) that it gets, and anew where that changes.
 
     ``path`` tells how patches are evaluated and why: ``incremental`` where the network could
     be captured as a graph, else ``stacked`` (hooks on stacked batches), else ``single``
@@ -159,24 +160,24 @@ class Patcher:
         return Limits(self.device, self._memory_bytes, self._batch_rows)
 
     def _engine_for(self, target: Args) -> Engine:
-        """The engine, chosen at the first inputs; InputError for those the network fails on."""
-        engine = self._engine
-        if engine is None:
-            return self._choose(target)
-        if described(target) != described(self._one_input):
-            few = trial_inputs(target)
-            check_forward(lambda: engine.layer_values(few), few)
-        return engine
-
-    def _choose(self, target: Args) -> Engine:
-        assert self._network is not None
+        """The engine for inputs of this form, chosen when they first come."""
+        if self._engine is not None and described(target) == described(self._one_input):
+            return self._engine
+        if self._network is None:
+            raise InputError(
+                f"this copy is for inputs of {described(self._one_input)}, not of "
+                f"{described(target)}; make a Patcher of the network itself"
+            )
         engine, self.path = choose_engine(self._network, target, self.dtype, self.savings)
         self.layers = engine.layers
         self._one_input = inputs_between(trial_inputs(target), 0, 1)
-        if isinstance(engine, Incremental):
-            self._network = None  # the graph holds the weights
         self._engine = engine
         return engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy needs no code of the user's where the graph holds the network."""
+        captured = isinstance(self._engine, Incremental)
+        return {**self.__dict__, **({"_network": None} if captured else {})}
 
     def _means(self, target: Args, n_inputs: int) -> MeanFill:
         assert self._engine is not None

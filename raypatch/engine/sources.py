@@ -36,11 +36,16 @@ def zero_fill(layer: str, call: int, activation: Tensor) -> Tensor:
     return torch.zeros_like(activation)
 
 
-def noise_fill(layer: str, call: int, activation: Tensor) -> Tensor:
+def noise_fill(n_inputs: int) -> Fill:
     """For trials: the activation with seeded noise, the same for every input."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{layer} {call}".encode()))
-    noise = torch.randn(activation.shape[1:], generator=generator)
-    return activation + noise.to(activation)
+
+    def fill(layer: str, call: int, activation: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{layer} {call}".encode()))
+        holds_inputs = len(activation) == n_inputs
+        shape = activation.shape[1:] if holds_inputs else activation.shape
+        return activation + torch.randn(shape, generator=generator).to(activation)
+
+    return fill
 
 
 @dataclass(frozen=True)

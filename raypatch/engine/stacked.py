@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.arguments import inputs_between
+from raypatch.engine.input_free import for_each_input
 from raypatch.engine.layers import (
     Args,
     Hook,
@@ -91,10 +92,17 @@ class StackedPrepared:
 
     def _forward(self, index: dict[str, Selection | None], n_experiments: int) -> Tensor:
         def patcher(name: str) -> Hook:
-            return lambda call, output: _patched(
-                output, self.values[name][call], self._axis(name, output), index[name],
-                n_experiments,
-            )  # fmt: skip
+            def patch(call: int, output: Tensor) -> Tensor:
+                source = self.values[name][call]
+                if n_experiments > 1 and output.shape == source.shape:
+                    # It sees no input, so that nothing of it is stacked.
+                    output = for_each_input(output, n_experiments * self.n_inputs)
+                    source = for_each_input(source, self.n_inputs)
+                return _patched(
+                    output, source, self._axis(name, output), index[name], n_experiments
+                )
+
+            return patch
 
         def stacked(x: Tensor) -> Tensor:
             return x.repeat(n_experiments, *[1] * (x.dim() - 1)) if n_experiments > 1 else x
@@ -110,7 +118,8 @@ class StackedPrepared:
         return output
 
     def _axis(self, name: str, output: Tensor) -> int:
-        return self.engine.layers[name].axis if name in self.engine.layers else output.dim() - 1
+        layer = self.engine.layers.get(name)
+        return output.dim() - 1 if layer is None or layer.is_last_axis else layer.axis
 
 
 def _patched(

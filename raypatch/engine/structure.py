@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_flatten
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine import dense_ops
 from raypatch.engine.capture import CaptureError, Graph, Node
-from raypatch.engine.layers import Layer
+from raypatch.engine.input_free import depends_on_inputs
+from raypatch.engine.layers import Args, Layer, holds_tensors
 from raypatch.engine.local_rules import LOCAL_RULES
 from raypatch.engine.plan import ALL, Signature
 from raypatch.engine.spread_rules import SPREAD_RULES, SpreadRule
@@ -90,31 +91,27 @@ class Structure:
     """
 
     def __init__(
-        self, graph: Graph, layers: dict[str, Layer], savings: Savings, sample: list[Any]
+        self, graph: Graph, layers: dict[str, Layer], savings: Savings, one_input: Args
     ) -> None:
         self.nodes = graph.nodes
         self.layers = layers
         self.savings = savings
-        self.sample = sample
+        self.sample = sample = graph.run(one_input)
         leaves = [v for v in tree_flatten(sample)[0] if isinstance(v, Tensor)]
         self.sample_bytes = sum(v.numel() * v.element_size() for v in leaves)
         self.output = len(graph.nodes) - 1
         # The pseudo-layer output_logits is patched after the last node.
         self.virtual = len(graph.nodes)
         self.calls: dict[str, list[int]] = {OUTPUT_LOGITS: [self.virtual]}
-        self.depends: list[bool] = []
+        self.depends = depends_on_inputs(graph, one_input, sample)
         self.readers: dict[int, list[int]] = {i: [] for i in range(len(graph.nodes))}
         for node in graph.nodes:
-            self.depends.append(node.op == "input" or any(self.depends[i] for i in node.inputs))
             for used in node.inputs:
                 self.readers[used].append(node.index)
         for node in graph.nodes:
             if node.path in layers:
                 self.calls.setdefault(node.path, []).append(self._first_output(node))
         self.layer_of = {entry: name for name, calls in self.calls.items() for entry in calls}
-        apart = [name for name, calls in self.calls.items() if not self._sees_input(calls)]
-        if apart:
-            raise CaptureError(f"layer {apart[0]!r} does not depend on the inputs")
         missing = [name for name in layers if name not in self.calls]
         if missing:
             raise CaptureError(f"layer {missing[0]!r} is not a node of the captured graph")
@@ -127,9 +124,6 @@ class Structure:
         self._chains: dict[int, dict[int, Ownership | None]] = {}
         self._programs: dict[tuple[Signature, bool], Program] = {}
         self._sizes: dict[int, dict[int, Any]] = {}
-
-    def _sees_input(self, calls: list[int]) -> bool:
-        return all(call == self.virtual or self.depends[call] for call in calls)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is planned on demand."""
@@ -174,7 +168,7 @@ class Structure:
     def _build_chain(self, entry: int) -> dict[int, Ownership | None]:
         value: Tensor = self.sample[min(entry, self.output)]
         layer = self.layers.get(self.layer_of[entry])
-        axis = value.dim() - 1 if layer is None else layer.axis
+        axis = value.dim() - 1 if layer is None or layer.is_last_axis else layer.axis
         view = [1] * (value.dim() - 1)
         view[axis - 1] = size = value.shape[axis]
         owner = torch.arange(size).view(view).expand(value.shape[1:])
@@ -231,7 +225,8 @@ class Structure:
         used = [kinds[i] for i in self.nodes[index].inputs if self.depends[i]]
         if all(kind == BASE for kind in used):
             node = self.nodes[index]
-            fixed = node.op in ("input", "constant") or not holds_tensors(self.sample[index])
+            fixed = node.op == "input" or not self.depends[index]
+            fixed = fixed or not holds_tensors(self.sample[index])
             return BASE if fixed or self.savings.reuse_upstream else DENSE
         if all(kind == SOURCE for kind in used):
             return SOURCE
@@ -371,13 +366,6 @@ class _ChainTracker:
         if same and all(o.shape == (1, *v.shape[1:]) for o, v in zip(owners, value)):
             return tuple(owners)
         return None
-
-
-def holds_tensors(value: Any) -> bool:
-    """Whether a node's value is a tensor or has one in it."""
-    if isinstance(value, Tensor):
-        return True
-    return any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0])
 
 
 def _numel(value: Any) -> int:

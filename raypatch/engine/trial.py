@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,11 @@ from raypatch.engine.arguments import count_inputs, described, inputs_between
 from raypatch.engine.capture import CaptureError, capture, first_line
 from raypatch.engine.capture_export import capture_export
 from raypatch.engine.incremental import Incremental
+from raypatch.engine.input_free import with_inputs_in_every_layer
 from raypatch.engine.layers import Args, Layer, find_layers, forward, map_tensors
 from raypatch.engine.patch_run import Engine, Limits, PatchRun, is_out_of_memory
 from raypatch.engine.plan import plan_experiments
-from raypatch.engine.sources import Fill, noise_fill
+from raypatch.engine.sources import noise_fill
 from raypatch.engine.stacked import Stacked
 from raypatch.engine.structure import Savings
 from raypatch.errors import InputError, RaypatchError, gpu_failed, one_line
@@ -27,7 +27,6 @@ from raypatch.errors import InputError, RaypatchError, gpu_failed, one_line
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 # A trial is small: nothing of it is cut to fit.
 TRIAL_BYTES = 1 << 40
-Result = TypeVar("Result")
 
 
 def choose_engine(
@@ -35,7 +34,7 @@ def choose_engine(
 ) -> tuple[Engine, str]:
     """The engine for a network on inputs like ``target``, and how it evaluates and why."""
     probe = trial_inputs(target)
-    output = check_forward(lambda: forward(network, probe), probe)
+    output = _forward(network, probe)
     if not isinstance(output, Tensor) or output.dim() != 2:
         shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise InputError(f"the network gives {shape}; patching needs one tensor [inputs, outputs]")
@@ -56,11 +55,11 @@ def choose_engine(
     return single, f"single ({'; '.join(reasons)})"
 
 
-def check_forward(run: Callable[[], Result], args: Args) -> Result:
-    """``run()``; InputError where the network itself fails on such inputs."""
+def _forward(network: nn.Module, args: Args) -> Any:
+    """The network's output; InputError where it fails on such inputs."""
     try:
         with torch.no_grad():
-            return run()
+            return forward(network, args)
     except Exception as error:  # anything a network's own code may raise
         if isinstance(error, RaypatchError) or gpu_failed(error) or is_out_of_memory(error):
             raise
@@ -84,7 +83,9 @@ def _build(
             graph = capture(network) if how == "torch.fx" else capture_export(network, probe)
             if dtype is torch.float64:
                 graph.widen()
-            return Incremental(graph, layers, savings, inputs_between(probe, 0, 1))
+            one_input = inputs_between(probe, 0, 1)
+            graph = with_inputs_in_every_layer(graph, layers, one_input)
+            return Incremental(graph, layers, savings, one_input)
     except CaptureError:
         raise
     except Exception as error:  # anything a strange network may do when it is taken apart
@@ -100,9 +101,9 @@ def _check(
     n_inputs = count_inputs(target)
     source = map_tensors(lambda x: x.roll(1, 0) if x.dim() else x, target)
     # Inputs may be equal or the layers' values zero: noise makes every patch change something.
-    trials: tuple[tuple[Args | None, Fill | None], ...] = ((source, None), (None, noise_fill))
-    for trial_source, fill in trials:
+    for trial_source, fill_of in ((source, None), (None, noise_fill)):
         try:
+            fill = fill_of and fill_of(n_inputs)
             found = PatchRun(engine, limits, trial_source, target, fill)(plan)
             alone = [
                 PatchRun(
@@ -110,7 +111,7 @@ def _check(
                     limits,
                     None if trial_source is None else inputs_between(trial_source, i, i + 1),
                     inputs_between(target, i, i + 1),
-                    fill,
+                    fill_of and fill_of(1),
                 )(plan)
                 for i in range(n_inputs)
             ]

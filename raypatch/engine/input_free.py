@@ -1,0 +1,84 @@
+"""What in a graph is the same for all inputs: sizes, positions and masks made from them, and layers
+that see nothing else.
+
+A network that embeds positions, ``pos(torch.arange(x.shape[1]))``, has a layer whose output holds
+no inputs. Given an axis for them, it is a layer like any other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raypatch.engine.capture import CaptureError, Graph, Node, Ref, finished_graph, renumbered
+from raypatch.engine.layers import Args, Layer, holds_tensors, map_tensors
+
+# Methods, attributes and exported operations that tell of a tensor's form, not of its numbers.
+ASKS_FOR_FORM = {"size", "dim", "ndimension", "sym_size", "shape", "ndim", "device", "dtype"}
+
+
+def depends_on_inputs(graph: Graph, one_input: Args, sample: list[Any]) -> list[bool]:
+    """For every node, whether its value may differ from input to input, or by how many there are.
+
+    ``sample`` holds the values of a run on ``one_input``.
+    """
+    doubled: Args = map_tensors(lambda x: torch.cat([x, x]) if x.dim() else x, one_input)
+    of_two = graph.run(doubled)
+    depends: list[bool] = []
+    form: set[int] = set()  # nodes that follow from the inputs' form alone
+    for node in graph.nodes:
+        i = node.index
+        seen = [used for used in node.inputs if depends[used]]
+        if not holds_tensors(sample[i]) and (_asks_for_form(node) or form.issuperset(seen)):
+            form.add(i)
+        is_fixed = i in form and bool(sample[i] == of_two[i])
+        depends.append(node.op == "input" or (bool(seen) and not is_fixed))
+    return depends
+
+
+def _asks_for_form(node: Node) -> bool:
+    asked = node.args[1] if node.target is getattr else node.key
+    return asked in ASKS_FOR_FORM if isinstance(asked, str) else asked is len
+
+
+def with_inputs_in_every_layer(graph: Graph, layers: dict[str, Layer], one_input: Args) -> Graph:
+    """The graph with the outputs of layers that see no input repeated for every input.
+
+    Raises CaptureError where such a layer comes before anything that holds inputs.
+    """
+    sample = graph.run(one_input)
+    depends = depends_on_inputs(graph, one_input, sample)
+    apart = {n.index for n in graph.nodes if n.path in layers and not depends[n.index]}
+    if not apart:
+        return graph
+    holders = [
+        i for i, value in enumerate(sample)
+        if depends[i] and isinstance(value, Tensor) and value.dim()
+    ]  # fmt: skip
+    nodes: list[Node] = []
+    place: dict[int, int] = {}
+    for node in graph.nodes:
+        number = node.index
+        node.args, node.kwargs = renumbered(node, place)
+        place[number] = node.index = len(nodes)
+        nodes.append(node)
+        if number in apart:
+            if not holders or holders[0] > number:
+                raise CaptureError(f"layer {node.path!r} comes before the inputs")
+            args = Ref(place[number]), Ref(place[holders[0]])
+            place[number] = len(nodes)
+            nodes.append(Node(len(nodes), "function", for_inputs_of, args, path=node.path))
+            node.path = None
+    return finished_graph(nodes, graph.how)
+
+
+def for_inputs_of(value: Tensor, holder: Tensor) -> Tensor:
+    return for_each_input(value, len(holder))
+
+
+def for_each_input(value: Tensor, n_inputs: int) -> Tensor:
+    """``[...]`` or ``[1, ...]`` to ``[inputs, ...]``."""
+    one = value if len(value) == 1 else value[None]
+    return one.expand(n_inputs, *one.shape[1:])

@@ -1,0 +1,65 @@
+"""Forwards of torch's transformer modules that can be traced: the same steps, without what torch
+decides from its inputs' values and types on the way (a fused kernel, nested tensors, whether a mask
+is causal), none of which changes the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def _encoder(
+    self: nn.TransformerEncoder,
+    src: Any,
+    mask: Any = None,
+    src_key_padding_mask: Any = None,
+    is_causal: Any = None,
+) -> Any:
+    for layer in self.layers:
+        src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
+    return src if self.norm is None else self.norm(src)
+
+
+def _encoder_layer(
+    self: nn.TransformerEncoderLayer,
+    src: Any,
+    src_mask: Any = None,
+    src_key_padding_mask: Any = None,
+    is_causal: bool = False,
+) -> Any:
+    def attended(x: Any) -> Any:
+        return self._sa_block(x, src_mask, src_key_padding_mask)
+
+    if self.norm_first:
+        src = src + attended(self.norm1(src))
+        return src + self._ff_block(self.norm2(src))
+    src = self.norm1(src + attended(src))
+    return self.norm2(src + self._ff_block(src))
+
+
+def _decoder(
+    self: nn.TransformerDecoder,
+    tgt: Any,
+    memory: Any,
+    tgt_mask: Any = None,
+    memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    tgt_is_causal: Any = None,
+    memory_is_causal: bool = False,
+) -> Any:
+    for layer in self.layers:
+        tgt = layer(
+            tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask
+        )
+    return tgt if self.norm is None else self.norm(tgt)
+
+
+FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.TransformerEncoder: _encoder,
+    nn.TransformerEncoderLayer: _encoder_layer,
+    nn.TransformerDecoder: _decoder,
+    nn.TransformerDecoderLayer: nn.TransformerDecoderLayer.forward,
+}
