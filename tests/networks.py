@@ -109,6 +109,70 @@ class SequenceFirst(nn.Module):
         return self.head(steps[-1])
 
 
+class LastState(nn.Module):
+    """What a recurrent layer gives at every step is not read, and states lie along axis 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lstm, self.head = nn.Linear(2, 5), nn.LSTM(5, 7, 2), nn.Linear(7, 3)
+        self.again = nn.LSTM(5, 7, 2)
+
+    def forward(self, x):
+        steps = torch.tanh(self.embed(x.view(-1, 3, 2))).transpose(0, 1)
+        _, state = self.lstm(steps)
+        _, (hidden, _) = self.again(steps, state)
+        return self.head(hidden[-1])
+
+
+class Transformer(nn.Module):
+    """torch's own encoder and decoder, with learned positions and a causal mask."""
+
+    def __init__(self, batch_first=True, norm_first=False, activation="relu"):
+        super().__init__()
+        kind = {"batch_first": batch_first, "norm_first": norm_first, "activation": activation}
+        self.batch_first = batch_first
+        self.embed, self.positions = nn.Linear(2, 8), nn.Embedding(5, 8)
+        encoder = nn.TransformerEncoderLayer(8, 2, 12, **kind)
+        self.encoder = nn.TransformerEncoder(
+            encoder, 2, nn.LayerNorm(8), enable_nested_tensor=False
+        )
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 12, **kind), 1)
+        self.query, self.head = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.embed(x.view(x.shape[0], -1, 2))
+        n_steps = h.shape[1]
+        h = h + self.positions(torch.arange(n_steps, device=x.device))
+        mask = torch.triu(torch.full((n_steps, n_steps), -torch.inf, device=x.device), 1)
+        query = self.query.expand(x.shape[0], -1, -1)
+        if not self.batch_first:
+            h, query = h.transpose(0, 1), query.transpose(0, 1)
+        out = self.decoder(query, self.encoder(h, mask=mask))
+        return self.head(out[:, 0] if self.batch_first else out[0])
+
+
+class Gpt(nn.Module):
+    """A decision transformer's block, written out; positions are cut from a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.table = nn.Linear(2, 8), nn.Parameter(torch.randn(1, 9, 8))
+        self.norm, self.mixed = nn.LayerNorm(8), nn.Linear(8, 24)
+        self.project, self.wide, self.narrow = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.embed(x.view(x.size(0), -1, 2))
+        n_inputs, n_steps, width = h.shape
+        h = h + self.table[:, :n_steps]
+        parts = self.mixed(self.norm(h)).split(width, dim=2)
+        q, k, v = (p.view(n_inputs, n_steps, 2, width // 2).transpose(1, 2) for p in parts)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + self.project(seen.transpose(1, 2).reshape(n_inputs, n_steps, width))
+        h = h + self.narrow(F.gelu(self.wide(h)))
+        return self.head(h[:, -1])
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
@@ -220,6 +284,12 @@ ZOO = {
     "attention": (Attention, [(6,)]),
     "recurrent": (Recurrent, [(6,)]),
     "sequence_first": (SequenceFirst, [(6,)]),
+    "last_state": (LastState, [(6,)]),
+    "transformer": (Transformer, [(6,)]),
+    "transformer_sequence_first": (
+        lambda: Transformer(batch_first=False, norm_first=True, activation="gelu"), [(6,)]
+    ),
+    "gpt": (Gpt, [(6,)]),
     "two_inputs": (TwoInputs, [(6,), (3,)]),
     "untraceable": (Untraceable, [(6,)]),
     "shape_dependent": (ShapeDependent, [(6,)]),

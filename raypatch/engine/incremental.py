@@ -85,10 +85,13 @@ class Incremental:
         self.structure = Structure(self.graph, self.layers, self.savings, one_input)
 
     def layer_values(self, args: Args) -> dict[str, list[Tensor]]:
-        """Outputs of every layer, one a call, in an unpatched run."""
-        values = self.graph.run(args)
+        """Outputs ``[inputs, ...]`` of every layer, one a call, in an unpatched run."""
+        values, last = self.graph.run(args), self.structure.output
         return {
-            name: [first_tensor(values[min(i, self.structure.output)]) for i in calls]
+            name: [
+                self.structure.inputs_first(i, first_tensor(values[i]))
+                for i in (min(call, last) for call in calls)
+            ]
             for name, calls in self.structure.calls.items()
         }
 
@@ -155,7 +158,7 @@ class Prepared:
         self.base_values = engine.graph.run(target)
         self.baseline: Tensor = self.base_values[-1]
         self.n_inputs = len(self.baseline)
-        self._check_inputs_come_first()
+        self._check_inputs_lie_apart()
         self.source_values = None if source is None else engine.graph.run(source)
         self.source_baseline: Tensor | None = None
         if self.source_values is not None:
@@ -164,16 +167,19 @@ class Prepared:
         self._active: dict[int, tuple[Tensor, Tensor]] = {}
         self._cancelling: dict[tuple[int, int], bool] = {}
 
-    def _check_inputs_come_first(self) -> None:
-        """Inputs must run along axis 0 of every value; else rows cannot be told apart."""
-        for index, (value, one) in enumerate(zip(self.base_values, self.structure.sample)):
-            if not self.structure.depends[index] or not isinstance(value, Tensor):
+    def _check_inputs_lie_apart(self) -> None:
+        """Inputs must run along one axis of every value; else rows cannot be told apart."""
+        structure = self.structure
+        for node, value in zip(structure.nodes, self.base_values):
+            if not structure.depends[node.index] or not isinstance(value, Tensor):
                 continue
-            if value.dim() == 0 or value.shape != (self.n_inputs, *one.shape[1:]):
-                node = self.structure.nodes[index]
+            axis, shape = structure.axes[node.index], list(structure.sample[node.index].shape)
+            if axis is not None:
+                shape[axis] = self.n_inputs
+            if axis is None or list(value.shape) != shape:
                 raise CaptureError(
                     f"{node.path or node.target}: its output {list(value.shape)} does not keep "
-                    f"{self.n_inputs} inputs along its first axis"
+                    f"{self.n_inputs} inputs along one axis"
                 )
 
     def __len__(self) -> int:
@@ -205,10 +211,11 @@ class Prepared:
         """Run the chain once with every neuron patched."""
         node = min(entry, self.structure.output)
         if self.source_values is not None:
-            patch = self.source_values[node]
+            patch = self.structure.inputs_first(node, self.source_values[node])
         else:
             assert self.fill is not None
-            patch = self.fill(*self.structure.layer_at(entry), self.base_values[node])
+            own = self.structure.inputs_first(node, self.base_values[node])
+            patch = self.fill(*self.structure.layer_at(entry), own)
         fulls: dict[int, Any] = {entry: patch}
         chain: dict[int, Sparse] = {}
         for index, ownership in self.structure.chain(entry).items():
@@ -217,7 +224,8 @@ class Prepared:
                     lambda i: fulls[i] if i in fulls else self.base_values[i]
                 )
             if ownership is not None:
-                base = self.base_values[min(index, self.structure.output)]
+                at = min(index, self.structure.output)
+                base = self.structure.inputs_first(at, self.base_values[at])
                 chain[index] = Sparse(base, fulls[index], ownership)
         return chain
 
@@ -323,11 +331,12 @@ class Prepared:
         """Output rows ``[R, outputs]`` of one batch."""
         dense: dict[int, Any] = {}
         for step in program.steps:
-            value = self._compute(step, program, batch, dense)
+            value, number = self._compute(step, program, batch, dense), step.node.index
             if step.patched_layer is not None:
-                patch = self.chain(step.node.index)[step.node.index]
-                value = batch.write_patch(value, patch, batch.index[step.patched_layer])
-            dense[step.node.index] = value
+                rows = self.structure.inputs_first(number, value)
+                patch, index = self.chain(number)[number], batch.index[step.patched_layer]
+                value = self.structure.in_place_of(number, batch.write_patch(rows, patch, index))
+            dense[number] = value
         virtual = self.structure.virtual
         if virtual not in program.patched:
             return self._rows(self.structure.output, program, batch, dense)
@@ -388,17 +397,22 @@ class Prepared:
             sparse = self.chain(kind.entry).get(index)
             if sparse is None:
                 raise CaptureError("a tuple of sparse values is read as a whole")
-            return batch.densify(sparse, batch.index[program.patched[kind.entry]])
+            rows = batch.densify(sparse, batch.index[program.patched[kind.entry]])
+            return self.structure.in_place_of(index, rows)
         held = self.source_values if kind == SOURCE else self.base_values
         value = held[index]  # type: ignore[index]
         if not self.structure.depends[index]:
             return value
         if isinstance(value, Tensor):
-            return batch.spread(value)
+            return batch.spread(value, self.structure.axes[index])
         sizes = self.structure.sizes(batch.n_rows)
         if index in sizes:
             return sizes[index]
-        return tree_map(lambda v: batch.spread(v) if isinstance(v, Tensor) else v, value)
+        return tree_map(
+            lambda v, axis: v if axis is None else batch.spread(v, axis),
+            value,
+            self.structure.axes[index],
+        )
 
     def _write(
         self, rows: Tensor, batch: Batch, mask: Tensor | None, places: Tensor | slice, out: Tensor

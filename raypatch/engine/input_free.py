@@ -7,10 +7,12 @@ no inputs. Given an axis for them, it is a layer like any other.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from raypatch.engine.capture import CaptureError, Graph, Node, Ref, finished_graph, renumbered
 from raypatch.engine.layers import Args, Layer, holds_tensors, map_tensors
@@ -19,11 +21,21 @@ from raypatch.engine.layers import Args, Layer, holds_tensors, map_tensors
 ASKS_FOR_FORM = {"size", "dim", "ndimension", "sym_size", "shape", "ndim", "device", "dtype"}
 
 
-def depends_on_inputs(graph: Graph, one_input: Args, sample: list[Any]) -> list[bool]:
-    """For every node, whether its value may differ from input to input, or by how many there are.
+@dataclass(frozen=True)
+class Following:
+    """How the values of a graph's nodes follow from the inputs.
 
-    ``sample`` holds the values of a run on ``one_input``.
+    ``depends``: whether a value may differ from input to input, or by how many there are.
+    ``axes``: along which axis it holds the inputs, None where along none; of several tensors in
+    one value a structure of the same form.
     """
+
+    depends: list[bool]
+    axes: list[Any]
+
+
+def follow_inputs(graph: Graph, one_input: Args, sample: list[Any]) -> Following:
+    """Found by comparing ``sample``, the values of a run on one input, with those on two."""
     doubled: Args = map_tensors(lambda x: torch.cat([x, x]) if x.dim() else x, one_input)
     of_two = graph.run(doubled)
     depends: list[bool] = []
@@ -35,7 +47,18 @@ def depends_on_inputs(graph: Graph, one_input: Args, sample: list[Any]) -> list[
             form.add(i)
         is_fixed = i in form and bool(sample[i] == of_two[i])
         depends.append(node.op == "input" or (bool(seen) and not is_fixed))
-    return depends
+    return Following(depends, [tree_map(_input_axis, *pair) for pair in zip(sample, of_two)])
+
+
+def _input_axis(of_one: Any, of_two: Any) -> int | None:
+    if not isinstance(of_one, Tensor) or of_one.dim() != of_two.dim():
+        return None
+    different = [
+        i for i, sizes in enumerate(zip(of_one.shape, of_two.shape)) if len(set(sizes)) > 1
+    ]
+    if len(different) != 1 or of_one.shape[different[0]] != 1:
+        return None
+    return different[0]
 
 
 def _asks_for_form(node: Node) -> bool:
@@ -49,14 +72,11 @@ def with_inputs_in_every_layer(graph: Graph, layers: dict[str, Layer], one_input
     Raises CaptureError where such a layer comes before anything that holds inputs.
     """
     sample = graph.run(one_input)
-    depends = depends_on_inputs(graph, one_input, sample)
-    apart = {n.index for n in graph.nodes if n.path in layers and not depends[n.index]}
+    following = follow_inputs(graph, one_input, sample)
+    apart = {n.index for n in graph.nodes if n.path in layers and not following.depends[n.index]}
     if not apart:
         return graph
-    holders = [
-        i for i, value in enumerate(sample)
-        if depends[i] and isinstance(value, Tensor) and value.dim()
-    ]  # fmt: skip
+    holders = [i for i, axis in enumerate(following.axes) if type(axis) is int and axis == 0]
     nodes: list[Node] = []
     place: dict[int, int] = {}
     for node in graph.nodes:

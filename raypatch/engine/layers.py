@@ -55,13 +55,17 @@ class _Widened(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.float:
             func = Tensor.double
-        args, kwargs = widened((args, kwargs or {}))
-        return func(*args, **kwargs)
+        kwargs = {name: _wide(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_wide, args), **kwargs)
+
+
+def _wide(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument
 
 
 def widened(arguments: Any) -> Any:
     """Arguments with float64 in the place of float32."""
-    return tree_map(lambda leaf: torch.float64 if leaf is torch.float32 else leaf, arguments)
+    return tree_map(_wide, arguments)
 
 
 def forward(network: nn.Module, args: Args) -> Any:

@@ -7,7 +7,6 @@ and serves every batch and every set of inputs.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine import dense_ops
 from raypatch.engine.capture import CaptureError, Graph, Node
-from raypatch.engine.input_free import depends_on_inputs
+from raypatch.engine.input_free import follow_inputs
 from raypatch.engine.layers import Args, Layer, holds_tensors
 from raypatch.engine.local_rules import LOCAL_RULES
 from raypatch.engine.plan import ALL, Signature
@@ -103,14 +102,15 @@ class Structure:
         # The pseudo-layer output_logits is patched after the last node.
         self.virtual = len(graph.nodes)
         self.calls: dict[str, list[int]] = {OUTPUT_LOGITS: [self.virtual]}
-        self.depends = depends_on_inputs(graph, one_input, sample)
+        following = follow_inputs(graph, one_input, sample)
+        self.depends, self.axes = following.depends, following.axes
         self.readers: dict[int, list[int]] = {i: [] for i in range(len(graph.nodes))}
         for node in graph.nodes:
             for used in node.inputs:
                 self.readers[used].append(node.index)
         for node in graph.nodes:
             if node.path in layers:
-                self.calls.setdefault(node.path, []).append(self._first_output(node))
+                self.calls.setdefault(node.path, []).extend(self._first_outputs(node))
         self.layer_of = {entry: name for name, calls in self.calls.items() for entry in calls}
         missing = [name for name in layers if name not in self.calls]
         if missing:
@@ -129,24 +129,34 @@ class Structure:
         """Without what is planned on demand."""
         return {**self.__dict__, "_chains": {}, "_programs": {}, "_sizes": {}}
 
+    def inputs_first(self, index: int, value: Tensor) -> Tensor:
+        """A node's value with its inputs along axis 0."""
+        axis = self.axes[index]
+        return value.movedim(axis, 0) if axis else value
+
+    def in_place_of(self, index: int, rows: Tensor) -> Tensor:
+        """Rows with their inputs along the axis where the node's value has them."""
+        axis = self.axes[index]
+        return rows.movedim(0, axis).contiguous() if axis else rows
+
     def layer_at(self, entry: int) -> tuple[str, int]:
         """A patched node's layer and which call of it this is."""
         name = self.layer_of[entry]
         return name, self.calls[name].index(entry)
 
-    def _first_output(self, node: Node) -> int:
+    def _first_outputs(self, node: Node) -> list[int]:
         """The node that holds a layer's neurons: itself, or what takes the first of several
-        outputs, as a recurrent layer has."""
+        outputs, as a recurrent layer has; none where nothing reads that."""
         if isinstance(self.sample[node.index], Tensor):
-            return node.index
+            return [node.index]
         takers = [
             i
             for i in self.readers[node.index]
             if self.nodes[i].target is operator.getitem and self.nodes[i].args[1] == 0
         ]
-        if len(takers) != 1:
-            raise CaptureError(f"{node.path}: its first output is not taken exactly once")
-        return takers[0]
+        if len(takers) > 1:
+            raise CaptureError(f"{node.path}: its first output is taken more than once")
+        return takers
 
     # ------------------------------------------------------------------------ chains
 
@@ -166,14 +176,15 @@ class Structure:
         ]
 
     def _build_chain(self, entry: int) -> dict[int, Ownership | None]:
-        value: Tensor = self.sample[min(entry, self.output)]
+        node = min(entry, self.output)
+        value = self.inputs_first(node, self.sample[node])
         layer = self.layers.get(self.layer_of[entry])
         axis = value.dim() - 1 if layer is None or layer.is_last_axis else layer.axis
         view = [1] * (value.dim() - 1)
         view[axis - 1] = size = value.shape[axis]
         owner = torch.arange(size).view(view).expand(value.shape[1:])
         chain: dict[int, Ownership | None] = {entry: Ownership(owner.to(value.device), size)}
-        if entry != self.virtual:
+        if entry != self.virtual and not self.axes[node]:
             tracker = _ChainTracker(self, chain, entry, owner)
             for later in self.nodes[entry + 1 :]:
                 tracker.visit(later)
@@ -252,7 +263,8 @@ class Structure:
         if rule is not None and len(sparse) == 1 and self.savings.low_rank:
             entry = kinds[sparse[0]].entry
             others = all(kinds[i] == BASE for i in node.inputs if i != sparse[0])
-            if others and self.chain(entry)[sparse[0]] is not None:
+            inputs_first = not self.axes[sparse[0]] and not self.axes[node.index]
+            if others and inputs_first and self.chain(entry)[sparse[0]] is not None:
                 spread = Spread(rule, sparse[0], entry)
         in_place = None
         first = node.inputs[0] if node.op == "module" else None
@@ -294,7 +306,9 @@ class Structure:
             value = self.sample[i]
             if i in found or not (isinstance(value, Tensor) and self.depends[i]):
                 return found.get(i, value)
-            return torch.empty(n_rows, *value.shape[1:], device="meta", dtype=value.dtype)
+            shape = list(value.shape)
+            shape[self.axes[i]] = n_rows
+            return torch.empty(shape, device="meta", dtype=value.dtype)
 
         for node in self.nodes:
             if self.depends[node.index] and not holds_tensors(self.sample[node.index]):
@@ -341,7 +355,8 @@ class _ChainTracker:
         value = self.structure.sample[node.index]
         if not any(i in self.owners for i in node.inputs) or not holds_tensors(value):
             return  # base, or a size, which no patch changes
-        owners = self._owners(node, value)
+        inputs_first = not any(tree_flatten(self.structure.axes[node.index])[0])
+        owners = self._owners(node, value) if inputs_first else None
         if owners is None:
             self.lost.add(node.index)
             return
@@ -369,9 +384,8 @@ class _ChainTracker:
 
 
 def _numel(value: Any) -> int:
-    """Elements of one row."""
-    leaves = tree_flatten(value)[0]
-    return sum(math.prod(v.shape[1:]) for v in leaves if isinstance(v, Tensor) and v.dim())
+    """Elements of one row, by a value for one input."""
+    return sum(v.numel() for v in tree_flatten(value)[0] if isinstance(v, Tensor))
 
 
 def _shares(one: Any, other: Any) -> bool:

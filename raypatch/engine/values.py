@@ -133,8 +133,11 @@ class Batch:
         flat = structured.flatten(0, 1)
         return flat if self.rows is None else torch.index_select(flat, 0, self.rows, out=out)
 
-    def spread(self, per_input: Tensor) -> Tensor:
-        """``[N, ...]``, the same for every experiment, to rows ``[R, ...]``; a copy."""
+    def spread(self, per_input: Tensor, axis: int = 0) -> Tensor:
+        """``[N, ...]``, the same for every experiment, to rows ``[R, ...]``; a copy. Inputs and
+        rows lie along ``axis``."""
+        if axis:
+            return self.spread(per_input.movedim(axis, 0)).movedim(0, axis).contiguous()
         if self.rows is None:
             copies = per_input.expand(self.n_experiments, *per_input.shape)
             return copies.clone(memory_format=torch.contiguous_format).flatten(0, 1)
