@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from raypatch.engine import trial
+from raypatch.engine.capture import CaptureError
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.reference import reference_outputs
 
@@ -160,6 +162,31 @@ def test_the_baseline_is_the_networks_own_output_and_nothing_of_the_callers_chan
     assert torch.equal(source, kept[0]) and torch.equal(target, kept[1])
     with torch.no_grad():
         torch.testing.assert_close(run.baseline, module(target.clone()))
+
+
+def test_a_layer_that_sees_no_input_is_patched_incrementally():
+    torch.manual_seed(0)
+    module, target = Positions().eval(), torch.randn(4, 6)
+    patcher = Patcher(module)
+    found = patcher([{"pos": [0]}, {"pos": "all", "a": [1]}], target=target, kind="zero")
+    assert patcher.path == "incremental (torch.fx)"
+    assert (found[0] != patcher.prepare(target=target, kind="zero").baseline).any()
+
+
+def test_stacked_hooks_patch_a_layer_that_sees_no_input(monkeypatch):
+    def fail(*_):
+        raise CaptureError("not today")
+
+    monkeypatch.setattr(trial, "capture", fail)
+    monkeypatch.setattr(trial, "capture_export", fail)
+    torch.manual_seed(0)
+    module, target = Positions().eval(), torch.randn(4, 6)
+    experiments = [{"pos": [i]} for i in range(8)] + [{"pos": "all", "a": [1]}]
+    patcher = Patcher(module)
+    found = patcher(experiments, target=target, kind="zero")
+    assert patcher.path.startswith("stacked")
+    expected = reference_outputs(module, experiments, None, target, kind="zero")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_parametrised_layer_keeps_its_name_and_neurons():

@@ -179,6 +179,22 @@ def test_inputs_of_another_shape_are_refused_in_a_later_call_as_in_the_first():
         patcher([{"a": [0]}], source[0][:, :5], target[0][:, :5])
 
 
+def test_longer_sequences_in_a_later_call_are_captured_anew_but_not_by_a_copy():
+    network, source, target = build("transformer", 0)
+    patcher = Patcher(network)
+    experiments = [{name: [0]} for name in counts_of(network, target)]
+    patcher(experiments, source, target)
+    longer = [torch.cat([side[0], side[0][:, :4].flip(1)], 1) for side in (source, target)]
+    expected = reference_outputs(network, experiments, *longer)
+    found = patcher(experiments, *longer)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert patcher.path.startswith("incremental")
+    copied = pickle.loads(pickle.dumps(patcher))
+    assert torch.equal(copied(experiments, *longer), found)
+    with pytest.raises(InputError, match=r"for inputs of float32 \[inputs, 10\], not of .*6\]"):
+        copied(experiments, source, target)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
