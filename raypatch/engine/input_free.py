@@ -95,7 +95,8 @@ def with_inputs_in_every_layer(graph: Graph, layers: dict[str, Layer], one_input
 
 
 def for_inputs_of(value: Tensor, holder: Tensor) -> Tensor:
-    return for_each_input(value, len(holder))
+    """``[inputs, ...]``, each its own memory, for as many inputs as ``holder`` has."""
+    return for_each_input(value, len(holder)).clone(memory_format=torch.contiguous_format)
 
 
 def for_each_input(value: Tensor, n_inputs: int) -> Tensor:
