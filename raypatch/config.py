@@ -99,8 +99,8 @@ def check_config(config: RunConfig) -> None:
         raise InputError(
             f"--cpu_actors {config.cpu_actors}: adds to actors on GPUs, which {other} has none of"
         )
-    for name in ("address", "num_actors"):
-        if config.backend == "inline" and (value := getattr(config, name)) is not None:
+    for name, own in (("address", None), ("num_actors", 1)):
+        if config.backend == "inline" and (value := getattr(config, name)) not in (None, own):
             raise InputError(
                 f"--{name} {value}: --backend inline computes in its own process; leave out one"
             )
