@@ -87,8 +87,11 @@ class Progress:
             self._bar.update(self._task, completed=self.done, description=self.text())
         elif not self._quiet and time.monotonic() - self._last_line >= LOG_EVERY_S:
             self._last_line = time.monotonic()
-            left = (self.n_experiments - self.done) * self.seconds / max(self.done, 1)
-            print(f"{self.text()}, {duration(left)} left", file=sys.stderr, flush=True)
+            ending = "starting"  # nothing is known before the first item is done
+            if self.done:
+                left = (self.n_experiments - self.done) * self.seconds / self.done
+                ending = f"{duration(left)} left"
+            print(f"{self.text()}, {ending}", file=sys.stderr, flush=True)
 
 
 def short_number(value: float) -> str:

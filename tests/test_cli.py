@@ -11,6 +11,7 @@ import torch
 from conftest import CARTPOLE, LAVA, ROOT, expected_outputs, outputs_of
 
 import raypatch
+from raypatch import progress
 
 
 @pytest.fixture
@@ -406,3 +407,13 @@ def test_mistakes_with_generate_write_nothing(command, in_empty_folder, words, m
     ended = command("generate", *words)
     assert ended.code == 2 and message in ended.err
     assert list(in_empty_folder.iterdir()) == []
+
+
+def test_lines_of_progress_name_a_time_only_when_something_is_done(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0)
+    with progress.Progress(10, 2, quiet=False) as line:
+        line.update(actors=1)
+        line.update(experiments=5)
+    first, second = capsys.readouterr().err.splitlines()[:2]
+    assert first.startswith("0 of 10 experiments") and first.endswith("1 actor, starting")
+    assert second.startswith("5 of 10 experiments") and second.endswith(" left")
