@@ -191,7 +191,7 @@ BAD_DIRECTORIES = [
         {"activation": "relu"}, "do not chain.*--agent_output",
     ),
     (lambda p: (p / "dqn.cleanrl_model").write_bytes(b""), {}, "one of dqn.cleanrl_model, name it with --agent_file"),
-    (lambda p: (p / "agent.json").write_text('{"file": "x.pt", "actions": "box"}'), {}, "'box' is not one of discrete, continuous"),
+    (lambda p: [(p / "x.pt").touch(), (p / "agent.json").write_text('{"file": "x.pt", "actions": "box"}')], {}, "'box' is not one of discrete, continuous"),
     (
         lambda p: [(p / "x.zip").touch(), (p / "agent.json").write_text('{"file": "x.zip", "actions": "continuous"}')],
         {}, "leave out 'actions'",
@@ -247,6 +247,12 @@ def test_a_manifest_says_that_actions_are_continuous(tmp_path, run_inline, comma
     table = raypatch.open_results(out).to_pandas()
     assert table["patched_action"].isna().all() and "kl_divergence" not in table
     assert command("verify", out).code == 0
+
+
+def test_a_script_says_that_actions_are_continuous(tmp_path):
+    write_state(tmp_path, a__weight=torch.ones(2, 3))
+    agent = load_agent(tmp_path, activation="relu", actions="continuous")
+    assert not agent.discrete and agent.files == (tmp_path / "a.pt",)
 
 
 def test_a_factory_in_a_manifest_needs_trust(tmp_path):

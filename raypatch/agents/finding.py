@@ -34,15 +34,23 @@ def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: 
 
         return load_rl_module(module, options)
     file, options = _choose(directory, options)
+    if options.actions not in (None, *ACTIONS):
+        raise AgentError(
+            f"{directory}: actions {options.actions!r} is not one of {', '.join(ACTIONS)}"
+        )
     if file.suffix == ".zip":
+        if options.actions is not None:
+            raise AgentError(f"{directory}: leave out 'actions': {file.name} says what they are")
         from raypatch.agents.stable_baselines import load_zip
 
         return load_zip(file, options)
     agent = _load(file, options)
     if options.actions != "continuous":
         return agent
-    # The manifest is a file of the agent that decides what is computed.
-    files = (*agent.files, directory / (options.agent_file or MANIFEST))
+    # A manifest that says so decides what is computed, as the weights do.
+    manifest = directory / (options.agent_file or MANIFEST)
+    says_so = manifest.name == MANIFEST and manifest.is_file()
+    files = (*agent.files, manifest) if says_so else agent.files
     return replace(agent, discrete=False, output_kind="mean", files=files)
 
 
@@ -178,15 +186,7 @@ def _manifest(path: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
         raise AgentError(f"{path}: unknown key {unknown[0]!r}; valid: {', '.join(MANIFEST_KEYS)}")
     if any(not isinstance(value, str) or "\0" in value for value in content.values()):
         raise AgentError(f"{path}: every value of a manifest is a text, without null characters")
-    if content.get("actions", ACTIONS[0]) not in ACTIONS:
-        raise AgentError(
-            f"{path}: actions {content['actions']!r} is not one of {', '.join(ACTIONS)}"
-        )
     file = path.parent / content["file"]
-    if "actions" in content and file.suffix == ".zip":
-        raise AgentError(
-            f"{path}: leave out 'actions': {content['file']} says itself what they are"
-        )
     if path.parent.resolve() not in file.resolve().parents:
         raise AgentError(f"{path}: file {content['file']!r} lies outside the agent's directory")
     if not file.is_file():
@@ -202,5 +202,5 @@ def _manifest(path: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
         agent_output=options.agent_output or content.get("output"),
         activation=options.activation or content.get("activation"),
         trust_agent_code=options.trust_agent_code,
-        actions=content.get("actions"),
+        actions=options.actions or content.get("actions"),
     )

@@ -51,7 +51,7 @@ class AtenOperation:
 def aten_operation(target: torch._ops.OpOverload) -> AtenOperation:
     name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
     if name == "view" and overload == "default":
-        name = "reshape"
+        name = "reshape"  # rows may lie otherwise in memory than the network's own values
     return AtenOperation(name, overload)
 
 
@@ -198,7 +198,7 @@ def _nodes(traced: fx.Graph, network: nn.Module) -> list[Node]:
             op = {"call_function": "function", "call_method": "method"}[item.op]
             target, overwrites = _out_of_place(item.target, kwargs)
             if target == "view" and not any(isinstance(a, torch.dtype) for a in args):
-                target = "reshape"  # rows may lie otherwise in memory than the network's own
+                target = "reshape"  # as for exported operations
             if isinstance(target, torch._ops.OpOverload):
                 target = aten_operation(target)
             if target is operator.getitem and _has_bounds(args[1]):

@@ -21,7 +21,8 @@ from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine import dense_ops
 from raypatch.engine.capture import CaptureError, Graph, Node
 from raypatch.engine.dense_ops import Weights
-from raypatch.engine.layers import Args, Layer, first_tensor
+from raypatch.engine.input_axes import inputs_at, inputs_first, with_inputs_in
+from raypatch.engine.layers import Args, Layer
 from raypatch.engine.plan import Group, Selection
 from raypatch.engine.sources import Fill
 from raypatch.engine.spread_rules import cancels
@@ -52,10 +53,14 @@ class Incremental:
     def __init__(
         self, graph: Graph, layers: dict[str, Layer], savings: Savings, one_input: Args
     ) -> None:
+        structure = Structure(graph, layers, savings, one_input)
+        if structure.apart:
+            graph = with_inputs_in(structure.apart, graph, structure.axes)
+            structure = Structure(graph, layers, savings, one_input)
         self.graph = graph
         self.layers = layers
         self.savings = savings
-        self.structure = Structure(graph, layers, savings, one_input)
+        self.structure = structure
         self._buffers: dict[int, Tensor] = {}
         self._views: dict[int, Tensor] = {}
         self._made: dict[int, Any] = {}
@@ -86,13 +91,13 @@ class Incremental:
 
     def layer_values(self, args: Args) -> dict[str, list[Tensor]]:
         """Outputs ``[inputs, ...]`` of every layer, one a call, in an unpatched run."""
-        values, last = self.graph.run(args), self.structure.output
+        values, structure = self.graph.run(args), self.structure
         return {
             name: [
-                self.structure.inputs_first(i, first_tensor(values[i]))
-                for i in (min(call, last) for call in calls)
+                inputs_first(values[i], structure.axes[i])
+                for i in (min(call, structure.output) for call in calls)
             ]
-            for name, calls in self.structure.calls.items()
+            for name, calls in structure.calls.items()
         }
 
     def run_bytes(self, _: Args) -> int:
@@ -211,10 +216,10 @@ class Prepared:
         """Run the chain once with every neuron patched."""
         node = min(entry, self.structure.output)
         if self.source_values is not None:
-            patch = self.structure.inputs_first(node, self.source_values[node])
+            patch = inputs_first(self.source_values[node], self.structure.axes[node])
         else:
             assert self.fill is not None
-            own = self.structure.inputs_first(node, self.base_values[node])
+            own = inputs_first(self.base_values[node], self.structure.axes[node])
             patch = self.fill(*self.structure.layer_at(entry), own)
         fulls: dict[int, Any] = {entry: patch}
         chain: dict[int, Sparse] = {}
@@ -225,7 +230,7 @@ class Prepared:
                 )
             if ownership is not None:
                 at = min(index, self.structure.output)
-                base = self.structure.inputs_first(at, self.base_values[at])
+                base = inputs_first(self.base_values[at], self.structure.axes[at])
                 chain[index] = Sparse(base, fulls[index], ownership)
         return chain
 
@@ -333,9 +338,10 @@ class Prepared:
         for step in program.steps:
             value, number = self._compute(step, program, batch, dense), step.node.index
             if step.patched_layer is not None:
-                rows = self.structure.inputs_first(number, value)
-                patch, index = self.chain(number)[number], batch.index[step.patched_layer]
-                value = self.structure.in_place_of(number, batch.write_patch(rows, patch, index))
+                axis, patch = self.structure.axes[number], self.chain(number)[number]
+                index = batch.index[step.patched_layer]
+                rows = batch.write_patch(inputs_first(value, axis), patch, index)
+                value = inputs_at(axis, rows)
             dense[number] = value
         virtual = self.structure.virtual
         if virtual not in program.patched:
@@ -398,7 +404,7 @@ class Prepared:
             if sparse is None:
                 raise CaptureError("a tuple of sparse values is read as a whole")
             rows = batch.densify(sparse, batch.index[program.patched[kind.entry]])
-            return self.structure.in_place_of(index, rows)
+            return inputs_at(self.structure.axes[index], rows)
         held = self.source_values if kind == SOURCE else self.base_values
         value = held[index]  # type: ignore[index]
         if not self.structure.depends[index]:

@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raypatch.engine.arguments import (
-    count_inputs,
-    described,
-    in_parts,
-    inputs_between,
-)
+from raypatch.engine.arguments import count_inputs, described, in_parts, inputs_between
 from raypatch.engine.capture import Graph
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.layers import Args, Layer, as_args, map_tensors

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.arguments import inputs_between
-from raypatch.engine.input_free import for_each_input
+from raypatch.engine.input_axes import for_each_input
 from raypatch.engine.layers import (
     Args,
     Hook,

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine import dense_ops
 from raypatch.engine.capture import CaptureError, Graph, Node
-from raypatch.engine.input_free import follow_inputs
+from raypatch.engine.input_axes import follow_inputs, inputs_first
 from raypatch.engine.layers import Args, Layer, holds_tensors
 from raypatch.engine.local_rules import LOCAL_RULES
 from raypatch.engine.plan import ALL, Signature
@@ -112,6 +112,10 @@ class Structure:
             if node.path in layers:
                 self.calls.setdefault(node.path, []).extend(self._first_outputs(node))
         self.layer_of = {entry: name for name, calls in self.calls.items() for entry in calls}
+        # Layers that see no input.
+        self.apart = {
+            call for call in self.layer_of if call != self.virtual and not self.depends[call]
+        }
         missing = [name for name in layers if name not in self.calls]
         if missing:
             raise CaptureError(f"layer {missing[0]!r} is not a node of the captured graph")
@@ -128,16 +132,6 @@ class Structure:
     def __getstate__(self) -> dict[str, Any]:
         """Without what is planned on demand."""
         return {**self.__dict__, "_chains": {}, "_programs": {}, "_sizes": {}}
-
-    def inputs_first(self, index: int, value: Tensor) -> Tensor:
-        """A node's value with its inputs along axis 0."""
-        axis = self.axes[index]
-        return value.movedim(axis, 0) if axis else value
-
-    def in_place_of(self, index: int, rows: Tensor) -> Tensor:
-        """Rows with their inputs along the axis where the node's value has them."""
-        axis = self.axes[index]
-        return rows.movedim(0, axis).contiguous() if axis else rows
 
     def layer_at(self, entry: int) -> tuple[str, int]:
         """A patched node's layer and which call of it this is."""
@@ -177,7 +171,7 @@ class Structure:
 
     def _build_chain(self, entry: int) -> dict[int, Ownership | None]:
         node = min(entry, self.output)
-        value = self.inputs_first(node, self.sample[node])
+        value = inputs_first(self.sample[node], self.axes[node])
         layer = self.layers.get(self.layer_of[entry])
         axis = value.dim() - 1 if layer is None or layer.is_last_axis else layer.axis
         view = [1] * (value.dim() - 1)
@@ -263,8 +257,8 @@ class Structure:
         if rule is not None and len(sparse) == 1 and self.savings.low_rank:
             entry = kinds[sparse[0]].entry
             others = all(kinds[i] == BASE for i in node.inputs if i != sparse[0])
-            inputs_first = not self.axes[sparse[0]] and not self.axes[node.index]
-            if others and inputs_first and self.chain(entry)[sparse[0]] is not None:
+            moved = self.axes[sparse[0]] or self.axes[node.index]
+            if others and not moved and self.chain(entry)[sparse[0]] is not None:
                 spread = Spread(rule, sparse[0], entry)
         in_place = None
         first = node.inputs[0] if node.op == "module" else None
@@ -355,8 +349,8 @@ class _ChainTracker:
         value = self.structure.sample[node.index]
         if not any(i in self.owners for i in node.inputs) or not holds_tensors(value):
             return  # base, or a size, which no patch changes
-        inputs_first = not any(tree_flatten(self.structure.axes[node.index])[0])
-        owners = self._owners(node, value) if inputs_first else None
+        moved = any(tree_flatten(self.structure.axes[node.index])[0])
+        owners = None if moved else self._owners(node, value)
         if owners is None:
             self.lost.add(node.index)
             return

@@ -14,7 +14,6 @@ from raypatch.engine.arguments import count_inputs, described, inputs_between
 from raypatch.engine.capture import CaptureError, capture, first_line
 from raypatch.engine.capture_export import capture_export
 from raypatch.engine.incremental import Incremental
-from raypatch.engine.input_free import with_inputs_in_every_layer
 from raypatch.engine.layers import Args, Layer, find_layers, forward, map_tensors
 from raypatch.engine.patch_run import Engine, Limits, PatchRun, is_out_of_memory
 from raypatch.engine.plan import plan_experiments
@@ -83,9 +82,7 @@ def _build(
             graph = capture(network) if how == "torch.fx" else capture_export(network, probe)
             if dtype is torch.float64:
                 graph.widen()
-            one_input = inputs_between(probe, 0, 1)
-            graph = with_inputs_in_every_layer(graph, layers, one_input)
-            return Incremental(graph, layers, savings, one_input)
+            return Incremental(graph, layers, savings, inputs_between(probe, 0, 1))
     except CaptureError:
         raise
     except Exception as error:  # anything a strange network may do when it is taken apart

@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from raypatch.engine.input_axes import inputs_at, inputs_first
 from raypatch.engine.plan import Selection
 
 
@@ -137,7 +138,7 @@ class Batch:
         """``[N, ...]``, the same for every experiment, to rows ``[R, ...]``; a copy. Inputs and
         rows lie along ``axis``."""
         if axis:
-            return self.spread(per_input.movedim(axis, 0)).movedim(0, axis).contiguous()
+            return inputs_at(axis, self.spread(inputs_first(per_input, axis)))
         if self.rows is None:
             copies = per_input.expand(self.n_experiments, *per_input.shape)
             return copies.clone(memory_format=torch.contiguous_format).flatten(0, 1)

@@ -1,5 +1,5 @@
-"""What in a graph is the same for all inputs: sizes, positions and masks made from them, and layers
-that see nothing else.
+"""Along which axis the values of a graph hold the inputs, and which values are the same for all of
+them: sizes, positions and masks made from sizes, and layers that see nothing else.
 
 A network that embeds positions, ``pos(torch.arange(x.shape[1]))``, has a layer whose output holds
 no inputs. Given an axis for them, it is a layer like any other.
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from raypatch.engine.capture import CaptureError, Graph, Node, Ref, finished_graph, renumbered
-from raypatch.engine.layers import Args, Layer, holds_tensors, map_tensors
+from raypatch.engine.layers import Args, holds_tensors, map_tensors
 
 # Methods, attributes and exported operations that tell of a tensor's form, not of its numbers.
 ASKS_FOR_FORM = {"size", "dim", "ndimension", "sym_size", "shape", "ndim", "device", "dtype"}
@@ -66,17 +66,13 @@ def _asks_for_form(node: Node) -> bool:
     return asked in ASKS_FOR_FORM if isinstance(asked, str) else asked is len
 
 
-def with_inputs_in_every_layer(graph: Graph, layers: dict[str, Layer], one_input: Args) -> Graph:
-    """The graph with the outputs of layers that see no input repeated for every input.
+def with_inputs_in(apart: set[int], graph: Graph, axes: list[Any]) -> Graph:
+    """The graph with the values of the nodes ``apart`` repeated for every input.
 
-    Raises CaptureError where such a layer comes before anything that holds inputs.
+    Raises CaptureError for one of several outputs, and for one that comes before anything that
+    holds the inputs first.
     """
-    sample = graph.run(one_input)
-    following = follow_inputs(graph, one_input, sample)
-    apart = {n.index for n in graph.nodes if n.path in layers and not following.depends[n.index]}
-    if not apart:
-        return graph
-    holders = [i for i, axis in enumerate(following.axes) if type(axis) is int and axis == 0]
+    holders = [i for i, axis in enumerate(axes) if type(axis) is int and axis == 0]
     nodes: list[Node] = []
     place: dict[int, int] = {}
     for node in graph.nodes:
@@ -85,8 +81,8 @@ def with_inputs_in_every_layer(graph: Graph, layers: dict[str, Layer], one_input
         place[number] = node.index = len(nodes)
         nodes.append(node)
         if number in apart:
-            if not holders or holders[0] > number:
-                raise CaptureError(f"layer {node.path!r} comes before the inputs")
+            if node.path is None or not holders or holders[0] > number:
+                raise CaptureError(f"layer {node.path or node.target!r} sees no input")
             args = Ref(place[number]), Ref(place[holders[0]])
             place[number] = len(nodes)
             nodes.append(Node(len(nodes), "function", for_inputs_of, args, path=node.path))
@@ -103,3 +99,13 @@ def for_each_input(value: Tensor, n_inputs: int) -> Tensor:
     """``[...]`` or ``[1, ...]`` to ``[inputs, ...]``."""
     one = value if len(value) == 1 else value[None]
     return one.expand(n_inputs, *one.shape[1:])
+
+
+def inputs_first(value: Tensor, axis: int | None) -> Tensor:
+    """A value that holds its inputs along ``axis``, with them along axis 0."""
+    return value.movedim(axis, 0) if axis else value
+
+
+def inputs_at(axis: int | None, rows: Tensor) -> Tensor:
+    """Rows with their inputs along ``axis`` instead of axis 0; in one piece."""
+    return rows.movedim(0, axis).contiguous() if axis else rows
