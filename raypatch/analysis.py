@@ -99,11 +99,11 @@ def rank(
     ``direction`` "both" combines the two by ``combine``, "average" or "maximum" (of the two the
     stronger effect). ``bottom`` gives the weakest first. ``layer`` keeps experiments that patch it;
     ``internal_only`` leaves out those that patch ``output_logits``. Each row holds rank,
-    experiment_index, name, patches (layers and neurons as text), ``<metric>_<statistic>``,
-    z_score and normalised (among all experiments that are ranked), action_changed_rate (None for
-    continuous actions) and, with ``bootstrap``, ci_low and ci_high: the 95 % percentile interval over resampled
-    inputs, None where a run kept no rows. Experiments for which the metric is undefined are left
-    out. Reads part by part, in bounded memory for any ``top`` that is not None.
+    experiment_index, name, patches (layers and neurons as text), ``<metric>_<statistic>``, z_score
+    and normalised (among all experiments that are ranked), action_changed_rate (None for continuous
+    actions) and, with ``bootstrap``, ci_low and ci_high: the 95 % percentile interval over
+    resampled inputs, None where a run kept no rows. Experiments for which the metric is undefined
+    are left out. Reads part by part, in bounded memory for any ``top`` that is not None.
     """
     _check(results, metric, statistic, combine)
     chosen = _directions(results, direction)
