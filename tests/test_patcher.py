@@ -179,6 +179,35 @@ def test_inputs_of_another_shape_are_refused_in_a_later_call_as_in_the_first():
         patcher([{"a": [0]}], source[0][:, :5], target[0][:, :5])
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_input_the_network_fails_on_is_refused_where_the_first_ones_pass(side):
+    network = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 2))
+    inputs = [torch.randint(0, 10, (8, 3)), torch.randint(0, 10, (8, 3))]
+    inputs[side][6, 1] = 99
+    with pytest.raises(InputError, match=r"fails on inputs of int64 \[inputs, 3\]: IndexError"):
+        raypatch.patch(network, [{"2": [1]}], *inputs)
+
+
+class _ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.a(x["u"]) - self.b(x["v"])))
+
+
+def test_named_inputs_are_matched_by_name_in_any_order():
+    torch.manual_seed(0)
+    source, target = ({"u": torch.randn(4, 3), "v": torch.randn(4, 3)} for _ in range(2))
+    patcher = Patcher(_ByName())
+    expected = patcher([{"a": "all"}, {"b": [0]}], source, target)
+    turned = dict(reversed(source.items()))
+    assert torch.equal(patcher([{"a": "all"}, {"b": [0]}], turned, target), expected)
+    with pytest.raises(InputError, match=r"'u': float32 .* as source, 4 of 'u'.*, 'v': float32"):
+        patcher([{"a": [0]}], {"u": source["u"]}, target)
+
+
 def test_longer_sequences_in_a_later_call_are_captured_anew_but_not_by_a_copy():
     network, source, target = build("transformer", 0)
     patcher = Patcher(network)
@@ -289,6 +318,12 @@ def test_resampling_moves_every_input_and_is_seeded(n_inputs, seed):
     assert sorted(order.tolist()) == list(range(n_inputs))
     assert n_inputs == 1 or not bool((order == torch.arange(n_inputs)).any())
     assert torch.equal(order, resample_order(n_inputs, seed))
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, 2**70])
+def test_a_seed_that_is_no_number_of_64_bits_is_refused(seed):
+    with pytest.raises(InputError, match=f"seed {seed!r}: a seed is a whole number"):
+        resample_order(4, seed)
 
 
 def test_given_activations_equal_those_of_the_run_they_come_from():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 
 from raypatch.engine.layers import Args, map_tensors
 from raypatch.errors import InputError
@@ -20,11 +20,17 @@ def shapes_of(args: Args) -> list[list[int]]:
 
 
 def described(args: Args) -> str:
-    """Types and shapes for messages, as ``float32 [inputs, 4]``."""
+    """Types and shapes, as ``float32 [inputs, 4]``; what has names by its name, in any order."""
     found = []
-    for leaf in _leaves(args):
-        shape = ", ".join(["inputs", *map(str, leaf.shape[1:])])
-        found.append(f"{str(leaf.dtype).removeprefix('torch.')} [{shape}]")
+    for arg in args:
+        named = [("", arg)]
+        if not isinstance(arg, Tensor):
+            named = [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(arg)[0]]
+        for name, leaf in sorted(named, key=lambda one: one[0]):
+            if isinstance(leaf, Tensor) and leaf.dim():
+                shape = ", ".join(["inputs", *map(str, leaf.shape[1:])])
+                form = f"{str(leaf.dtype).removeprefix('torch.')} [{shape}]"
+                found.append(f"{name.strip('[]')}: {form}" if name else form)
     return ", ".join(found)
 
 

@@ -25,8 +25,8 @@ from raypatch.engine.sources import (
     zero_fill,
 )
 from raypatch.engine.structure import Savings
-from raypatch.engine.trial import choose_engine, own_copy, trial_inputs
-from raypatch.errors import InputError, one_line
+from raypatch.engine.trial import choose_engine, network_output, own_copy, trial_inputs
+from raypatch.errors import InputError, RaypatchError, one_line
 
 DEFAULT_MEMORY_BYTES = 4 << 30
 
@@ -115,17 +115,25 @@ class Patcher:
                 raise InputError("source kind 'resample' takes another input; there is only one")
             order = resample_order(n_inputs, seed).to(self.device)
             source_args = map_tensors(lambda x: x[order], target_args)
-        with exact_math():
-            engine = self._engine_for(target_args)
-            fill: Fill | None = {"zero": zero_fill, "mean": None}.get(kind)
-            if kind == "mean":
-                fill = self._means(target_args, n_inputs)
-            if kind == "given":
-                fill = GivenFill(source)
-            return PatchRun(
-                engine, self._limits, source_args, target_args, fill,
-                deduplicate=self.savings.deduplicate, modules=self._modules,
-            )  # fmt: skip
+        try:
+            with exact_math():
+                engine = self._engine_for(target_args)
+                fill: Fill | None = {"zero": zero_fill, "mean": None}.get(kind)
+                if kind == "mean":
+                    fill = self._means(target_args, n_inputs)
+                if kind == "given":
+                    fill = GivenFill(source)
+                return PatchRun(
+                    engine, self._limits, source_args, target_args, fill,
+                    deduplicate=self.savings.deduplicate, modules=self._modules,
+                )  # fmt: skip
+        except Exception as error:
+            # A network may take the inputs of a trial and fail on others.
+            if self._network is not None and not isinstance(error, RaypatchError):
+                for args in (target_args, source_args or ()):
+                    if args:
+                        network_output(self._network, args)
+            raise
 
     def to(self, device: torch.device | str) -> Patcher:
         """Move the weights to a device; runs prepared before stay where they were."""

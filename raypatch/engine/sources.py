@@ -23,7 +23,10 @@ def resample_order(n_inputs: int, seed: int) -> Tensor:
 
     Sattolo's algorithm (Sattolo 1986): a uniformly drawn cyclic permutation.
     """
-    generator = torch.Generator().manual_seed(seed)
+    try:
+        generator = torch.Generator().manual_seed(seed)
+    except (RuntimeError, TypeError, ValueError):
+        raise InputError(f"seed {seed!r}: a seed is a whole number of at most 64 bits") from None
     order = list(range(n_inputs))
     for i in range(n_inputs - 1, 0, -1):
         j = int(torch.randint(i, (1,), generator=generator))

@@ -33,7 +33,7 @@ def choose_engine(
 ) -> tuple[Engine, str]:
     """The engine for a network on inputs like ``target``, and how it evaluates and why."""
     probe = trial_inputs(target)
-    output = _forward(network, probe)
+    output = network_output(network, probe)
     if not isinstance(output, Tensor) or output.dim() != 2:
         shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise InputError(f"the network gives {shape}; patching needs one tensor [inputs, outputs]")
@@ -54,7 +54,7 @@ def choose_engine(
     return single, f"single ({'; '.join(reasons)})"
 
 
-def _forward(network: nn.Module, args: Args) -> Any:
+def network_output(network: nn.Module, args: Args) -> Any:
     """The network's output; InputError where it fails on such inputs."""
     try:
         with torch.no_grad():
