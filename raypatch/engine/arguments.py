@@ -34,6 +34,12 @@ def described(args: Args) -> str:
     return ", ".join(found)
 
 
+def form_of(args: Args) -> tuple[str, list[str]]:
+    """What a capture holds for: types and shapes, and the values that are no tensors."""
+    others = [leaf for leaf in tree_flatten(args)[0] if not isinstance(leaf, Tensor)]
+    return described(args), list(map(repr, others))
+
+
 def count_inputs(args: Args) -> int:
     """Number of inputs, the same in every tensor."""
     sizes = {leaf.shape[0] for leaf in _leaves(args)}

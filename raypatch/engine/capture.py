@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from raypatch.engine.layers import owns_weights, widened
+from raypatch.engine.layers import Args, map_tensors, owns_weights, widened
+from raypatch.engine.overwriting import OverwritingError, Proxy, out_of_place, overwritten
 from raypatch.engine.transformers import FORWARDS
 
 
@@ -130,17 +131,21 @@ class Graph:
         return values
 
 
-def capture(network: nn.Module) -> Graph:
+def capture(network: nn.Module, args: Args) -> Graph:
     """Trace with torch.fx; raises CaptureError with the reason where that is impossible.
 
-    The graph refers to the network's own modules; give it a copy.
+    ``args`` are such as it will get. The graph refers to the network's own modules; give it a
+    copy.
     """
     tracer = _Tracer()
     try:
-        traced = tracer.trace(network, concrete_args=_defaults(network))
+        traced = tracer.trace(network, concrete_args=_defaults(network, len(args)))
+        overwrites = overwritten(traced, network, map_tensors(Tensor.clone, args))
+        return finished_graph(_nodes(traced, network, overwrites, len(args)), "torch.fx")
+    except CaptureError:
+        raise
     except Exception as error:  # user code runs under symbolic values: anything may be raised
         raise CaptureError(f"torch.fx: {first_line(error)}") from None
-    return finished_graph(_nodes(traced, network), "torch.fx")
 
 
 class _Tracer(fx.Tracer):
@@ -149,15 +154,18 @@ class _Tracer(fx.Tracer):
             return False
         return owns_weights(module) or super().is_leaf_module(module, qualified_name)
 
+    def proxy(self, node: fx.Node) -> Proxy:
+        return Proxy(node, self)
+
     def call_module(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if (steps := FORWARDS.get(type(module))) is not None:
             forward = partial(steps, module)
         return super().call_module(module, forward, args, kwargs)
 
 
-def _defaults(network: nn.Module) -> dict[str, Any]:
-    """Optional arguments of ``forward``, fixed at their defaults."""
-    parameters = inspect.signature(network.forward).parameters.values()
+def _defaults(network: nn.Module, n_given: int) -> dict[str, Any]:
+    """Optional arguments of ``forward`` after those given, fixed at their defaults."""
+    parameters = list(inspect.signature(network.forward).parameters.values())[n_given:]
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
@@ -167,36 +175,38 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"
 
 
-def _nodes(traced: fx.Graph, network: nn.Module) -> list[Node]:
+def _nodes(
+    traced: fx.Graph, network: nn.Module, overwrites: dict[fx.Node, fx.Node], n_given: int
+) -> list[Node]:
     nodes: list[Node] = []
     # In-place operations are run out of place; whoever reads the overwritten value later
     # must see the new one.
     current: dict[fx.Node, int] = {}
     n_inputs = 0
     for item in traced.nodes:
+        says_so = False
         if item.op == "output":
             break
         args, kwargs = replaced(item.args, current), replaced(item.kwargs, current)
         index = len(nodes)
         if item.op == "placeholder":
-            if item.args:
-                nodes.append(Node(index, "constant", item.args[0]))
-            else:
+            if n_inputs < n_given:
                 nodes.append(Node(index, "input", n_inputs))
                 n_inputs += 1
+            else:
+                nodes.append(Node(index, "constant", item.args[0] if item.args else None))
         elif item.op == "get_attr":
             nodes.append(Node(index, "constant", _attribute(network, item.target)))
         elif item.op == "call_module":
             module = network.get_submodule(item.target)
-            if getattr(module, "inplace", False):
+            says_so = bool(getattr(module, "inplace", False))
+            if says_so:
                 module = copy.copy(module)
                 module.inplace = False  # type: ignore[assignment]
-                if isinstance(item.args[0], fx.Node):
-                    current[item.args[0]] = index
             nodes.append(Node(index, "module", module, args, kwargs, path=item.target))
         else:
             op = {"call_function": "function", "call_method": "method"}[item.op]
-            target, overwrites = _out_of_place(item.target, kwargs)
+            target, says_so = out_of_place(item.target, kwargs)
             if target == "view" and not any(isinstance(a, torch.dtype) for a in args):
                 target = "reshape"  # as for exported operations
             if isinstance(target, torch._ops.OpOverload):
@@ -204,8 +214,10 @@ def _nodes(traced: fx.Graph, network: nn.Module) -> list[Node]:
             if target is operator.getitem and _has_bounds(args[1]):
                 target = item_between
             nodes.append(Node(index, op, target, args, kwargs))
-            if overwrites and isinstance(item.args[0], fx.Node):
-                current[item.args[0]] = index
+        if item in overwrites:
+            if not says_so:
+                raise OverwritingError(f"{item} overwrites what it is given")
+            current[overwrites[item]] = index
         current[item] = index
     output = next(item for item in traced.nodes if item.op == "output").args[0]
     if not isinstance(output, fx.Node):
@@ -291,30 +303,3 @@ def _attribute(network: nn.Module, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value.detach() if isinstance(value, Tensor) else value
-
-
-_IN_PLACE_OPERATORS = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-
-
-def _out_of_place(target: Any, kwargs: dict[str, Any]) -> tuple[Any, bool]:
-    """The operation without its side effect, and whether it had one."""
-    if kwargs.pop("inplace", False):
-        return target, True
-    if target in _IN_PLACE_OPERATORS:
-        return _IN_PLACE_OPERATORS[target], True
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if not name.endswith("_") or name.startswith("_") or name.endswith("__"):
-        return target, False
-    if isinstance(target, str):
-        if hasattr(torch.Tensor, name[:-1]):
-            return name[:-1], True
-    else:
-        for home in (torch, nn.functional):
-            if hasattr(home, name[:-1]):
-                return getattr(home, name[:-1]), True
-    raise CaptureError(f"in-place operation {name!r} has no out-of-place form")

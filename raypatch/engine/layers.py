@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -77,13 +78,45 @@ def forward(network: nn.Module, args: Args) -> Any:
     tensors = [x for x in tree_flatten(fresh)[0] if isinstance(x, Tensor)]
     if not any(x.dtype is torch.float64 for x in tensors):
         return network(*fresh)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    with _float64_is_default(), _Widened():
+        return network(*fresh)
+
+
+_in_float64 = 0
+_before_float64 = torch.float32
+_default_lock = threading.Lock()
+
+
+@contextmanager
+def _float64_is_default() -> Iterator[None]:
+    """What a forward makes without a type is float64. The default is the whole process's: the last
+    of several threads puts it back."""
+    global _in_float64, _before_float64
+    with _default_lock:
+        if _in_float64 == 0:
+            _before_float64 = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float64)
+        _in_float64 += 1
     try:
-        with _Widened():
-            return network(*fresh)
+        yield
     finally:
-        torch.set_default_dtype(before)
+        with _default_lock:
+            _in_float64 -= 1
+            if _in_float64 == 0:
+                torch.set_default_dtype(_before_float64)
+
+
+def without_nested_tensors(network: nn.Module) -> nn.Module:
+    """The network, its transformer encoders computing padded places like all others.
+
+    Torch packs them away only where no gradient is asked for, and with them what hooks would see;
+    with gradients, as in training, it computes them too.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.enable_nested_tensor = False
+            module.use_nested_tensor = False
+    return network
 
 
 def as_args(inputs: Any) -> Args:

@@ -74,6 +74,7 @@ class PatchRun:
 
     ``baseline`` ``[inputs, outputs]`` holds the unpatched outputs on the targets, and
     ``source_baseline`` those on the sources, None where patched values are no run's own.
+    ``inputs_at_a_time`` is how many inputs' runs fit in the memory.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class PatchRun:
         self._engine = engine
         self._limits = limits
         self._halvings = 0
-        size = limits.inputs_at_a_time(engine, target, self.n_inputs)
+        self.inputs_at_a_time = size = limits.inputs_at_a_time(engine, target, self.n_inputs)
         sources: Iterable[Args | None] = [None] * self.n_inputs
         if source is not None:
             sources = in_parts(source, self.n_inputs, size)
@@ -146,13 +147,11 @@ class PatchRun:
 
     def _refuse_other_modules(self, experiments: Any, counts: Mapping[str, int]) -> None:
         """Raises InputError for a module that is there and no layer."""
-        named = {str(name) for one in experiments if isinstance(one, Mapping) for name in one}
+        listed = experiments if isinstance(experiments, list) else []
+        named = {str(name) for one in listed if isinstance(one, Mapping) for name in one}
         for name in sorted(named - counts.keys()):
             if name in self._modules:
-                raise InputError(
-                    f"{name!r} is a {self._modules[name]}: only modules with a weight matrix or "
-                    f"kernel can be patched; valid: {', '.join(counts)}"
-                )
+                raise InputError(f"{name!r} {self._modules[name]}; valid: {', '.join(counts)}")
 
     def _prepare(self, part: int) -> Prepared | StackedPrepared:
         if self._kept is not None:

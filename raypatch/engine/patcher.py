@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raypatch.engine.arguments import count_inputs, described, in_parts, inputs_between
-from raypatch.engine.capture import Graph
+from raypatch.engine.arguments import count_inputs, described, form_of, in_parts, inputs_between
+from raypatch.engine.capture import CaptureError, Graph
 from raypatch.engine.incremental import Incremental
-from raypatch.engine.layers import Args, Layer, as_args, map_tensors
+from raypatch.engine.layers import Args, Layer, as_args, map_tensors, owns_weights
 from raypatch.engine.patch_run import Definition, Engine, Limits, PatchRun
 from raypatch.engine.precision import exact_math
 from raypatch.engine.reference import cast
@@ -24,8 +24,15 @@ from raypatch.engine.sources import (
     resample_order,
     zero_fill,
 )
+from raypatch.engine.stacked import Stacked
 from raypatch.engine.structure import Savings
-from raypatch.engine.trial import choose_engine, network_output, own_copy, trial_inputs
+from raypatch.engine.trial import (
+    check_unpatched,
+    choose_engine,
+    network_output,
+    own_copy,
+    trial_inputs,
+)
 from raypatch.errors import InputError, RaypatchError, one_line
 
 DEFAULT_MEMORY_BYTES = 4 << 30
@@ -44,7 +51,8 @@ class Patcher:
 
     ``batch_rows`` (experiments x inputs in one batch) defaults to what suits the cache or the
     GPU's free memory; ``memory_bytes`` bounds what the patcher keeps and computes at a time.
-    Not thread-safe.
+    Not thread-safe, and while one is captured no other thread may run a network: torch's tracing
+    changes how modules are called in the whole process.
     """
 
     def __init__(
@@ -63,14 +71,17 @@ class Patcher:
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise InputError(f"dtype {self.dtype!r}: valid are torch.float32 and torch.float64")
+        if batch_rows is not None and (not isinstance(batch_rows, int) or batch_rows < 1):
+            raise InputError(f"batch_rows {batch_rows!r}: a whole number above 0")
         self.device = _usable(device or (parameter.device if parameter is not None else "cpu"))
         self.savings = savings or Savings()
         self._batch_rows = batch_rows
         self._memory_bytes = memory_bytes
         self.path = "not used yet"
         self.layers: dict[str, Layer] = {}
-        self._modules = {name: type(module).__name__ for name, module in network.named_modules()}
+        network = getattr(network, "_orig_mod", network)  # what torch.compile wraps
         self._network: nn.Module | None = own_copy(network, self.device, self.dtype)
+        self._modules = {name: _why_no_layer(module) for name, module in network.named_modules()}
         self._engine: Engine | None = None
         self._one_input: Args = ()
 
@@ -110,6 +121,8 @@ class Patcher:
                 "source of kind 'given': maps layers to recorded activations, like "
                 f"{{'q_net.0': tensor}}; got {type(source).__name__}"
             )
+        elif kind == "given" and (bad := _no_activations(source)):
+            raise InputError(f"source of kind 'given': {bad}; it takes tensors [inputs, ...]")
         elif kind == "resample":
             if n_inputs == 1:
                 raise InputError("source kind 'resample' takes another input; there is only one")
@@ -117,32 +130,49 @@ class Patcher:
             source_args = map_tensors(lambda x: x[order], target_args)
         try:
             with exact_math():
-                engine = self._engine_for(target_args)
-                fill: Fill | None = {"zero": zero_fill, "mean": None}.get(kind)
-                if kind == "mean":
-                    fill = self._means(target_args, n_inputs)
-                if kind == "given":
-                    fill = GivenFill(source)
-                return PatchRun(
-                    engine, self._limits, source_args, target_args, fill,
-                    deduplicate=self.savings.deduplicate, modules=self._modules,
-                )  # fmt: skip
+                self._settle_engine(target_args)
+                try:
+                    run = self._run(source_args, target_args, n_inputs, kind, source)
+                    if self._captured is not None and self._network is not None:
+                        check_unpatched(self._network, run, source_args, target_args)
+                except CaptureError as reason:
+                    self._settle_engine(target_args, not_captured=str(reason))
+                    run = self._run(source_args, target_args, n_inputs, kind, source)
+                return run
         except Exception as error:
             # A network may take the inputs of a trial and fail on others.
             if self._network is not None and not isinstance(error, RaypatchError):
-                for args in (target_args, source_args or ()):
-                    if args:
-                        network_output(self._network, args)
+                for args in filter(None, (target_args, source_args)):
+                    network_output(self._network, args)
             raise
+
+    def _run(
+        self,
+        source_args: Args | None,
+        target_args: Args,
+        n_inputs: int,
+        kind: SourceKind,
+        given: Any,
+    ) -> PatchRun:
+        assert self._engine is not None
+        fill: Fill | None = {"zero": zero_fill, "mean": None}.get(kind)
+        if kind == "mean":
+            fill = self._means(target_args, n_inputs)
+        if kind == "given":
+            fill = GivenFill(given)
+        return PatchRun(
+            self._engine, self._limits, source_args, target_args, fill,
+            deduplicate=self.savings.deduplicate, modules=self._modules,
+        )  # fmt: skip
 
     def to(self, device: torch.device | str) -> Patcher:
         """Move the weights to a device; runs prepared before stay where they were."""
         self.device = torch.device(device)
-        if isinstance(self._engine, Incremental):
+        if self._captured is not None:
             self._one_input = cast(self._one_input, self.dtype, self.device)
             with torch.no_grad():
-                self._engine.to(self.device, self._one_input)
-        elif self._engine is not None:
+                self._captured.to(self.device, self._one_input)
+        elif isinstance(self._engine, Stacked):
             self._engine.network.to(self.device)
         if self._network is not None:
             self._network.to(self.device)
@@ -151,7 +181,11 @@ class Patcher:
     @property
     def graph(self) -> Graph | None:
         """The captured network; None before inputs were seen, and where it goes by hooks."""
-        return self._engine.graph if isinstance(self._engine, Incremental) else None
+        return self._captured.graph if self._captured else None
+
+    @property
+    def _captured(self) -> Incremental | None:
+        return self._engine if isinstance(self._engine, Incremental) else None
 
     @property
     def neuron_counts(self) -> dict[str, int]:
@@ -162,30 +196,33 @@ class Patcher:
     def _limits(self) -> Limits:
         return Limits(self.device, self._memory_bytes, self._batch_rows)
 
-    def _engine_for(self, target: Args) -> Engine:
-        """The engine for inputs of this form, chosen when they first come."""
-        if self._engine is not None and described(target) == described(self._one_input):
-            return self._engine
+    def _settle_engine(self, target: Args, *, not_captured: str | None = None) -> None:
+        """Choose the engine for inputs of this form when they first come, and where it turns out
+        that a captured graph is not the network on all of them."""
+        is_fit = self._engine is not None and not_captured is None
+        if is_fit and form_of(target) == form_of(self._one_input):
+            return
         if self._network is None:
+            reason = f"; {not_captured}" if not_captured else ""
             raise InputError(
                 f"this copy is for inputs of {described(self._one_input)}, not of "
-                f"{described(target)}; make a Patcher of the network itself"
+                f"{described(target)}; make a Patcher of the network itself{reason}"
             )
-        engine, self.path = choose_engine(self._network, target, self.dtype, self.savings)
+        engine, self.path = choose_engine(
+            self._network, target, self.dtype, self.savings, not_captured=not_captured
+        )
         self.layers = engine.layers
         self._one_input = inputs_between(trial_inputs(target), 0, 1)
         self._engine = engine
-        return engine
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy needs no code of the user's where the graph holds the network."""
-        captured = isinstance(self._engine, Incremental)
-        return {**self.__dict__, **({"_network": None} if captured else {})}
+        return {**self.__dict__, **({"_network": None} if self._captured else {})}
 
     def _means(self, target: Args, n_inputs: int) -> MeanFill:
         assert self._engine is not None
         sums: dict[str, list[Tensor]] = {}
-        captured = isinstance(self._engine, Incremental)
+        captured = self._captured is not None
         # Only a captured graph is known to keep the inputs along the first axis.
         size = self._limits.inputs_at_a_time(self._engine, target, n_inputs) if captured else 1
         for part in in_parts(target, n_inputs, size):
@@ -194,6 +231,23 @@ class Patcher:
                 held = sums.get(name)
                 sums[name] = totals if held is None else [a + b for a, b in zip(held, totals)]
         return MeanFill({name: [t / n_inputs for t in totals] for name, totals in sums.items()})
+
+
+def _no_activations(given: Mapping[Any, Any]) -> str | None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or not value.dim():
+            kind = "number" if isinstance(value, Tensor) else type(value).__name__
+            return f"activations of {name!r} are a {kind}"
+    return None
+
+
+def _why_no_layer(module: nn.Module) -> str:
+    """Said of a module that no experiment can patch."""
+    if owns_weights(module):
+        return "is never called by the forward; where its weights are used, it is by another module"
+    return (
+        f"is a {type(module).__name__}: only modules with a weight matrix or kernel can be patched"
+    )
 
 
 def _usable(device: torch.device | str) -> torch.device:

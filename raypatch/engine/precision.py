@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,12 +17,21 @@ _MKLDNN: list[Any] = [
 
 @contextmanager
 def exact_math() -> Iterator[None]:
-    """Products of float32 in float32, whatever the user has allowed; restored afterwards."""
+    """Products of float32 in float32, whatever the user has allowed; restored afterwards.
+
+    Tensors are plain ones, also within the user's ``torch.inference_mode``, as they may be used
+    after it.
+    """
     held = _switches()
     for part, name, _, exact in held:
         setattr(part, name, exact)
     try:
-        yield
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
         for part, name, before, _ in held:
             setattr(part, name, before)

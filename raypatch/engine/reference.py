@@ -22,6 +22,7 @@ from raypatch.engine.layers import (
     hooked,
     map_tensors,
     record_activations,
+    without_nested_tensors,
 )
 from raypatch.engine.sources import resample_order
 
@@ -50,7 +51,7 @@ def reference_outputs(
     ``source`` is not used for the kinds ``zero``, ``mean`` and ``resample``; for ``given`` it
     maps layers to activations.
     """
-    network = copy.deepcopy(network).to("cpu", dtype).eval()
+    network = without_nested_tensors(copy.deepcopy(network).to("cpu", dtype).eval())
     target = cast(as_args(target), dtype)
     layers = find_layers(network, target)
     names = [*layers, OUTPUT_LOGITS]

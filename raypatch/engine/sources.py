@@ -39,16 +39,11 @@ def zero_fill(layer: str, call: int, activation: Tensor) -> Tensor:
     return torch.zeros_like(activation)
 
 
-def noise_fill(n_inputs: int) -> Fill:
-    """For trials: the activation with seeded noise, the same for every input."""
-
-    def fill(layer: str, call: int, activation: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{layer} {call}".encode()))
-        holds_inputs = len(activation) == n_inputs
-        shape = activation.shape[1:] if holds_inputs else activation.shape
-        return activation + torch.randn(shape, generator=generator).to(activation)
-
-    return fill
+def noise_fill(layer: str, call: int, activation: Tensor) -> Tensor:
+    """For trials: the activation with seeded noise along its last axis, the same for every input,
+    wherever inputs lie among the other axes, if anywhere."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{layer} {call}".encode()))
+    return activation + torch.randn(activation.shape[-1:], generator=generator).to(activation)
 
 
 @dataclass(frozen=True)

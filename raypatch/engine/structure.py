@@ -26,6 +26,12 @@ from raypatch.engine.plan import ALL, Signature
 from raypatch.engine.spread_rules import SPREAD_RULES, SpreadRule
 from raypatch.engine.values import Ownership
 
+# Operations whose results may be of a size that values decide.
+TAKES_PLACES = {
+    *("getitem", "item_between", "index", "nonzero", "argwhere", "masked_select"),
+    *("unique", "unique_consecutive"),
+}
+
 
 @dataclass(frozen=True)
 class Savings:
@@ -119,6 +125,7 @@ class Structure:
         missing = [name for name in layers if name not in self.calls]
         if missing:
             raise CaptureError(f"layer {missing[0]!r} is not a node of the captured graph")
+        self._refuse_selections_by_values()
         self.view_of = {
             node.index: used
             for node in graph.nodes
@@ -132,6 +139,20 @@ class Structure:
     def __getstate__(self) -> dict[str, Any]:
         """Without what is planned on demand."""
         return {**self.__dict__, "_chains": {}, "_programs": {}, "_sizes": {}}
+
+    def _refuse_selections_by_values(self) -> None:
+        """Raises CaptureError for what takes as many places as values tell: rows could have more
+        or fewer than the trial's."""
+        for node in self.nodes:
+            name = str(getattr(node.key, "__name__", node.key))
+            if not self.depends[node.index] or name not in TAKES_PLACES:
+                continue
+            picks = [self.sample[i] for i in node.inputs[1:] if self.depends[i]]
+            if name not in ("getitem", "item_between", "index") or any(
+                isinstance(pick, Tensor) and pick.dtype in (torch.bool, torch.uint8)
+                for pick in picks
+            ):
+                raise CaptureError(f"{name}: how many places it takes depends on values")
 
     def layer_at(self, entry: int) -> tuple[str, int]:
         """A patched node's layer and which call of it this is."""

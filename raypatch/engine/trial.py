@@ -7,14 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments
-from raypatch.engine.arguments import count_inputs, described, inputs_between
+from raypatch.engine.arguments import count_inputs, described, in_parts, inputs_between
 from raypatch.engine.capture import CaptureError, capture, first_line
 from raypatch.engine.capture_export import capture_export
+from raypatch.engine.decisions import decides_by_values
 from raypatch.engine.incremental import Incremental
-from raypatch.engine.layers import Args, Layer, find_layers, forward, map_tensors
+from raypatch.engine.layers import (
+    Args,
+    Layer,
+    find_layers,
+    forward,
+    map_tensors,
+    without_nested_tensors,
+)
 from raypatch.engine.patch_run import Engine, Limits, PatchRun, is_out_of_memory
 from raypatch.engine.plan import plan_experiments
 from raypatch.engine.sources import noise_fill
@@ -29,19 +38,31 @@ TRIAL_BYTES = 1 << 40
 
 
 def choose_engine(
-    network: nn.Module, target: Args, dtype: torch.dtype, savings: Savings
+    network: nn.Module,
+    target: Args,
+    dtype: torch.dtype,
+    savings: Savings,
+    *,
+    not_captured: str | None = None,
 ) -> tuple[Engine, str]:
-    """The engine for a network on inputs like ``target``, and how it evaluates and why."""
+    """The engine for a network on inputs like ``target``, and how it evaluates and why.
+
+    ``not_captured`` is a reason, found elsewhere, why no captured graph will do.
+    """
     probe = trial_inputs(target)
     output = network_output(network, probe)
     if not isinstance(output, Tensor) or output.dim() != 2:
         shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise InputError(f"the network gives {shape}; patching needs one tensor [inputs, outputs]")
+    if not output.is_floating_point():
+        raise InputError(f"the network gives {output.dtype}; patching needs logits, float numbers")
     layers = find_layers(network, probe)
     single = Stacked(network, layers, limit=1)
-    reasons: list[str] = []
-    for how in ("torch.fx", "torch.export", "stacked"):
+    reasons: list[str] = [not_captured] if not_captured else []
+    for how in ("stacked",) if not_captured else ("torch.fx", "torch.export", "stacked"):
         try:
+            if how == "stacked" and decides_by_values(network, probe):
+                raise CaptureError("its Python decides by values")
             engine = _build(how, network, layers, probe, dtype, savings)
             _check(engine, single, layers, probe, dtype)
         except CaptureError as reason:
@@ -79,7 +100,7 @@ def _build(
         return Stacked(network, layers, limit=None)
     try:
         with torch.no_grad():
-            graph = capture(network) if how == "torch.fx" else capture_export(network, probe)
+            graph = capture(network, probe) if how == "torch.fx" else capture_export(network, probe)
             if dtype is torch.float64:
                 graph.widen()
             return Incremental(graph, layers, savings, inputs_between(probe, 0, 1))
@@ -98,9 +119,8 @@ def _check(
     n_inputs = count_inputs(target)
     source = map_tensors(lambda x: x.roll(1, 0) if x.dim() else x, target)
     # Inputs may be equal or the layers' values zero: noise makes every patch change something.
-    for trial_source, fill_of in ((source, None), (None, noise_fill)):
+    for trial_source, fill in ((source, None), (None, noise_fill)):
         try:
-            fill = fill_of and fill_of(n_inputs)
             found = PatchRun(engine, limits, trial_source, target, fill)(plan)
             alone = [
                 PatchRun(
@@ -108,7 +128,7 @@ def _check(
                     limits,
                     None if trial_source is None else inputs_between(trial_source, i, i + 1),
                     inputs_between(target, i, i + 1),
-                    fill_of and fill_of(1),
+                    fill,
                 )(plan)
                 for i in range(n_inputs)
             ]
@@ -117,16 +137,41 @@ def _check(
         except Exception as error:  # anything a strange network may do
             raise CaptureError(first_line(error)) from None
         for i, expected in enumerate(alone):
-            difference = float((found[:, i : i + 1] - expected).abs().max())
-            largest = max(1.0, float(expected.abs().max()))
-            if not difference <= TOLERANCE.get(dtype, 1e-1) * largest:
+            difference, is_small = _compared(found[:, i : i + 1], expected, dtype)
+            if not is_small:
                 raise CaptureError(f"differs from plain hooks by {difference:.1e} in a trial")
+
+
+def check_unpatched(network: nn.Module, run: PatchRun, source: Args | None, target: Args) -> None:
+    """Compare a captured graph's unpatched outputs with the network's own, of all inputs: what a
+    capture has fixed may hold for those of the trial only. CaptureError if they differ."""
+    for args, found in ((source, run.source_baseline), (target, run.baseline)):
+        if args is None or found is None:
+            continue
+        first = 0
+        for part in in_parts(args, run.n_inputs, run.inputs_at_a_time):
+            expected = network_output(network, part)
+            last = first + len(expected)
+            difference, is_small = _compared(found[first:last], expected, found.dtype)
+            if not is_small:
+                raise CaptureError(f"differs from the network by {difference:.1e} on some input")
+            first = last
+
+
+def _compared(found: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[float, bool]:
+    """The largest difference, and whether it is one of rounding alone."""
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    difference = float((found - expected).abs().masked_fill(same, 0).max())
+    largest = max(1.0, float(expected.abs().max()))
+    return difference, difference <= TOLERANCE.get(dtype, 1e-1) * largest
 
 
 def _experiments(layers: dict[str, Layer]) -> Experiments:
     names = list(layers)
     chosen = names if len(names) <= 12 else [*names[:6], *names[-6:]]
     trials: list[Experiment] = []
+    for name in names[6:-6]:
+        trials += [{name: [0]}, {name: [layers[name].neurons // 2]}]
     for name in chosen:
         size = layers[name].neurons
         # At least two of a signature, so that really something is stacked.
@@ -150,11 +195,15 @@ def trial_inputs(args: Args) -> Args:
 
 def own_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A copy for good, in which parametrised weights are what they are now."""
+    if isinstance(network, torch.jit.ScriptModule):
+        raise InputError("the network is a ScriptModule; give the nn.Module that it was made from")
+    if any(is_lazy(p) for p in network.parameters()):
+        raise InputError("the network has lazy layers of unknown size; run it once before")
     try:
         own = copy.deepcopy(network)
     except Exception as error:
         raise InputError(f"the network cannot be copied: {first_line(error)}") from None
-    own = own.to(device, dtype).eval()
+    own = without_nested_tensors(own.to(device, dtype).eval())
     for module in list(own.modules()):
         if is_parametrized(module):
             _settle(module)
