@@ -67,6 +67,30 @@ def attribute(
     Positions of a feature map or sequence are added up, as a patch replaces them together, and
     so are the calls of a layer that is called several times.
     """
+    if _hold_inputs_first(network, layers, target[:2]):
+        return _attributed(network, layers, source, target)
+    each = [
+        _attributed(network, layers, source[i : i + 1], target[i : i + 1])
+        for i in range(len(target))
+    ]
+    return {name: np.concatenate([one[name] for one in each]) for name in layers}
+
+
+def _hold_inputs_first(network: nn.Module, layers: dict[str, Layer], two: Tensor) -> bool:
+    """Whether every layer's output has the inputs along axis 0, and nothing else there."""
+    with torch.no_grad():
+        of_one, of_two = (_activations(network, layers, part) for part in (two[:1], two))
+    return all(
+        len(a) == 1 and len(b) == len(two) and a.shape[1:] == b.shape[1:]
+        for name in layers
+        for a, b in zip(of_one[name], of_two[name])
+    )
+
+
+def _attributed(
+    network: nn.Module, layers: dict[str, Layer], source: Tensor, target: Tensor
+) -> dict[str, np.ndarray]:
+    """:func:`attribute` for outputs that hold inputs along axis 0, or for one input."""
     with torch.no_grad():
         from_source = _activations(network, layers, source)
     with torch.enable_grad():
@@ -84,8 +108,11 @@ def attribute(
             if gradient is None:  # not on the path to the outputs
                 continue
             change = ((before - activation) * gradient).detach().double()
-            by_neuron = change.movedim(layers[name].axis, 1)
-            total += (by_neuron.flatten(2).sum(2) if change.dim() > 2 else by_neuron).numpy()
+            if len(target) == 1:
+                by_neuron = change.movedim(layers[name].axis, 0)[None]
+            else:
+                by_neuron = change.movedim(layers[name].axis, 1)
+            total += by_neuron.reshape(*total.shape, -1).sum(2).numpy()
         found[name] = total
     return found
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CARTPOLE, LAVA
+from networks import Transformer
 from torch import nn
 
 import raypatch
@@ -173,6 +174,23 @@ def test_small_changes_of_a_convolution_are_estimated_to_first_order():
         patched = reference_outputs(network, [{layer: [neuron]}], source, target)[0]
         change = (patched - network(target).double()).gather(1, action[:, None])[:, 0].detach()
         np.testing.assert_allclose(found[layer][:, neuron], change, rtol=0.1, atol=2e-5)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("n_inputs", [3, 5])  # of three steps, and of another number
+def test_small_changes_are_estimated_wherever_a_layer_holds_its_inputs(n_inputs, batch_first):
+    torch.manual_seed(0)
+    network = Transformer(batch_first).double().eval()
+    target = torch.randn(n_inputs, 6, dtype=torch.float64)
+    source = target + 1e-5 * torch.randn_like(target)
+    layers = find_layers(network, (target,))
+    found = attribute(network, layers, source, target)
+    action = network(target).argmax(1)
+    for name in ("embed", "positions", "encoder.layers.1.linear1", "head"):
+        experiments = [{name: [i]} for i in range(layers[name].neurons)]
+        change = reference_outputs(network, experiments, source, target) - network(target)
+        change = change[:, range(n_inputs), action].T.detach()
+        np.testing.assert_allclose(found[name], change, rtol=1e-2, atol=1e-8)
 
 
 def test_the_screen_writes_a_definition_that_runs_and_a_comparison(
