@@ -19,6 +19,7 @@ DEFAULT_METRIC = "kl_divergence"
 BOTH = "both"
 COMBINATIONS = ("average", "maximum")
 RESAMPLES, CONFIDENCE = 2000, 0.95
+DRAWS_AT_A_TIME = 1 << 20
 # Metrics that go up or down from 0, and those that are 1 where nothing changes; of all others
 # the largest is the strongest effect.
 SIGNED = {
@@ -223,7 +224,7 @@ def combined(values: np.ndarray, how: str, metric: str = "", statistic: str = "m
 
 
 _REDUCTIONS: dict[str, Any] = {
-    "mean": np.nanmean, "std": np.nanstd, "min": np.nanmin, "max": np.nanmax,
+    "std": np.nanstd, "min": np.nanmin, "max": np.nanmax,
 }  # fmt: skip
 
 
@@ -233,25 +234,52 @@ def _intervals(
 ) -> dict[int, tuple[float, float]]:  # fmt: skip
     """Percentile bootstrap (Efron 1979) over inputs, the same draws for every experiment."""
     n_inputs = len(results.sweep["input_ids"])
-    draws = np.random.default_rng(0).integers(n_inputs, size=(RESAMPLES, n_inputs))
-    reduce = _REDUCTIONS[statistic]
-    found = {}
-    tail = 100 * (1 - CONFIDENCE) / 2
+    columns: list[np.ndarray] = []
+    owners: list[int] = []
     for index, rows in results.rows_of(indices, [metric]).items():
         values = as_numpy(rows[metric]).astype(np.float64)
         by_direction = values.reshape(len(results.directions), n_inputs)
-        resampled = []
         for name in chosen:
             one = by_direction[results.directions.index(name)]
             if not np.isnan(one).all():
-                with warnings.catch_warnings():
-                    # A draw of nothing but undefined inputs is undefined itself.
-                    warnings.simplefilter("ignore", RuntimeWarning)
-                    resampled.append(reduce(one[draws], axis=1))
-        if resampled:
-            both = combined(np.stack(resampled, 1), combine, metric, statistic)
-            low, high = np.nanpercentile(both, [tail, 100 - tail])
-            found[index] = (float(low), float(high))
+                columns.append(one)
+                owners.append(index)
+    if not columns:
+        return {}
+    resampled = _resampled(np.stack(columns, 1), statistic)
+    found = {}
+    tail = 100 * (1 - CONFIDENCE) / 2
+    for index in dict.fromkeys(owners):
+        both = combined(resampled[:, np.array(owners) == index], combine, metric, statistic)
+        low, high = np.nanpercentile(both, [tail, 100 - tail])
+        found[index] = (float(low), float(high))
+    return found
+
+
+def _resampled(values: np.ndarray, statistic: str) -> np.ndarray:
+    """The statistic of ``values`` ``[inputs, columns]`` over redrawn inputs, NaN left out:
+    ``[RESAMPLES, columns]``."""
+    n_inputs, n_columns = values.shape
+    found = np.empty((RESAMPLES, n_columns))
+    known = ~np.isnan(values)
+    # For a mean it is enough to know how often each input was drawn.
+    weighted = np.concatenate([np.where(known, values, 0.0), known], 1)
+    generator = np.random.default_rng(0)
+    step = max(1, DRAWS_AT_A_TIME // n_inputs)
+    for first in range(0, RESAMPLES, step):
+        draws = generator.integers(n_inputs, size=(min(step, RESAMPLES - first), n_inputs))
+        part = found[first : first + len(draws)]
+        with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+            # A draw of nothing but undefined inputs is undefined itself.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            if (reduction := _REDUCTIONS.get(statistic)) is None:
+                draws += n_inputs * np.arange(len(draws))[:, None]
+                times = np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape)
+                sums = times.astype(np.float64) @ weighted
+                part[:] = sums[:, :n_columns] / sums[:, n_columns:]
+            else:
+                for column in range(n_columns):
+                    part[:, column] = reduction(values[draws, column], axis=1)
     return found
 
 

@@ -247,22 +247,34 @@ class Job:
                 store.remove(self.beacon)
 
     def _describe_sweep(self) -> None:
-        """Write what describes the sweep, unless a run before has done so."""
-        from raypatch import records
+        """Write what describes the sweep, unless a run before has done so and it is still that."""
+        from raypatch import records, recovery
         from raypatch.results import tables
+        from raypatch.results.store import digest_of
 
         store, config = self.store, self.config
+
+        def write_baselines() -> None:
+            baselines = tables.baseline_table(
+                self.outputs_by_side, self.inputs.ids, discrete=self.agent.discrete
+            )
+            store.write(layout.BASELINES, tables.file_bytes(baselines, config.compression))
+
         with store.changing():
-            there = store.entries()
-            if layout.EXPERIMENTS not in there:
-                records.write_experiments(store, self.experiments)
-            if layout.BASELINES not in there:
-                baselines = tables.baseline_table(
-                    self.outputs_by_side, self.inputs.ids, discrete=self.agent.discrete
-                )
-                content = tables.file_bytes(baselines, config.compression)
-                store.write(layout.BASELINES, content)
-            if layout.SWEEP in there:
+            content = store.read(layout.SWEEP)
+            held = None if content is None else layout.parse_sweep(content)
+            digests = {}
+            writers: dict[str, Callable[[], None]] = {
+                layout.EXPERIMENTS: lambda: records.write_experiments(store, self.experiments),
+                layout.BASELINES: write_baselines,
+            }
+            for name, write in writers.items():
+                if held is None or recovery.description_fault(store, held, name) is not None:
+                    write()
+                digests[name] = digest_of(store, name)
+            if held is not None:
+                if held.get(layout.DIGESTS) != digests:
+                    records.write_sweep(store, held | {layout.DIGESTS: digests})
                 return
             path = str(Path(config.agent_path).resolve())
             record = {
@@ -282,6 +294,7 @@ class Job:
                 "backend": self.backend.name,
                 "started": records.local_time(time.time()),
                 "versions": records.software_versions(),
+                layout.DIGESTS: digests,
                 "runs": [],
             }
             records.write_sweep(store, record)

@@ -59,7 +59,7 @@ def export(results: Results, form: str, by: str, output: str) -> Path:
             write = _write_parquet if form == "parquet" else _write_csv
             write(folder, "summary", results.summary_parts(None), results.summary_schema())
             if results.has_rows:
-                write(folder, "rows", results.row_parts(None), results.dataset().schema)
+                write(folder, "rows", results.row_parts(None), results.row_schema())
     return target
 
 

@@ -159,6 +159,16 @@ def fault_of(store: Store, receipt: layout.Receipt) -> str | None:
     return None
 
 
+def description_fault(store: Store, sweep: dict[str, Any], name: str) -> str | None:
+    """What is wrong with ``experiments.arrow`` or ``baselines.arrow``, None where nothing is."""
+    found = digest_of(store, name)
+    if found is None:
+        return f"{name} is missing or unreadable"
+    if found != sweep.get(layout.DIGESTS, {}).get(name, found):
+        return f"{name} is not what was written (its sha256 differs)"
+    return None
+
+
 def _adopted(
     store: Store, expected: Expected, names: list[str], committed: list[layout.Receipt]
 ) -> list[layout.Receipt]:

@@ -16,7 +16,8 @@ from raypatch.errors import InputError, RunError
 from raypatch.inline import InlineBackend
 from raypatch.interruption import Interruption
 from raypatch.rechecking import recheck
-from raypatch.recovery import fault_of
+from raypatch.recovery import description_fault, fault_of
+from raypatch.results import layout
 from raypatch.results.reader import Results, open_results
 from raypatch.verification import choose_sample
 
@@ -44,12 +45,15 @@ def verify_run(location: str, *, sample: int, seed: int, **agent_options: Any) -
     results = open_results(location)
     if results.distrusted is not None:
         raise RunError(f"{location}: {results.distrusted}")
-    faults = [(r.part, fault_of(results.store, r)) for r in results.receipts]
-    bad = [f"{part}: {fault}" for part, fault in faults if fault is not None]
-    if bad:
-        advice = "run the sweep's own command again to compute them anew"
-        count = f"{len(bad)} of {len(faults)} parts are damaged; {advice}"
-        raise RunError("\n".join([*bad[:10], count]))
+    faults = [fault_of(results.store, receipt) for receipt in results.receipts]
+    bad = [f"{r.part}: {fault}" for r, fault in zip(results.receipts, faults) if fault is not None]
+    parts = [f"{len(bad)} of {len(faults)} parts are damaged"] if bad else []
+    for name in (layout.EXPERIMENTS, layout.BASELINES):
+        if (fault := description_fault(results.store, results.sweep, name)) is not None:
+            parts.append(fault)
+    if parts:
+        advice = "run the sweep's own command again to restore what is damaged"
+        raise RunError("\n".join([*bad[:10], *parts, advice]))
     recomputed, difference = 0, 0.0
     if sample and results.receipts:
         recomputed, difference = _recompute(results, sample, seed, agent_options)

@@ -184,9 +184,22 @@ class TwoInputs(nn.Module):
 
 
 class Untraceable(nn.Module):
+    """What it selects depends on values; how, does not."""
+
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        on = h > 0
+        out = torch.zeros_like(h)
+        out[on] = h[on]
+        return self.b(out)
+
+
+class Deciding(Untraceable):
+    """Python that looks at values: one branch for the whole batch."""
 
     def forward(self, x):
         h = self.a(x)
@@ -292,6 +305,7 @@ ZOO = {
     "gpt": (Gpt, [(6,)]),
     "two_inputs": (TwoInputs, [(6,), (3,)]),
     "untraceable": (Untraceable, [(6,)]),
+    "deciding": (Deciding, [(6,)]),
     "shape_dependent": (ShapeDependent, [(6,)]),
     "pooled_outside_tracing": (PooledOutsideTracing, [(1, 6, 6)]),
     "called_twice": (CalledTwice, [(6,)]),

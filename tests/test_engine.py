@@ -26,7 +26,7 @@ from raypatch.engine.sources import SOURCE_KINDS
 from raypatch.engine.structure import Savings
 
 EXPORTED = {"shape_dependent", "pooled_outside_tracing", "gpt"}
-CAPTURED = sorted(set(ZOO) - {"untraceable"} - EXPORTED)
+CAPTURED = sorted(set(ZOO) - {"untraceable", "deciding"} - EXPORTED)
 
 
 def experiments_for(counts, draw):
@@ -120,8 +120,16 @@ def test_a_network_that_cannot_be_captured_runs_stacked_and_says_why():
     patcher = Patcher(network)
     patcher.prepare(source, target)
     assert patcher.path.startswith(
-        "stacked (not captured: torch.fx: TraceError: symbolically traced"
+        "stacked (not captured: torch.fx: TypeError: 'Proxy' object does not support item"
     )
+
+
+def test_a_network_that_decides_by_values_runs_one_experiment_at_a_time_and_says_why():
+    network, source, target = build("deciding", 0)
+    patcher = Patcher(network)
+    patcher.prepare(source, target)
+    assert patcher.path.startswith("single (torch.fx: TraceError: symbolically traced")
+    assert patcher.path.endswith("its Python decides by values)")
 
 
 def test_a_network_that_mixes_its_inputs_runs_one_experiment_at_a_time():

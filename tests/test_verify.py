@@ -45,6 +45,52 @@ def test_a_flipped_bit_is_found_and_named(command, run_inline, single_neurons):
     assert "1 of 15 parts are damaged" in ended.err
 
 
+@pytest.mark.parametrize("name", ["experiments.arrow", "baselines.arrow"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "another order"])
+def test_what_describes_a_run_is_checked_and_restored(
+    command, run_inline, single_neurons, name, damage
+):
+    out = run_inline(LAVA, single_neurons(LAVA))
+    before = (out / name).read_bytes()
+    if damage == "gone":
+        (out / name).unlink()
+    elif damage == "empty":
+        (out / name).write_bytes(b"")
+    else:
+        table = pa.ipc.open_file(out / name).read_all()
+        with pa.ipc.new_file(out / name, table.schema) as writer:
+            writer.write_table(table.take(list(range(len(table)))[::-1]))
+    ended = command("verify", out)
+    assert ended.code == 1
+    assert f"{name} is " in ended.err and "run the sweep's own command again" in ended.err
+    run_inline(LAVA, single_neurons(LAVA), out=out)
+    assert (out / name).read_bytes() == before
+    assert command("verify", out).code == 0
+
+
+def test_damaged_files_are_one_line_wherever_they_are_read(
+    command, run_inline, single_neurons, tmp_path
+):
+    out = run_inline(LAVA, single_neurons(LAVA))
+    victim = sorted((out / "shards").iterdir())[0]
+    content = bytearray(victim.read_bytes())
+    readings = [
+        ("rank", out), ("report", out, "--output", tmp_path / "r.html"),
+        *[("export", out, "--format", kind, "--output", tmp_path / kind)
+          for kind in ("csv", "json", "parquet")],
+    ]  # fmt: skip
+    for damaged in (content[:500], content[:600] + bytes(len(content) - 1400) + content[-800:]):
+        victim.write_bytes(damaged)
+        for reading in readings[1:]:
+            ended = command(*reading)
+            assert ended.code == 2, reading
+            assert f"shards/{victim.name} is damaged (" in ended.err
+            assert ended.err.count("\n") == 1
+    (out / "experiments.arrow").write_bytes(b"")
+    assert "experiments.arrow is damaged (" in command(*readings[0]).err
+    assert not list(tmp_path.glob("r.html")) + list(tmp_path.glob("csv"))
+
+
 @pytest.mark.parametrize("save", ["full", "metrics", "summary"])
 def test_wrong_numbers_under_a_right_hash_are_found(command, run_inline, single_neurons, save):
     out = run_inline(LAVA, single_neurons(LAVA), "--save", save)

@@ -142,6 +142,8 @@ def read_failures(content: bytes | None) -> list[Failure]:
 
 # The field of sweep.json that says how a verification failed.
 DISTRUSTED = "verification_failed"
+# The field of sweep.json with the sha256 of the other files that describe the sweep.
+DIGESTS = "sha256"
 # What other code relies on in sweep.json: path of keys and type.
 _SWEEP_FIELDS: dict[tuple[str, ...], type] = {
     ("format_version",): int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from raypatch.arrow_arrays import as_numpy, numbers
-from raypatch.errors import InputError
+from raypatch.errors import InputError, one_line
 from raypatch.results import layout, schema
 from raypatch.results.store import Store, open_store
 
@@ -49,8 +50,7 @@ class Results:
 
     def require_rows(self) -> None:
         """Raises InputError where no experiment has results."""
-        if not self.receipts:
-            raise InputError(f"{self.path}: nothing is committed yet")
+        self._require_parts()
         if not any(receipt.rows for receipt in self.receipts):
             raise InputError(
                 f"{self.path}: no experiment has results; all that were tried are quarantined in "
@@ -84,11 +84,18 @@ class Results:
         """All committed rows as one Arrow dataset, nothing read yet."""
         if self.sweep["identity"]["save"] == "summary":
             raise InputError(f"{self.path}: was run with --save summary and holds no rows")
-        return self._dataset(layout.SHARDS)
+        import pyarrow.dataset  # brings pandas along, where that is installed
+
+        self._require_parts()
+        files, system = self.store.dataset_files(
+            [f"{layout.SHARDS}/{receipt.part}" for receipt in self.receipts]
+        )
+        return pyarrow.dataset.dataset(files, format="ipc", filesystem=system)
 
     def summary(self) -> pa.Table:
         """Statistics by experiment and direction."""
-        return self._dataset(layout.SUMMARY).to_table()
+        self._require_parts()
+        return pa.concat_tables(self.summary_parts(None))
 
     def to_pandas(self) -> pandas.DataFrame:
         """All rows as a pandas frame."""
@@ -119,8 +126,8 @@ class Results:
             inside = sorted(i for i in wanted if receipt.first <= i < receipt.last)
             if not inside:
                 continue
-            with self.store.open(f"{layout.SHARDS}/{receipt.part}") as source:
-                table = pa.ipc.open_file(source).read_all().select(["experiment_index", *columns])
+            with self._reading(f"{layout.SHARDS}/{receipt.part}") as reader:
+                table = reader.read_all().select(["experiment_index", *columns])
             ids = as_numpy(table["experiment_index"])
             for index in inside:
                 first, last = np.searchsorted(ids, [index, index + 1])
@@ -133,18 +140,31 @@ class Results:
 
     def _tables(self, folder: str, columns: list[str] | None) -> Iterator[pa.Table]:
         for receipt in self.receipts:
-            with self.store.open(f"{folder}/{receipt.part}") as source:
-                table = pa.ipc.open_file(source).read_all()
-                yield table if columns is None else table.select(columns)
+            with self._reading(f"{folder}/{receipt.part}") as reader:
+                table = reader.read_all()
+                table = table if columns is None else table.select(columns)
+            yield table
 
     def summary_schema(self) -> pa.Schema:
         """Schema of the summary's parts."""
-        return self._dataset(layout.SUMMARY).schema
+        return self._schema(layout.SUMMARY)
+
+    def row_schema(self) -> pa.Schema:
+        """Schema of the shards."""
+        return self._schema(layout.SHARDS)
+
+    def _schema(self, folder: str) -> pa.Schema:
+        self._require_parts()
+        with self._reading(f"{folder}/{self.receipts[0].part}") as reader:
+            return reader.schema
+
+    def _require_parts(self) -> None:
+        if not self.receipts:
+            raise InputError(f"{self.path}: nothing is committed yet")
 
     def experiment_batches(self) -> Iterator[pa.RecordBatch]:
         """``experiments.arrow`` batch by batch."""
-        with self.store.open(layout.EXPERIMENTS) as source:
-            reader = pa.ipc.open_file(source)
+        with self._reading(layout.EXPERIMENTS) as reader:
             for number in range(reader.num_record_batches):
                 yield reader.get_batch(number)
 
@@ -168,8 +188,7 @@ class Results:
     def describe(self, indices: list[int]) -> pa.Table:
         """Rows of ``experiments.arrow`` at these indices, without reading the rest."""
         wanted = np.asarray(indices, np.int64)
-        with self.store.open(layout.EXPERIMENTS) as source:
-            reader = pa.ipc.open_file(source)
+        with self._reading(layout.EXPERIMENTS) as reader:
             found, order = [pa.Table.from_batches([], reader.schema)], []
             for number in np.unique(wanted // schema.BATCH_ROWS):
                 places = np.flatnonzero(wanted // schema.BATCH_ROWS == number)
@@ -181,18 +200,20 @@ class Results:
         return table.take(numbers(np.argsort(np.concatenate(order)))) if order else table
 
     def _table(self, name: str) -> pa.Table:
-        with self.store.open(name) as source:
-            return pa.ipc.open_file(source).read_all()
+        with self._reading(name) as reader:
+            return reader.read_all()
 
-    def _dataset(self, folder: str) -> pyarrow.dataset.Dataset:
-        import pyarrow.dataset  # brings pandas along, where that is installed
-
-        if not self.receipts:
-            raise InputError(f"{self.path}: nothing is committed yet")
-        files, system = self.store.dataset_files(
-            [f"{folder}/{receipt.part}" for receipt in self.receipts]
-        )
-        return pyarrow.dataset.dataset(files, format="ipc", filesystem=system)
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Any]:
+        """An open Arrow file; InputError where it is missing, damaged or of another form."""
+        try:
+            with self.store.open(name) as source:
+                yield pa.ipc.open_file(source)
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise InputError(
+                f"{self.path}: {name} is damaged ({one_line(error)}); run the sweep again to "
+                "restore it"
+            ) from None
 
 
 def open_results(path: str | Path) -> Results:
