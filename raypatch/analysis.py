@@ -15,7 +15,6 @@ from raypatch.errors import InputError
 from raypatch.results.reader import Results
 from raypatch.results.schema import STATISTICS
 
-DEFAULT_METRIC = "kl_divergence"
 BOTH = "both"
 COMBINATIONS = ("average", "maximum")
 RESAMPLES, CONFIDENCE = 2000, 0.95
@@ -83,7 +82,7 @@ class Moments:
 
 def rank(
     results: Results,
-    metric: str = DEFAULT_METRIC,
+    metric: str,
     *,
     statistic: str = "mean",
     direction: str = BOTH,

@@ -31,6 +31,7 @@ class RunConfig:
     agent_output: str | None = None
     activation: str | None = None
     trust_agent_code: bool = False
+    actions: str | None = None
     direction: str = "both"
     source: str = "pair"
     source_activations: str | None = None
@@ -56,11 +57,13 @@ class RunConfig:
 
     def agent_options(self) -> AgentOptions:
         return AgentOptions(
-            self.agent_file,
-            self.agent_factory,
-            self.agent_output,
-            self.activation,
-            self.trust_agent_code,
+            agent_file=self.agent_file,
+            agent_factory=self.agent_factory,
+            agent_output=self.agent_output,
+            activation=self.activation,
+            trust_agent_code=self.trust_agent_code,
+            actions=self.actions,
+            inputs=self.clean_inputs or self.corrupted_inputs,
         )
 
 
@@ -104,6 +107,11 @@ def check_config(config: RunConfig) -> None:
             raise InputError(
                 f"--{name} {value}: --backend inline computes in its own process; leave out one"
             )
+    if config.source_activations is not None and config.source != "pair":
+        raise InputError(
+            f"--source {config.source}: --source_activations says where patched values come from; "
+            "leave out one"
+        )
     if config.source_activations is not None and config.direction == "both":
         raise InputError(
             "--source_activations holds the activations of one side: give --direction denoising "

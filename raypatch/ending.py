@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from raypatch.analysis import DEFAULT_METRIC, rank
+from raypatch.analysis import rank
 from raypatch.progress import duration, short_number
 from raypatch.results.reader import Results
 
@@ -54,9 +54,12 @@ def _next_command(facts: dict[str, Any]) -> str:
 
 
 def _another(results: Results) -> str:
-    """A metric to look at next; what is recovered of the source is defined where there is one."""
+    """A metric to look at next that is defined here: what is recovered of the source needs one, a
+    correlation several outputs."""
     has_source = results.sweep["identity"]["source"] in ("pair", "resample")
     useful = [m for m in results.metrics if has_source or m != "logit_diff_recovered"]
+    if results.sweep["n_outputs"] == 1:
+        useful = [m for m in useful if "correlation" not in m]
     return (useful or list(results.metrics))[-1]
 
 
@@ -121,7 +124,7 @@ def show_ending(results: Results) -> None:
     console.print(table)
     show_failures(facts["quarantined"])
     if results.receipts:
-        metric = DEFAULT_METRIC if DEFAULT_METRIC in results.metrics else results.metrics[0]
+        metric = results.default_metric
         sides = "both directions" if len(results.directions) > 1 else results.directions[0]
         console.print(
             f"\nStrongest neurons by mean {metric}, {sides}, output_logits left out", markup=False

@@ -90,8 +90,15 @@ def _layers(
     if agent_path is not None:
         from raypatch.agents import read_layer_structure
 
+        if not Path(agent_path).exists():
+            raise InputError(f"--agent_path {agent_path}: no such directory")
         try:
-            return read_layer_structure(agent_path, options)
+            layers, n_outputs, doubt = read_layer_structure(agent_path, options)
+            if doubt is not None:
+                if strict:
+                    raise InputError(f"--strict: {doubt}")
+                print(f"raypatch: note: {doubt}", file=sys.stderr)
+            return layers, n_outputs
         except AgentError as error:
             if strict:
                 raise

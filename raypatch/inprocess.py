@@ -40,7 +40,8 @@ class Bench:
     ) -> None:
         if direction not in ("both", *DIRECTIONS):
             raise InputError(f"--direction: {direction!r} is not both, {' or '.join(DIRECTIONS)}")
-        self.agent = load_agent(agent_path, AgentOptions(**agent_options))
+        named = clean_inputs or corrupted_inputs
+        self.agent = load_agent(agent_path, AgentOptions(**agent_options, inputs=named))
         folder = Path(agent_path) / INPUTS_FOLDER
         given = {"clean": clean_inputs, "corrupted": corrupted_inputs}
         paths = {side: Path(given[side] or find_inputs(folder, side)) for side in SIDES}

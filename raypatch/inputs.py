@@ -11,7 +11,8 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,9 @@ def read_observations(path: Path) -> Mapping[str, Any]:
             f"{path}: no such input file; name one with --clean_inputs and --corrupted_inputs, or "
             "make some with raypatch collect"
         )
-    reader = _READERS.get(path.suffix, _read_json)
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: inputs are files of the kinds {', '.join(SUFFIXES)}")
+    reader = _READERS[path.suffix]
     try:
         found = reader(path)
     except InputError:
@@ -135,12 +138,21 @@ def read_observations(path: Path) -> Mapping[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(content, dict) or not content:
         raise InputError(f'{path}: inputs are a non-empty object: {{"id": {{"input": [...]}}}}')
     return {key: _unwrapped(value, f"{path}: input {key!r}") for key, value in content.items()}
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def _unwrapped(value: Any, where: str) -> Any:
@@ -151,15 +163,28 @@ def _unwrapped(value: Any, where: str) -> Any:
     return value["input"]
 
 
+@contextmanager
+def _archive(path: Path) -> Iterator[Any]:
+    """The arrays of an ``.npz``; ValueError for a file that holds one array."""
+    content = np.load(path, allow_pickle=False)
+    if not isinstance(content, np.lib.npyio.NpzFile):
+        raise ValueError("this is one array (.npy), not an archive of several; see np.savez")
+    with content:
+        yield content
+
+
 def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as content:
+    with _archive(path) as content:
         names = [name for name in content.files if name == "inputs" or name.startswith("inputs.")]
         if "ids" not in content.files or not names:
             raise InputError(
-                f"{path}: an .npz of inputs holds 'ids' and 'inputs'; this one "
-                f"{', '.join(content.files)[:200]}"
+                f"{path}: an .npz of inputs holds 'ids' and 'inputs', as np.savez(file, ids=..., "
+                f"inputs=...) writes them; this one {', '.join(content.files)[:200]}"
             )
-        ids = [str(key) for key in np.atleast_1d(content["ids"])]
+        ids = [
+            key.decode() if isinstance(key, bytes) else str(key)
+            for key in np.atleast_1d(content["ids"])
+        ]
         arrays = {name.removeprefix("inputs").lstrip("."): content[name] for name in names}
     short = next((name for name, array in arrays.items() if array.shape[:1] != (len(ids),)), None)
     if short is not None or len(set(ids)) != len(ids):
@@ -171,6 +196,8 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 def _read_npy(path: Path) -> dict[str, Any]:
     rows = np.load(path, allow_pickle=False)
+    if not isinstance(rows, np.ndarray):
+        raise ValueError("this is an archive of several arrays; name it .npz")
     if rows.ndim < 2:
         raise InputError(f"{path}: shape {list(rows.shape)}; inputs are one row each")
     return {str(i): row for i, row in enumerate(rows)}
@@ -193,6 +220,8 @@ def _read_table(path: Path) -> dict[str, Any]:
             f"{path}: a table of inputs has the columns input_id and input; this one "
             f"{', '.join(table.column_names)[:200]}"
         )
+    if table["input_id"].null_count:
+        raise InputError(f"{path}: an input_id is missing (null)")
     ids = [str(key) for key in table["input_id"].to_pylist()]
     if len(set(ids)) != len(ids):
         raise InputError(f"{path}: an input_id is there twice")
@@ -200,7 +229,8 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 
 _READERS = {
-    ".npz": _read_npz, ".npy": _read_npy, ".arrow": _read_table, ".parquet": _read_table,
+    ".json": _read_json, ".npz": _read_npz, ".npy": _read_npy, ".arrow": _read_table,
+    ".parquet": _read_table,
 }  # fmt: skip
 
 
@@ -267,7 +297,7 @@ def read_activations(
     if not path.is_file():
         raise InputError(f"--source_activations {path}: no such file")
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with _archive(path) as content:
             by_place = {}
             for key in content.files:
                 owner = max((i for i in ids if key.startswith(f"{i}_")), key=len, default=None)

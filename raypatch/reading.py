@@ -53,7 +53,7 @@ def read_subject(config: RunConfig) -> Subject:
     experiments = read_definition(config.definition_file, agent.neuron_counts)
     wanted = _range(config, len(experiments))
     paths = _input_paths(config)
-    ids = config.input_ids.split(",") if config.input_ids else None
+    ids = None if config.input_ids is None else config.input_ids.split(",")
     shape = ObservationShape(agent.observation_shape, agent.observation_parts)
     inputs = read_inputs(paths, shape, input_ids=ids)
     if config.source == "resample" and len(inputs) == 1:
@@ -92,7 +92,10 @@ def _input_paths(config: RunConfig) -> dict[str, Path]:
         return {side: paths[side]}
     if config.source == "pair":
         return paths
-    found = {side: path for side, path in paths.items() if given[side] or path.is_file()}
+    # No pair is needed: a side that is named alone is the only one.
+    named = [side for side in SIDES if given[side]]
+    found = {side: path for side, path in paths.items() if side in (named or SIDES)}
+    found = {side: path for side, path in found.items() if given[side] or path.is_file()}
     if config.direction != "both":
         # No other side is needed: patched values are no run's own.
         target = TARGET_SIDE[config.direction]

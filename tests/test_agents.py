@@ -155,7 +155,8 @@ def test_a_pickled_module_is_refused_without_running_it(tmp_path):
 
 def test_layers_come_from_the_weights_where_the_network_cannot_be_built(tmp_path):
     shutil.copy(LAVA / "policy.pt", tmp_path)
-    layers, n_outputs = read_layer_structure(tmp_path, AgentOptions())
+    layers, n_outputs, doubt = read_layer_structure(tmp_path, AgentOptions())
+    assert doubt is not None and "does not say its activation" in doubt
     assert layers == {"features_extractor.mlp.0": 64, "q_net.0": 64, "q_net.2": 64, "q_net.4": 3}
     assert n_outputs == 3
 

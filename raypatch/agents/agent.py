@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class AgentOptions:
     """How the user wants an agent read; the fields are the command's options.
 
-    ``actions``, "discrete" or "continuous", is a manifest's: what files do not tell.
+    ``actions``, "discrete" or "continuous", is what some files do not tell. ``inputs`` is a file
+    whose observations are of the shape that the agent takes; None for one beside the agent.
     """
 
     agent_file: str | None = None
@@ -30,6 +31,7 @@ class AgentOptions:
     activation: str | None = None
     trust_agent_code: bool = False
     actions: str | None = None
+    inputs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def make_agent(
         shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise AgentError(
             f"{origin}: the network gives {shape}, not one row of outputs an input; name the "
-            "action network with --agent_output"
+            "action network with --agent_output, or write an --agent_factory whose module gives "
+            "the logits alone"
         )
     return Agent(
         network=network,

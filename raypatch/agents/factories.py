@@ -53,7 +53,8 @@ def build_with_factory(factory: str, directory: Path) -> nn.Module:
         except Exception as error:
             raise AgentError(
                 f"--agent_factory {factory}: calling it without arguments failed: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}; name a function that needs none and returns the "
+                "module"
             ) from None
     if not isinstance(network, nn.Module):
         raise AgentError(

@@ -40,7 +40,9 @@ def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: 
         )
     if file.suffix == ".zip":
         if options.actions is not None:
-            raise AgentError(f"{directory}: leave out 'actions': {file.name} says what they are")
+            raise AgentError(
+                f"{directory}: leave out 'actions' (--actions): {file.name} says what they are"
+            )
         from raypatch.agents.stable_baselines import load_zip
 
         return load_zip(file, options)
@@ -91,6 +93,7 @@ def write_manifest(directory: Path, file: Path, options: AgentOptions) -> Path:
         "activation": options.activation,
         "factory": options.agent_factory,
         "output": options.agent_output,
+        "actions": options.actions,
     }
     text = json.dumps({key: value for key, value in content.items() if value is not None})
     path.write_text(text + "\n", encoding="utf-8")
@@ -108,16 +111,18 @@ def _is_script(file: Path) -> bool:
         return False
 
 
-def read_layer_structure(path: str | Path, options: AgentOptions) -> tuple[dict[str, int], int]:
-    """Layers with their neuron counts and the number of logits, for ``generate``.
+def read_layer_structure(
+    path: str | Path, options: AgentOptions
+) -> tuple[dict[str, int], int, str | None]:
+    """Layers with their neuron counts, the number of logits, and what is doubtful about them.
 
     Where the network cannot be built but its weights can be read, the structure comes from
     the weights: every ``*.weight`` of more than one dimension, and its first dimension.
     """
     try:
         counts = dict(load_agent(path, options).neuron_counts)
-        return counts, counts.pop(OUTPUT_LOGITS)
-    except AgentError:
+        return counts, counts.pop(OUTPUT_LOGITS), None
+    except AgentError as error:
         directory = _existing_directory(path)
         if _rl_module(directory, options) is not None:
             raise
@@ -126,10 +131,16 @@ def read_layer_structure(path: str | Path, options: AgentOptions) -> tuple[dict[
             raise
         from raypatch.agents.state_dict import read_state_dict, weight_layers
 
-        layers = {name: w.shape[0] for name, w in weight_layers(read_state_dict(file)).items()}
+        state = read_state_dict(file)
+        layers = {name: w.shape[0] for name, w in weight_layers(state).items()}
         if not layers:
             raise
-        return layers, list(layers.values())[-1]
+        left = [
+            n for n, t in state.items() if t.ndim > 1 and n.removesuffix(".weight") not in layers
+        ]
+        unread = f"; left out: {few(left)}" if left else ""
+        doubt = f"layers are those of the weights alone, because: {error}{unread}"
+        return layers, list(layers.values())[-1], doubt
 
 
 def _existing_directory(path: str | Path) -> Path:
@@ -203,4 +214,5 @@ def _manifest(path: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
         activation=options.activation or content.get("activation"),
         trust_agent_code=options.trust_agent_code,
         actions=options.actions or content.get("actions"),
+        inputs=options.inputs,
     )

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from raypatch.errors import AgentError, InputError
+from raypatch.checking import few
+from raypatch.errors import AgentError
 from raypatch.inputs import INPUTS_FOLDER, find_inputs, read_observations
 
 
-def trial_observation(network: nn.Module, directory: Path) -> torch.Tensor:
+def trial_observation(network: nn.Module, directory: Path, inputs: str | None) -> torch.Tensor:
     """A batch of one observation that the network takes, all zero.
 
-    Tried in turn: the shape of the first clean input beside the agent, and the width of the
-    first linear layer. Raises AgentError where the network takes neither.
+    Tried in turn: the shape of the first observation in the file ``inputs``, or of the first
+    clean input beside the agent, and the width of the first linear layer. Raises AgentError where
+    the network takes neither, InputError for a file of inputs that cannot be read.
     """
-    shapes = [shape for shape in (_input_shape(directory), _first_width(network)) if shape]
+    file = Path(inputs) if inputs else find_inputs(directory / INPUTS_FOLDER, "clean")
+    held = _input_shape(file) if inputs or file.is_file() else None
+    shapes = [shape for shape in (held, _first_width(network)) if shape]
     for shape in shapes:
         observation = torch.zeros(1, *shape)
         try:
@@ -34,12 +39,17 @@ def trial_observation(network: nn.Module, directory: Path) -> torch.Tensor:
     )
 
 
-def _input_shape(directory: Path) -> tuple[int, ...] | None:
+def _input_shape(file: Path) -> tuple[int, ...] | None:
+    first = next(iter(read_observations(file).values()))
+    if isinstance(first, Mapping):
+        raise AgentError(
+            f"{file}: observations of several parts ({few(first)}) are for Stable-Baselines3 "
+            "agents; raypatch.patch takes tuples of tensors for any network"
+        )
     try:
-        observations = read_observations(find_inputs(directory / INPUTS_FOLDER, "clean"))
-        return tuple(np.asarray(next(iter(observations.values())), np.float32).shape)
-    except (InputError, TypeError, ValueError):
-        return None
+        return tuple(np.asarray(first, np.float32).shape)
+    except (TypeError, ValueError):
+        return None  # reading the inputs will say which of them are no numbers
 
 
 def _first_width(network: nn.Module) -> tuple[int, ...] | None:

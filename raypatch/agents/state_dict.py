@@ -18,6 +18,7 @@ from raypatch.agents.agent import Agent, AgentOptions, make_agent
 from raypatch.agents.archives import check_torch_file, is_archive
 from raypatch.agents.factories import action_network, build_with_factory, importable
 from raypatch.agents.observations import trial_observation
+from raypatch.checking import few
 from raypatch.errors import AgentError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,8 +79,10 @@ def _pickled_module(file: Path) -> nn.Module | None:
         try:
             content = torch.load(file, map_location="cpu", weights_only=False)
         except Exception as error:  # whatever the user's code raises
+            hint = "; its class was made in a script: put it into a module beside the agent, or "
+            hint = f"{hint}save the state dict" if "__main__" in str(error) else ""
             raise AgentError(
-                f"{file}: unpickling it failed: {type(error).__name__}: {error}"
+                f"{file}: unpickling it failed: {type(error).__name__}: {error}{hint}"
             ) from None
     return content if isinstance(content, nn.Module) else None
 
@@ -88,7 +91,7 @@ def _module_agent(file: Path, module: nn.Module, options: AgentOptions, loaded_a
     network = action_network(module, options.agent_output, str(file)).float()
     return make_agent(
         network,
-        trial_observation(network, file.parent),
+        trial_observation(network, file.parent, options.inputs),
         output_kind="logits",
         loaded_as=loaded_as,
         files=(file,),
@@ -174,7 +177,8 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 
 
 def load_tensors(source: Path | BinaryIO, origin: str) -> dict[str, torch.Tensor]:
-    """Load a state dict, tensors only; one inside ``{"state_dict": ...}`` is found too.
+    """Load a state dict, tensors only; one inside ``{"state_dict": ...}`` or
+    ``{"model_state_dict": ...}`` is found too, and names are those before ``torch.compile``.
 
     A file on disk is mapped into memory rather than read, where its format allows.
     """
@@ -189,13 +193,29 @@ def load_tensors(source: Path | BinaryIO, origin: str) -> dict[str, torch.Tensor
                 "allow it with --trust_agent_code"
             ) from None
         raise AgentError(f"{origin}: not a readable torch file ({type(error).__name__})") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for key in ("state_dict", "model_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
     if not isinstance(content, dict) or not any(
         isinstance(value, torch.Tensor) for value in content.values()
     ):
-        raise AgentError(f"{origin}: holds no state dict (names to tensors)")
-    return {str(name): v for name, v in content.items() if isinstance(v, torch.Tensor)}
+        raise AgentError(
+            f"{origin}: holds no state dict (names to tensors) but {_outline(content)}; save the "
+            "agent's own alone"
+        )
+    return {
+        str(name).replace("_orig_mod.", ""): value
+        for name, value in content.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _outline(content: object) -> str:
+    if isinstance(content, dict):
+        return f"a dict of {few(map(str, content))}"
+    if isinstance(content, (tuple, list)):
+        return f"a {type(content).__name__} of {few(type(part).__name__ for part in content)}"
+    return f"a {type(content).__name__}"
 
 
 def weight_layers(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from raypatch.commands.options import AGENT_OPTIONS, with_options
+from raypatch.commands.options import AGENT_OPTIONS, INPUT_OPTIONS, LOCAL_PATH, with_options
 
 
 @click.command()
@@ -28,7 +28,9 @@ def inspect(agent_dir: str, as_json: bool, **given: Any) -> None:
 
 @click.command()
 @click.option("--env", required=True, metavar="ID", help="Of gymnasium.make, as CartPole-v1.")
-@click.option("--agent_path", required=True, metavar="DIR", help="Directory of the agent.")
+@click.option(
+    "--agent_path", type=LOCAL_PATH, required=True, metavar="DIR", help="Directory of the agent."
+)
 @click.option("--pairs", required=True, type=int, metavar="N", help="How many to write.")
 @click.option(
     "--corruption",
@@ -39,7 +41,9 @@ def inspect(agent_dir: str, as_json: bool, **given: Any) -> None:
 )
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option("--differing", is_flag=True, help="Only pairs whose greedy actions differ.")
-@click.option("--output_dir", metavar="DIR", help="Default: activation_inputs of the agent.")
+@click.option(
+    "--output_dir", type=LOCAL_PATH, metavar="DIR", help="Default: activation_inputs of the agent."
+)
 @click.option("--overwrite", is_flag=True, help="Replace inputs that are there.")
 @with_options(AGENT_OPTIONS)
 def collect(**given: Any) -> None:
@@ -50,9 +54,14 @@ def collect(**given: Any) -> None:
 
 
 SEARCH_OPTIONS = [
-    click.option("--agent_path", required=True, metavar="DIR", help="Directory of the agent."),
-    click.option("--clean_inputs", metavar="FILE", help="Default: in the agent's directory."),
-    click.option("--corrupted_inputs", metavar="FILE", help="Default: in the agent's directory."),
+    click.option(
+        "--agent_path",
+        type=LOCAL_PATH,
+        required=True,
+        metavar="DIR",
+        help="Directory of the agent.",
+    ),
+    *INPUT_OPTIONS,
     click.option("--direction", default="both", show_default=True),
     *AGENT_OPTIONS,
 ]
@@ -72,7 +81,9 @@ SEARCH_OPTIONS = [
     help="Choose by the effect on the baseline, or on the current coalition's outputs.",
 )
 @click.option("--monotone", is_flag=True, help="Stop where no candidate makes it stronger.")
-@click.option("--output_dir", default="coalition", show_default=True, metavar="DIR")
+@click.option(
+    "--output_dir", type=LOCAL_PATH, default="coalition", show_default=True, metavar="DIR"
+)
 @click.option("--overwrite", is_flag=True, help="Start anew.")
 @with_options(SEARCH_OPTIONS)
 def coalition(
@@ -101,8 +112,16 @@ def coalition(
 
 @click.command()
 @click.option("--top", default=100, show_default=True, help="Neurons to verify by real patches.")
-@click.option("--output", default="Definitions/screen_experiment.json", show_default=True)
-@click.option("--estimates", default="screen_estimates.json", show_default=True, metavar="FILE")
+@click.option(
+    "--output", type=LOCAL_PATH, default="Definitions/screen_experiment.json", show_default=True
+)
+@click.option(
+    "--estimates",
+    type=LOCAL_PATH,
+    default="screen_estimates.json",
+    show_default=True,
+    metavar="FILE",
+)
 @with_options(SEARCH_OPTIONS)
 def screen(top: int, output: str, estimates: str, **given: Any) -> None:
     """Guess every neuron's effect from gradients; writes a definition of the strongest."""

@@ -16,6 +16,25 @@ SETTINGS = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 100,
 }
+
+
+class LocalPath(click.ParamType):
+    """A file or directory of this machine; an address elsewhere is refused."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        if "://" in str(value):
+            self.fail(
+                f"{value!r} is an address; only a run's --output_dir and --definition_file "
+                "may be elsewhere: give a path of this machine",
+                param,
+                ctx,
+            )
+        return str(value)
+
+
+LOCAL_PATH = LocalPath()
 AGENT_OPTIONS = [
     click.option("--agent_file", metavar="F", help="Which file of the directory is the agent."),
     click.option("--agent_factory", metavar="M:F", help="Function that builds the module."),
@@ -24,6 +43,12 @@ AGENT_OPTIONS = [
     click.option(
         "--trust_agent_code", is_flag=True, help="Allow running code from the agent's directory."
     ),
+    click.option("--actions", metavar="KIND", help="discrete or continuous, where files are mute."),
+]
+
+INPUT_OPTIONS = [
+    click.option(name, type=LOCAL_PATH, metavar="FILE", help="Default: in the agent's directory.")
+    for name in ("--clean_inputs", "--corrupted_inputs")
 ]
 
 

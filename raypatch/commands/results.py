@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from raypatch.commands.options import AGENT_OPTIONS, open_run, with_options
+from raypatch.commands.options import AGENT_OPTIONS, LOCAL_PATH, open_run, with_options
 
 
 @click.command()
@@ -29,7 +29,9 @@ def status(output_dir: str, as_json: bool) -> None:
 @click.argument("output_dir")
 @click.option("--sample", default=8, show_default=True, type=click.IntRange(0))
 @click.option("--seed", default=0, show_default=True, type=int, help="Of the sample.")
-@click.option("--agent_path", metavar="DIR", help="Where the agent is now, if it was moved.")
+@click.option(
+    "--agent_path", type=LOCAL_PATH, metavar="DIR", help="Where the agent is now, if it was moved."
+)
 @with_options(AGENT_OPTIONS)
 def verify(output_dir: str, **given: Any) -> None:
     """Re-read every part of a run, and compute a random sample of it again."""
@@ -45,7 +47,7 @@ def verify(output_dir: str, **given: Any) -> None:
 
 @click.command()
 @click.argument("output_dir")
-@click.option("--metric", default="kl_divergence", show_default=True)
+@click.option("--metric", help="Default: kl_divergence, or the first that was computed.")
 @click.option("--statistic", default="mean", show_default=True, help="mean, std, min or max.")
 @click.option("--direction", default="both", show_default=True, help="Or one of the two.")
 @click.option(
@@ -56,9 +58,12 @@ def verify(output_dir: str, **given: Any) -> None:
 @click.option("--layer", help="Only experiments that patch this layer.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")
-def rank(output_dir: str, metric: str, as_json: bool, as_csv: bool, **options: Any) -> None:
+def rank(output_dir: str, metric: str | None, as_json: bool, as_csv: bool, **options: Any) -> None:
     """The experiments that move the outputs most, and how sure that is."""
-    rows = open_run(output_dir).rank(metric, bootstrap=True, **options)
+    results = open_run(output_dir)
+    results.require_rows()
+    metric = metric or results.default_metric
+    rows = results.rank(metric, bootstrap=True, **options)
     if not rows:
         click.echo(f"{metric} is undefined for every experiment asked for", err=True)
     if as_json:
@@ -89,7 +94,7 @@ def _echo_csv(rows: list[dict[str, Any]]) -> None:
     show_default=True,
     help="json: one file an experiment, or an input.",
 )
-@click.option("--output", required=True, metavar="PATH", help="A new directory.")
+@click.option("--output", type=LOCAL_PATH, required=True, metavar="PATH", help="A new directory.")
 def export(output_dir: str, form: str, by: str, output: str) -> None:
     """Results as Parquet, CSV, or JSON in the original tool's layouts."""
     from raypatch.exporting import export as write
@@ -99,8 +104,10 @@ def export(output_dir: str, form: str, by: str, output: str) -> None:
 
 @click.command()
 @click.argument("output_dir")
-@click.option("--output", metavar="FILE", help="Default: <name>_report.html here.")
-@click.option("--screen", metavar="FILE", help="Estimates of raypatch screen, to compare.")
+@click.option("--output", type=LOCAL_PATH, metavar="FILE", help="Default: <name>_report.html here.")
+@click.option(
+    "--screen", type=LOCAL_PATH, metavar="FILE", help="Estimates of raypatch screen, to compare."
+)
 def report(output_dir: str, output: str | None, screen: str | None) -> None:
     """One self-contained HTML page: heat maps, distributions, the strongest neurons."""
     from raypatch.reporting.page import write_report
@@ -112,14 +119,15 @@ def report(output_dir: str, output: str | None, screen: str | None) -> None:
 
 @click.command()
 @click.argument("output_dir")
-@click.option("--metric", default="kl_divergence", show_default=True)
-@click.option("--output", default="plots", show_default=True, metavar="DIR")
+@click.option("--metric", help="Default: kl_divergence, or the first that was computed.")
+@click.option("--output", type=LOCAL_PATH, default="plots", show_default=True, metavar="DIR")
 @click.option(
     "--format", "form", type=click.Choice(["png", "svg", "pdf"]), default="png", show_default=True
 )
-def plot(output_dir: str, metric: str, output: str, form: str) -> None:
+def plot(output_dir: str, metric: str | None, output: str, form: str) -> None:
     """Figures for papers: heat maps, distributions by layer, denoising against noising."""
     from raypatch.reporting.figures import write_figures
 
-    for path in write_figures(open_run(output_dir), metric, output, form):
+    results = open_run(output_dir)
+    for path in write_figures(results, metric or results.default_metric, output, form):
         click.echo(f"written to {path}")

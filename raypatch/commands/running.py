@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from raypatch.commands.options import AGENT_OPTIONS, SETTINGS, open_run, with_options
+from raypatch.commands.options import (
+    AGENT_OPTIONS,
+    INPUT_OPTIONS,
+    LOCAL_PATH,
+    SETTINGS,
+    open_run,
+    with_options,
+)
 from raypatch.definitions import DEFAULT_GROUP_SIZE, KINDS
 from raypatch.errors import InputError, RaypatchError
 
@@ -15,13 +22,15 @@ FINISHED_WITH_FAILURES = 3
 
 @click.command()
 @click.option("--type", "kind", required=True, type=click.Choice(KINDS), help="Kind of definition.")
-@click.option("--agent_path", metavar="DIR", help="Agent whose layers are read.")
+@click.option("--agent_path", type=LOCAL_PATH, metavar="DIR", help="Agent whose layers are read.")
 @click.option(
     "--layer_structure", metavar="JSON|FILE", help="Layers and sizes; goes before the agent."
 )
 @click.option("--group_size", default=DEFAULT_GROUP_SIZE, show_default=True, type=int)
 @click.option("--custom_spec", metavar="JSON|FILE", help="Experiments of --type custom.")
-@click.option("--output", metavar="FILE", help="Default: Definitions/<type>_experiment.json")
+@click.option(
+    "--output", type=LOCAL_PATH, metavar="FILE", help="Default: Definitions/<type>_experiment.json"
+)
 @click.option(
     "--include_output_logits/--exclude_output_logits",
     default=True,
@@ -42,7 +51,9 @@ def generate(**given: Any) -> None:
 
 
 RUN_OPTIONS = [
-    click.option("--agent_path", metavar="DIR", help="Directory of the trained agent."),
+    click.option(
+        "--agent_path", type=LOCAL_PATH, metavar="DIR", help="Directory of the trained agent."
+    ),
     click.option("--definition_file", metavar="FILE", help="What to patch; see generate."),
     click.option("--output_dir", metavar="DIR", help="Where results go; resumes a run there."),
     click.option("--start_index", type=int, help="First experiment.  [default: 0]"),
@@ -52,8 +63,7 @@ RUN_OPTIONS = [
         metavar="ARGS",
         help='Further options, as in "--save=metrics,--seed=1".',
     ),
-    click.option("--clean_inputs", metavar="FILE", help="Default: in the agent's directory."),
-    click.option("--corrupted_inputs", metavar="FILE", help="Default: in the agent's directory."),
+    *INPUT_OPTIONS,
     click.option("--input_ids", metavar="A,B", help="Only these pairs."),
     *AGENT_OPTIONS,
     click.option(
@@ -61,7 +71,10 @@ RUN_OPTIONS = [
     ),
     click.option("--source", metavar="KIND", help="pair, zero, mean or resample.  [default: pair]"),
     click.option(
-        "--source_activations", metavar="FILE", help="Recorded source values, <id>_<layer>.npz."
+        "--source_activations",
+        type=LOCAL_PATH,
+        metavar="FILE",
+        help="Recorded source values, <id>_<layer>.npz.",
     ),
     click.option("--seed", type=int, help="Of resampling and verification.  [default: 0]"),
     click.option("--metrics", metavar="LIST", help="all, or names with commas (docs/results.md)."),

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from raypatch.analysis import DEFAULT_METRIC, SIGNED, strength
+from raypatch.analysis import SIGNED, strength
 from raypatch.errors import InputError, missing_package
 from raypatch.progress import counted, duration, short_number
 from raypatch.reporting.gather import Gathered, gather, ordered_layers
-from raypatch.results.reader import Results
+from raypatch.results.reader import DEFAULT_METRIC, Results
 
 MAX_CELLS = 256
 MAX_LAYERS = 80

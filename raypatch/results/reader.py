@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import polars
     import pyarrow.dataset
 
+DEFAULT_METRIC = "kl_divergence"
+
 
 @dataclass(frozen=True)
 class Results:
@@ -40,7 +42,9 @@ class Results:
     @property
     def complete(self) -> bool:
         """Whether the run ended with every experiment of its definition done."""
-        return layout.SUCCESS in self.store.entries()
+        covered = sum(receipt.last - receipt.first for receipt in self.receipts)
+        whole = covered >= self.sweep["identity"]["n_experiments"]
+        return whole and layout.SUCCESS in self.store.entries()
 
     @property
     def distrusted(self) -> str | None:
@@ -60,6 +64,11 @@ class Results:
     @property
     def metrics(self) -> tuple[str, ...]:
         return tuple(self.sweep["identity"]["metrics"])
+
+    @property
+    def default_metric(self) -> str:
+        """What is shown where no metric is asked for: ``kl_divergence``, or the first there is."""
+        return DEFAULT_METRIC if DEFAULT_METRIC in self.metrics else self.metrics[0]
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -107,11 +116,12 @@ class Results:
 
         return polars.scan_pyarrow_dataset(self.dataset())
 
-    def rank(self, metric: str = "kl_divergence", **options: Any) -> list[dict[str, Any]]:
-        """The strongest experiments; see :func:`raypatch.analysis.rank`."""
+    def rank(self, metric: str | None = None, **options: Any) -> list[dict[str, Any]]:
+        """The strongest experiments by ``metric``, :attr:`default_metric` where it is None; see
+        :func:`raypatch.analysis.rank`."""
         from raypatch.analysis import rank
 
-        return rank(self, metric, **options)
+        return rank(self, metric or self.default_metric, **options)
 
     @property
     def has_rows(self) -> bool:
@@ -169,17 +179,20 @@ class Results:
                 yield reader.get_batch(number)
 
     def effect_matrix(
-        self, metric: str = "kl_divergence", direction: str | None = None, statistic: str = "mean"
+        self, metric: str | None = None, direction: str | None = None, statistic: str = "mean"
     ) -> dict[str, np.ndarray]:
-        """A metric's statistic by layer: float64 ``[neurons]``, from the experiments that patch
-        a single neuron; NaN for neurons that were not patched alone or where it is undefined.
+        """A metric's statistic by layer: float64 ``[neurons]``, from the experiments that patch a
+        single neuron; NaN for neurons that were not patched alone or where it is undefined.
 
+        ``metric`` None is :attr:`default_metric`.
         ``direction`` None averages the directions. Raises InputError for a metric or
         direction that was not run.
         """
         from raypatch.analysis import BOTH, single_neuron_effects
 
-        return single_neuron_effects(self, metric, direction or BOTH, statistic)
+        return single_neuron_effects(
+            self, metric or self.default_metric, direction or BOTH, statistic
+        )
 
     def summary_parts(self, columns: list[str] | None) -> Iterator[pa.Table]:
         """Summary tables part by part, in the order of experiments."""

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs
@@ -90,10 +91,13 @@ class Store(Protocol):
 def open_store(location: str | Path) -> Store:
     """The store at a path or URI; raises InputError where the URI cannot be used."""
     text = str(location)
+    if text.startswith("file:"):
+        address = urlsplit(text)
+        if address.netloc not in ("", "localhost") or not address.path.startswith("/"):
+            raise InputError(f"{text}: a file's address is file:///path, on this machine")
+        return DiskStore(Path(unquote(address.path)))
     if "://" not in text:
         return DiskStore(Path(text))
-    if text.startswith("file://"):
-        return DiskStore(Path(text.removeprefix("file://")))
     try:
         system, path = pyarrow.fs.FileSystem.from_uri(text)
     except (pa.ArrowException, OSError) as error:
