@@ -16,7 +16,7 @@ from torch import nn
 
 import raypatch
 from raypatch.agents import AgentOptions, load_agent, read_layer_structure
-from raypatch.errors import AgentError
+from raypatch.errors import AgentError, InputError
 from raypatch.sweep import files_digest
 
 
@@ -197,6 +197,11 @@ BAD_DIRECTORIES = [
         lambda p: [(p / "x.zip").touch(), (p / "agent.json").write_text('{"file": "x.zip", "actions": "continuous"}')],
         {}, "leave out 'actions'",
     ),
+    (lambda p: torch.save((1, {}), p / "a.pt"), {"activation": "relu"}, "no state dict .* but a tuple of int, dict"),
+    (
+        lambda p: torch.save({"epoch": 1, "model": {"w": torch.ones(2)}}, p / "a.pt"),
+        {"activation": "relu"}, "no state dict .* but a dict of epoch, model",
+    ),
     (lambda p: write_state(p, a__weight=torch.ones(2, 3, 3, 3)), {"activation": "relu"}, "only linear layers"),
     (
         lambda p: write_state(p, a__weight=torch.ones(2, 3), norm__weight=torch.ones(2)),
@@ -215,6 +220,51 @@ def test_a_directory_that_cannot_be_loaded_is_refused_in_one_line(tmp_path, make
     with pytest.raises(AgentError, match=message) as caught:
         load_agent(tmp_path, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_of_compiled_networks_and_of_training_loops_are_read(tmp_path):
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    state = {f"_orig_mod.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"model_state_dict": state, "optimizer": {"state": {}}}, tmp_path / "ckpt.pt")
+    agent = load_agent(tmp_path, activation="tanh")
+    obs = torch.randn(3, 4)
+    assert list(agent.layers) == ["0", "2"]
+    torch.testing.assert_close(agent.network(obs), network(obs))
+
+
+def test_the_observations_shape_is_that_of_the_inputs_that_are_named(tmp_path, monkeypatch):
+    (tmp_path / "made.py").write_text(
+        "from torch import nn\n"
+        "def conv():\n"
+        "    return nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(27, 4))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    conv = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(27, 4))
+    torch.save(conv.state_dict(), tmp_path / "conv.pt")
+    with pytest.raises(AgentError, match="observation's shape is unknown"):
+        load_agent(tmp_path, agent_factory="made:conv")
+    np.savez(tmp_path / "elsewhere.npz", ids=["x"], inputs=np.zeros((1, 2, 4, 4), np.float32))
+    named = str(tmp_path / "elsewhere.npz")
+    assert load_agent(tmp_path, agent_factory="made:conv", inputs=named).observation_shape == (
+        2,
+        4,
+        4,
+    )
+    beside = tmp_path / "activation_inputs"
+    beside.mkdir()
+    (beside / "clean_inputs.json").write_text("{")
+    with pytest.raises(InputError, match=r"clean_inputs.json: not readable JSON"):
+        load_agent(tmp_path, agent_factory="made:conv")
+    (beside / "clean_inputs.json").write_text('{"x": {"input": {"obs": [1.0], "h": [2.0]}}}')
+    with pytest.raises(AgentError, match=r"several parts \(obs, h\).*raypatch.patch takes tuples"):
+        load_agent(tmp_path, agent_factory="made:conv")
+
+
+def test_actions_of_a_file_that_does_not_tell_may_be_said_to_be_continuous(tmp_path):
+    write_state(tmp_path, a__weight=torch.ones(2, 3))
+    assert load_agent(tmp_path, activation="relu").discrete
+    agent = load_agent(tmp_path, activation="relu", actions="continuous")
+    assert not agent.discrete and agent.output_kind == "mean"
 
 
 def test_a_file_instead_of_a_directory_is_refused():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import CARTPOLE, LAVA, ROOT, expected_outputs, outputs_of
+from torch import nn
 
 import raypatch
 from raypatch import progress
@@ -417,3 +419,117 @@ def test_lines_of_progress_name_a_time_only_when_something_is_done(capsys, monke
     first, second = capsys.readouterr().err.splitlines()[:2]
     assert first.startswith("0 of 10 experiments") and first.endswith("1 actor, starting")
     assert second.startswith("5 of 10 experiments") and second.endswith(" left")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "RUN", "--format", "csv", "--output", "s3://bucket/x"),
+        ("report", "RUN", "--output", "file:///tmp/x.html"),
+        ("plot", "RUN", "--output", "gs://bucket/x"),
+        ("generate", "--type", "layer", "--output", "s3://bucket/x.json"),
+        (
+            "coalition",
+            "--agent_path",
+            LAVA,
+            "--metric",
+            "kl_divergence",
+            "--output_dir",
+            "s3://b/x",
+        ),
+        ("screen", "--agent_path", LAVA, "--output", "s3://bucket/x.json"),
+        ("run", "--agent_path", LAVA, "--definition_file", "x", "--clean_inputs", "s3://b/x.npz"),
+    ],
+)
+def test_addresses_where_only_paths_will_do_are_refused(command, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    ended = command(*words)
+    assert ended.code == 2 and "is an address; only a run's --output_dir" in ended.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_address_is_the_path_it_stands_for(command, tmp_path, single_neurons):
+    run = (
+        "run", "--agent_path", LAVA, "--definition_file", single_neurons(LAVA), "--backend",
+        "inline", "--quiet", "--end_index", 3, "--output_dir",
+    )  # fmt: skip
+    assert command(*run, (tmp_path / "a b").as_uri()).code == 0
+    assert (tmp_path / "a b" / "sweep.json").is_file()
+    ended = command(*run, "file://elsewhere/x")
+    assert ended.code == 2 and "a file's address is file:///path, on this machine" in ended.err
+
+
+def test_a_run_with_nothing_committed_has_no_ranking(command, tmp_path, run_inline, single_neurons):
+    out = run_inline(LAVA, single_neurons(LAVA))
+    (out / "manifest.jsonl").write_text("")
+    ended = command("rank", out)
+    assert ended.code == 2 and "nothing is committed yet" in ended.err
+    assert "complete" not in command("status", out).out
+
+
+def test_a_continuous_run_is_ranked_by_the_metric_it_has(command, tmp_path, run_inline):
+    definition = tmp_path / "d.json"
+    definition.write_text('[{"a": [0]}, {"a": "all"}]')
+    agent = tmp_path / "agent"
+    (agent / "activation_inputs").mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save({"a.weight": torch.randn(3, 4), "b.weight": torch.randn(1, 3)}, agent / "p.pt")
+    for side in ("clean", "corrupted"):
+        np.savez(agent / "activation_inputs" / f"{side}_inputs.npz", ids=["x", "y"],
+                 inputs=np.random.default_rng(len(side)).normal(size=(2, 4)))  # fmt: skip
+    options = ("--activation", "tanh", "--actions", "continuous")
+    out = run_inline(agent, definition, *options)
+    ended = command("rank", out)
+    assert ended.code == 0 and "logit_difference_norm" in ended.out
+    shown = command("run", "--agent_path", agent, "--definition_file", definition, "--output_dir",
+                    out, "--backend", "inline", *options).out  # fmt: skip
+    proposed = shown.split("--metric ")[1].split()[0]
+    assert "undefined" not in command("rank", out, "--metric", proposed).err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--source", "zero", "--source_activations", "x.npz", "--direction", "noising"),
+         "--source zero: --source_activations says where"),
+        (("--input_ids", ""), "--input_ids: '' is not in"),
+    ],
+)  # fmt: skip
+def test_options_that_contradict_or_are_empty_are_refused(
+    command, tmp_path, single_neurons, options, message
+):
+    ended = command(
+        "run", "--agent_path", LAVA, "--definition_file", single_neurons(LAVA), "--output_dir",
+        tmp_path / "o", "--backend", "inline", *options,
+    )  # fmt: skip
+    assert ended.code == 2 and message in ended.err and not (tmp_path / "o").exists()
+
+
+def test_without_a_pair_a_side_that_is_named_alone_is_the_only_one(
+    command, tmp_path, run_inline, single_neurons
+):
+    beside = LAVA / "activation_inputs"
+    side = next(beside.glob("corrupted_inputs.*"))
+    named = shutil.copy(side, tmp_path / f"alone{side.suffix}")
+    out = run_inline(
+        LAVA, single_neurons(LAVA), "--source", "zero", "--corrupted_inputs", named,
+        "--end_index", 2,
+    )  # fmt: skip
+    assert json.loads((out / "sweep.json").read_text())["identity"]["sides"] == ["corrupted"]
+
+
+def test_generate_says_where_layers_are_a_guess_from_weights(command, tmp_path):
+    agent = tmp_path / "agent"
+    agent.mkdir()
+    gru = nn.GRU(4, 8).state_dict()
+    torch.save(
+        {f"gru.{k}": v for k, v in gru.items()} | {"pi.weight": torch.ones(3, 8)}, agent / "p.pt"
+    )
+    words = ("generate", "--type", "layer", "--agent_path", agent, "--output", tmp_path / "d.json")
+    ended = command(*words)
+    assert ended.code == 0 and "layers are those of the weights alone" in ended.err
+    assert "left out: gru.weight_ih_l0, gru.weight_hh_l0" in ended.err
+    ended = command(*words, "--strict")
+    assert ended.code == 2 and "--strict: layers are those of the weights alone" in ended.err
+    ended = command("generate", "--type", "layer", "--agent_path", tmp_path / "nowhere")
+    assert ended.code == 2 and "no such directory" in ended.err

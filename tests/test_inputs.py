@@ -7,11 +7,13 @@ import json
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import LAVA
 
 from raypatch.errors import InputError
-from raypatch.inputs import ObservationShape, read_inputs
+from raypatch.inputs import ObservationShape, read_inputs, read_observations
 
 
 def write(tmp_path, clean, corrupted):
@@ -260,3 +262,33 @@ def test_archives_and_arrays_that_lie_about_themselves_are_refused(tmp_path):
     for suffix in ("npz", "npy"):
         with pytest.raises(InputError, match="not readable inputs"):
             read_inputs({"clean": tmp_path / f"x.{suffix}"}, ObservationShape((4,)))
+
+
+def test_an_id_that_is_there_twice_or_missing_is_refused(tmp_path):
+    twice = tmp_path / "twice.json"
+    twice.write_text('{"a": {"input": [1]}, "b": {"input": [2]}, "a": {"input": [3]}}')
+    with pytest.raises(InputError, match=r"twice.json: not readable JSON: 'a' is there twice"):
+        read_observations(twice)
+    table = pa.table({"input_id": ["a", None], "input": [[1.0], [2.0]]})
+    pq.write_table(table, tmp_path / "null.parquet")
+    with pytest.raises(InputError, match=r"null.parquet: an input_id is missing"):
+        read_observations(tmp_path / "null.parquet")
+
+
+def test_ids_of_bytes_are_texts(tmp_path):
+    np.savez(tmp_path / "bytes.npz", ids=np.array([b"left", b"right"]), inputs=np.zeros((2, 3)))
+    assert list(read_observations(tmp_path / "bytes.npz")) == ["left", "right"]
+
+
+def test_arrays_and_archives_under_each_others_names_are_told_apart(tmp_path):
+    with (tmp_path / "one.npz").open("wb") as file:
+        np.save(file, np.zeros((2, 3)))
+    with pytest.raises(InputError, match=r"one.npz: not readable inputs: this is one array"):
+        read_observations(tmp_path / "one.npz")
+    with (tmp_path / "several.npy").open("wb") as file:
+        np.savez(file, ids=["a"], inputs=np.zeros((1, 3)))
+    with pytest.raises(InputError, match=r"several.npy: .*an archive of several arrays"):
+        read_observations(tmp_path / "several.npy")
+    (tmp_path / "inputs.csv").write_text("1,2")
+    with pytest.raises(InputError, match=r"inputs.csv: inputs are files of the kinds .json, .npz"):
+        read_observations(tmp_path / "inputs.csv")
