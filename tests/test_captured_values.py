@@ -299,3 +299,74 @@ def test_outputs_that_are_no_float_numbers_are_refused():
 
     with pytest.raises(InputError, match=r"gives torch.bool; patching needs logits"):
         Patcher(Acts())([{"a": [0]}], torch.randn(3, 6), torch.randn(3, 6))
+
+
+class Extractor(nn.Module):
+    """A layer, for its parameters, that has others in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.gru = nn.Linear(4, 8), nn.GRU(8, 8, batch_first=True)
+        self.cls, self.start = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.ones(1, 1, 8))
+
+    def forward(self, x):
+        n_inputs = x.shape[0]
+        h = torch.cat([self.cls.expand(n_inputs, -1, -1), self.embed(x)], 1)
+        return self.gru(h, self.start.expand(-1, n_inputs, -1).contiguous())
+
+
+class Extracted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Extractor(), nn.Linear(8, 3)
+        self.spread = nn.Linear(8, 3)
+
+    def forward(self, x):
+        steps, state = self.a(x)
+        h = torch.relu(steps[:, -1]) + state[0]
+        self.spread(h)  # a head that nothing reads
+        return self.b(h)
+
+
+def test_a_layer_with_layers_in_it_is_looked_into_and_a_layer_nothing_reads_has_no_effect():
+    torch.manual_seed(0)
+    network, source, target = Extracted().eval(), torch.randn(4, 5, 4), torch.randn(4, 5, 4)
+    experiments = [
+        *EXPERIMENTS, {"a.embed": [1]}, {"a.gru": [2, 3]}, {"a": [0], "a.gru": "all"},
+        {"spread": "all"}, {"spread": [0], "a": [7]},
+    ]  # fmt: skip
+    expected = reference_outputs(network, experiments, source, target)
+    patcher = Patcher(network, dtype=torch.float64)
+    found = patcher(experiments, source, target)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert patcher.path == "incremental (torch.fx)"
+    assert list(patcher.neuron_counts) == ["a.embed", "a.gru", "a", "spread", "b"]
+
+
+class Nested(nn.Module):
+    """Inputs in a dict and a tuple, behind Python that symbolic tracing cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.other, self.b = nn.Linear(3, 8), nn.Linear(2, 8), nn.Linear(8, 3)
+
+    def forward(self, parts):
+        x, (y,) = parts["x"], parts["more"]
+        if x.dim() != 2:
+            raise ValueError("rows are expected")
+        return self.b(torch.relu(self.a(x) - self.other(y)))
+
+
+def test_nested_inputs_are_captured_by_export_in_any_order_of_their_names():
+    torch.manual_seed(0)
+
+    def parts():
+        return {"x": torch.randn(5, 3), "more": (torch.randn(5, 2),)}
+
+    network, source, target = Nested(), parts(), parts()
+    patcher = Patcher(network, dtype=torch.float64)
+    expected = reference_outputs(network, EXPERIMENTS, source, target)
+    for turned in (source, dict(reversed(source.items()))):
+        found = patcher(EXPERIMENTS, turned, target)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert patcher.path.startswith("incremental (torch.export")

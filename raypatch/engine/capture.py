@@ -11,7 +11,8 @@ import inspect
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ class Node:
 
     index: int
     op: str  # "input", "constant", "module", "function" or "method"
-    target: Any  # argument position, tensor, module, callable or method name
+    target: Any  # an input's place in the arguments, tensor, module, callable or method name
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     # Path of the module that is called, where one is; a layer's name if it owns weights.
@@ -114,6 +115,7 @@ class Graph:
 
     nodes: list[Node]
     how: str  # "torch.fx" or "torch.export"
+    unread: frozenset[str]  # paths of modules whose outputs the network's does not depend on
 
     def widen(self) -> None:
         """Let casts to float32 be casts to float64."""
@@ -126,7 +128,7 @@ class Graph:
         """Values of all nodes in one plain forward."""
         values: list[Any] = []
         for node in self.nodes:
-            argument = args[node.target] if node.op == "input" else None
+            argument = reduce(getitem, node.target, args) if node.op == "input" else None
             values.append(node.call(values.__getitem__, argument))
         return values
 
@@ -141,7 +143,8 @@ def capture(network: nn.Module, args: Args) -> Graph:
     try:
         traced = tracer.trace(network, concrete_args=_defaults(network, len(args)))
         overwrites = overwritten(traced, network, map_tensors(Tensor.clone, args))
-        return finished_graph(_nodes(traced, network, overwrites, len(args)), "torch.fx")
+        nodes, output = _nodes(traced, network, overwrites, len(args))
+        return finished_graph(nodes, output, "torch.fx")
     except CaptureError:
         raise
     except Exception as error:  # user code runs under symbolic values: anything may be raised
@@ -152,7 +155,10 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if type(module) in FORWARDS:
             return False
-        return owns_weights(module) or super().is_leaf_module(module, qualified_name)
+        if super().is_leaf_module(module, qualified_name):
+            return True
+        # A layer that has others in it, as an extractor with positions of its own, is looked into.
+        return owns_weights(module) and not _has_layers(module)
 
     def proxy(self, node: fx.Node) -> Proxy:
         return Proxy(node, self)
@@ -160,7 +166,22 @@ class _Tracer(fx.Tracer):
     def call_module(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if (steps := FORWARDS.get(type(module))) is not None:
             forward = partial(steps, module)
-        return super().call_module(module, forward, args, kwargs)
+        result = super().call_module(module, forward, args, kwargs)
+        if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+            return result[0], result[1]  # each taken once, wherever they are read
+        path = self.path_of_module(module)
+        if owns_weights(module) and not self.is_leaf_module(module, path):
+            return self.create_proxy("call_function", output_of, (result, path), {})
+        return result
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return any(owns_weights(inner) for inner in module.modules() if inner is not module)
+
+
+def output_of(value: Any, path: str) -> Any:
+    """The value as it is: marks what a layer gives that has others in it."""
+    return value
 
 
 def _defaults(network: nn.Module, n_given: int) -> dict[str, Any]:
@@ -177,7 +198,8 @@ def first_line(error: Exception) -> str:
 
 def _nodes(
     traced: fx.Graph, network: nn.Module, overwrites: dict[fx.Node, fx.Node], n_given: int
-) -> list[Node]:
+) -> tuple[list[Node], int]:
+    """The nodes, and which of them is the output."""
     nodes: list[Node] = []
     # In-place operations are run out of place; whoever reads the overwritten value later
     # must see the new one.
@@ -191,7 +213,7 @@ def _nodes(
         index = len(nodes)
         if item.op == "placeholder":
             if n_inputs < n_given:
-                nodes.append(Node(index, "input", n_inputs))
+                nodes.append(Node(index, "input", (n_inputs,)))
                 n_inputs += 1
             else:
                 nodes.append(Node(index, "constant", item.args[0] if item.args else None))
@@ -204,6 +226,8 @@ def _nodes(
                 module = copy.copy(module)
                 module.inplace = False  # type: ignore[assignment]
             nodes.append(Node(index, "module", module, args, kwargs, path=item.target))
+        elif item.target is output_of:
+            nodes.append(Node(index, "module", nn.Identity(), args[:1], path=args[1]))
         else:
             op = {"call_function": "function", "call_method": "method"}[item.op]
             target, says_so = out_of_place(item.target, kwargs)
@@ -222,7 +246,7 @@ def _nodes(
     output = next(item for item in traced.nodes if item.op == "output").args[0]
     if not isinstance(output, fx.Node):
         raise CaptureError("the network returns several values, not one tensor")
-    return nodes[: current[output] + 1]
+    return nodes, current[output]
 
 
 def replaced(arguments: Any, current: dict[fx.Node, int]) -> Any:
@@ -264,9 +288,12 @@ def item_between(value: Any, index: Any) -> Any:
     ]
 
 
-def finished_graph(nodes: list[Node], how: str) -> Graph:
-    """The nodes that the last one depends on, numbered anew, with their users counted."""
-    wanted = {len(nodes) - 1}
+def finished_graph(
+    nodes: list[Node], output: int, how: str, unread: frozenset[str] = frozenset()
+) -> Graph:
+    """The nodes that ``output`` depends on, numbered anew, with their users counted; ``unread`` as
+    of the graph they come from."""
+    wanted = {output}
     for node in reversed(nodes):
         if node.index in wanted:
             wanted.update(_references(node))
@@ -281,7 +308,8 @@ def finished_graph(nodes: list[Node], how: str) -> Graph:
     for node in kept:
         for used in node.inputs:
             kept[used].users += 1
-    return Graph(kept, how)
+    paths = [{node.path for node in some if node.path} for some in (nodes, kept)]
+    return Graph(kept, how, unread | (paths[0] - paths[1]))
 
 
 def renumbered(node: Node, number: Mapping[int, int]) -> Any:

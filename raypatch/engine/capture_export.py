@@ -11,11 +11,13 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_flatten_with_path
 
 from raypatch.engine.capture import (
     CaptureError,
@@ -39,6 +41,8 @@ def capture_export(network: nn.Module, args: Args) -> Graph:
     def free(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: free(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(free, value))
         return {0: Dim.AUTO} if isinstance(value, torch.Tensor) else None
 
     try:
@@ -47,7 +51,9 @@ def capture_export(network: nn.Module, args: Args) -> Graph:
             traced = exported_graph_module(program)
     except Exception as error:  # user code runs under the exporter: anything may be raised
         raise CaptureError(f"torch.export: {first_line(error)}") from None
-    return finished_graph(_nodes(traced, network), "torch.export")
+    nodes, output = _nodes(traced, network, [path for path, _ in tree_flatten_with_path(args)[0]])
+    # What the exporter leaves out cannot be told from what it has taken apart.
+    return replace(finished_graph(nodes, output, "torch.export"), unread=frozenset())
 
 
 def exported_graph_module(program: Any) -> Any:
@@ -69,7 +75,8 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def _nodes(traced: Any, network: nn.Module) -> list[Node]:
+def _nodes(traced: Any, network: nn.Module, places: list[Any]) -> tuple[list[Node], int]:
+    """The nodes, and which of them is the output; ``places`` of the inputs in the arguments."""
     nodes: list[Node] = []
     current: dict[fx.Node, int] = {}
     n_inputs = 0
@@ -77,10 +84,13 @@ def _nodes(traced: Any, network: nn.Module) -> list[Node]:
         if item.op == "output":
             result = item.args[0]
             output = result[0] if isinstance(result, (tuple, list)) else result
-            return nodes[: current[output] + 1]
+            return nodes, current[output]
         index = len(nodes)
         if item.op == "placeholder":
-            nodes.append(Node(index, "input", n_inputs))
+            place = tuple(
+                getattr(key, "idx", getattr(key, "key", None)) for key in places[n_inputs]
+            )
+            nodes.append(Node(index, "input", place))
             n_inputs += 1
         elif item.op == "get_attr":
             nodes.append(Node(index, "constant", _attribute(traced, item.target)))

@@ -87,7 +87,7 @@ def with_inputs_in(apart: set[int], graph: Graph, axes: list[Any]) -> Graph:
             place[number] = len(nodes)
             nodes.append(Node(len(nodes), "function", for_inputs_of, args, path=node.path))
             node.path = None
-    return finished_graph(nodes, graph.how)
+    return finished_graph(nodes, len(nodes) - 1, graph.how, graph.unread)
 
 
 def for_inputs_of(value: Tensor, holder: Tensor) -> Tensor:

@@ -122,6 +122,8 @@ class Structure:
         self.apart = {
             call for call in self.layer_of if call != self.virtual and not self.depends[call]
         }
+        for name in graph.unread & layers.keys():
+            self.calls.setdefault(name, [])  # patches of it change nothing
         missing = [name for name in layers if name not in self.calls]
         if missing:
             raise CaptureError(f"layer {missing[0]!r} is not a node of the captured graph")
@@ -164,11 +166,10 @@ class Structure:
         outputs, as a recurrent layer has; none where nothing reads that."""
         if isinstance(self.sample[node.index], Tensor):
             return [node.index]
-        takers = [
-            i
-            for i in self.readers[node.index]
-            if self.nodes[i].target is operator.getitem and self.nodes[i].args[1] == 0
-        ]
+        readers = [self.nodes[i] for i in self.readers[node.index]]
+        if any(reader.target is not operator.getitem for reader in readers):
+            raise CaptureError(f"{node.path}: its outputs are read together")
+        takers = [reader.index for reader in readers if reader.args[1] == 0]
         if len(takers) > 1:
             raise CaptureError(f"{node.path}: its first output is taken more than once")
         return takers
@@ -282,7 +283,7 @@ class Structure:
             if others and not moved and self.chain(entry)[sparse[0]] is not None:
                 spread = Spread(rule, sparse[0], entry)
         in_place = None
-        first = node.inputs[0] if node.op == "module" else None
+        first = node.inputs[0] if node.op == "module" and node.flat else None
         if first is not None and kinds[first] == DENSE and self._read_once(first):
             in_place = dense_ops.IN_PLACE.get(type(node.target))
         value = self.sample[node.inputs[0]] if node.inputs else None
