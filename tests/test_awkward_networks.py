@@ -237,3 +237,30 @@ def test_a_dominating_neuron_is_taken_away_without_losing_digits(scale):
     found = Patcher(network)(experiments, source, target)
     error = (found.double() - expected).abs() / expected.abs().clamp(min=1)
     assert float(error.max()) <= 1e-5
+
+
+class OnEveryStep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 32), nn.Linear(32, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        h = self.a(x)
+        h = torch.relu(h + h.mean(-1, keepdim=True))
+        return self.c(torch.relu(self.b(h)).mean(1))
+
+
+@pytest.mark.parametrize("kept", [(0,), (0, 1)])
+def test_dominating_neurons_are_taken_away_together_and_on_sequences(kept):
+    torch.manual_seed(0)
+    network = OnEveryStep()
+    with torch.no_grad():
+        network.a.weight[:, 5] = 0
+        network.a.weight[list(kept), 5] = 1 / len(kept)
+    source, target = torch.randn(4, 5, 6), torch.randn(4, 5, 6)
+    source[..., 5], target[..., 5] = 0, 1e4
+    experiments = [{"a": [0]}, {"a": list(kept)}, {"a": [*kept, 2]}]
+    expected = reference_outputs(network, experiments, source, target)
+    found = Patcher(network)(experiments, source, target)
+    error = (found.double() - expected).abs() / expected.abs().clamp(min=1)
+    assert float(error.max()) <= 1e-5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,11 +55,6 @@ class Weights:
     def of(cls, layer: Any) -> Weights:
         rows, bias = layer.weight.detach(), layer.bias
         return cls(rows, rows.transpose(0, 1).contiguous(), None if bias is None else bias.detach())
-
-    @cached_property
-    def largest(self) -> Tensor:
-        """Of a linear layer: the largest size of a weight of each input feature."""
-        return self.columns.abs().amax(1)
 
 
 def linear(x: Tensor, weights: Weights, buffer: Callable[..., Tensor]) -> Tensor:

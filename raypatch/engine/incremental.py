@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS
@@ -25,19 +26,21 @@ from raypatch.engine.input_axes import inputs_at, inputs_first, with_inputs_in
 from raypatch.engine.layers import Args, Layer
 from raypatch.engine.plan import Group, Selection
 from raypatch.engine.sources import Fill
-from raypatch.engine.spread_rules import cancels
 from raypatch.engine.structure import (
     BASE,
     SOURCE,
     SPARSE,
     Program,
     Savings,
-    Spread,
     Step,
     Structure,
 )
 from raypatch.engine.values import Batch, Sparse
 
+# An update of an output this large may leave so little of it that its rounding errors show: a
+# result that is that many times smaller has lost as many of its digits.
+LARGE_OUTPUT = 8.0
+CANCELLATION = 16
 # Rows are compacted when fewer than this share of them change and what follows costs at
 # least this many multiplications a row; else copying them costs more than it saves.
 COMPACT_SHARE = 0.9
@@ -140,6 +143,12 @@ class Incremental:
         return {**self.__dict__, "_buffers": {}, "_views": {}, "_made": {}}
 
 
+def _sizes_along(axis: int, value: Tensor, n_before: int) -> Tensor:
+    """The largest size along an axis; ``n_before`` axes come before the first that is counted."""
+    at = axis if axis < 0 else n_before + axis
+    return torch.linalg.vector_norm(value, ord=torch.inf, dim=at)
+
+
 def _true_places(mask: Tensor) -> Tensor:
     """Flat indices of what is true; NumPy finds them several times faster on a CPU."""
     if mask.device.type == "cpu":
@@ -170,7 +179,7 @@ class Prepared:
             self.source_baseline = self.source_values[-1]
         self._chains: dict[int, dict[int, Sparse]] = {}
         self._active: dict[int, tuple[Tensor, Tensor]] = {}
-        self._cancelling: dict[tuple[int, int], bool] = {}
+        self._sizes: dict[int, Tensor | None] = {}
 
     def _check_inputs_lie_apart(self) -> None:
         """Inputs must run along one axis of every value; else rows cannot be told apart."""
@@ -355,11 +364,11 @@ class Prepared:
 
     def _compute(self, step: Step, program: Program, batch: Batch, dense: dict[int, Any]) -> Any:
         node = step.node
-        if step.spread is not None and not self._cancels(step.spread, node):
+        if step.spread is not None:
             sparse = self.chain(step.spread.entry)[step.spread.node]
             index = batch.index[program.patched[step.spread.entry]]
             structured = step.spread.rule(self, node, sparse, index, batch)
-            if structured is not None:
+            if structured is not None and not self._cancels(node, structured):
                 # A lone update has added exactly zero to unchanged rows.
                 batch.unchanged_are_exact = len(program.steps) == 1
                 if batch.rows is None:
@@ -379,20 +388,22 @@ class Prepared:
             )
         return node.call(values.__getitem__)
 
-    def _cancels(self, spread: Spread, node: Node) -> bool:
-        """Whether adding a patch to the base output would leave only its rounding errors.
+    def _cancels(self, node: Node, structured: Tensor) -> bool:
+        """Whether adding patches to the base output has left little but its rounding errors in some
+        row of ``[E, N, ...]``.
 
-        So it is where one neuron makes up nearly all of a linear layer's output and a patch
-        takes it away; the layer is then computed whole.
+        So it is where few neurons make up nearly all of an output and a patch takes them away; the
+        operation is then run whole.
         """
-        key = spread.entry, node.index
-        if key not in self._cancelling:
-            sparse = self.chain(spread.entry)[spread.node]
-            plain = type(node.target) is nn.Linear and sparse.of.owner.dim() == 1
-            self._cancelling[key] = plain and cancels(
-                self.base_values[node.index], sparse, self.engine.weights(node)
-            )
-        return self._cancelling[key]
+        axis = 0 if isinstance(node.target, _ConvNd) else -1  # of what is added up
+        if node.index not in self._sizes:
+            base: Tensor = self.base_values[node.index]
+            small = float(base.abs().max()) < LARGE_OUTPUT
+            self._sizes[node.index] = None if small else _sizes_along(axis, base, 1)
+        size = self._sizes[node.index]
+        return size is not None and bool(
+            (_sizes_along(axis, structured, 2) * CANCELLATION < size).any()
+        )
 
     def _rows(self, index: int, program: Program, batch: Batch, dense: dict[int, Any]) -> Any:
         """A node's value as rows of the batch, whatever its kind."""

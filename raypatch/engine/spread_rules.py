@@ -15,41 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raypatch.engine.capture import Node
-from raypatch.engine.dense_ops import Weights
 from raypatch.engine.plan import Selection
 from raypatch.engine.values import Batch, Sparse
 
 # Past this share of a layer's inputs patched, one full product beats many small ones.
 LOW_RANK_SHARE = 0.25
-
-
-# A result this much smaller than what it is a sum of has lost that many of its digits.
-CANCELLATION = 16
-CHUNK_ELEMENTS = 1 << 22
-
-
-def cancels(base: Tensor, sparse: Sparse, weights: Weights) -> bool:
-    """Whether patching any one neuron makes some input's output ``[N, outputs]`` of the linear
-    layer far smaller than ``base``."""
-    size = base.abs().amax(1)
-    # At most this much can a neuron's patch change an output.
-    if sparse.of.is_plain and sparse.delta.shape[2] == 1:
-        bound = (sparse.delta[:, :, 0] * weights.largest[:, None]).abs_()
-    else:
-        largest = weights.largest[sparse.of.positions.clamp(min=0)]
-        bound = (sparse.delta.abs() * largest[:, None]).sum(-1)
-    near = bound > size * (1 - 1 / CANCELLATION)
-    if not bool(near.any()):
-        return False
-    columns, positions = weights.columns, sparse.of.positions.clamp(min=0)
-    neurons, inputs = near.nonzero(as_tuple=True)
-    step = max(1, CHUNK_ELEMENTS // (positions.shape[1] * columns.shape[1]))
-    for first in range(0, len(neurons), step):
-        j, n = neurons[first : first + step], inputs[first : first + step]
-        change = torch.einsum("cm,cmo->co", sparse.delta[j, n], columns[positions[j]])
-        if bool(((base[n] + change).abs().amax(1) * CANCELLATION < size[n]).any()):
-            return True
-    return False
 
 
 class Context(Protocol):
