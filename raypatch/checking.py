@@ -148,7 +148,7 @@ class Checker:
         if self.count > len(lines):
             lines.append(f"{origin}: and {self.count - len(lines)} more problems")
         if self.count > 1:
-            lines.append(f"{origin}: {self.count} problems in all; nothing was run")
+            lines.append(f"{origin}: {self.count} problems in all; nothing was done")
         return "\n".join(lines)
 
     def checked(self, index: int, experiment: Any) -> Experiment:

@@ -92,7 +92,8 @@ def _config(results: Results, agent_options: dict[str, Any], sample: int) -> Run
     options |= {name: value for name, value in agent_options.items() if value}
     needed = [name for name in CONSENTS if record["options"].get(name) and not options.get(name)]
     if needed:
-        given = " ".join(f"--{name}" for name in needed)
+        values = {name: record["options"][name] for name in needed}
+        given = " ".join(f"--{n}" if v is True else f"--{n} {v}" for n, v in values.items())
         raise InputError(
             f"{results.path}: this run's agent was loaded with {given}, which runs code; give it "
             "again to allow that here"

@@ -157,7 +157,7 @@ def test_ten_problems_are_shown_and_all_counted(tmp_path):
     assert len(lines) == 12
     assert lines[9].startswith(f"{path}: experiment 9:")
     assert lines[10].endswith("and 15 more problems")
-    assert lines[11].endswith("25 problems in all; nothing was run")
+    assert lines[11].endswith("25 problems in all; nothing was done")
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):

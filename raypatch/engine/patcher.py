@@ -85,6 +85,10 @@ class Patcher:
         self._engine: Engine | None = None
         self._one_input: Args = ()
 
+    def __repr__(self) -> str:
+        layers = f"{len(self.layers)} layers, " if self.layers else ""
+        return f"<raypatch.Patcher: {layers}{self.path}, {self.dtype} on {self.device}>"
+
     def __call__(
         self,
         experiments: Definition,

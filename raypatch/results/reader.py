@@ -34,6 +34,11 @@ class Results:
     sweep: dict[str, Any]
     receipts: tuple[layout.Receipt, ...]
 
+    def __repr__(self) -> str:
+        covered = sum(receipt.last - receipt.first for receipt in self.receipts)
+        n_experiments = self.sweep["identity"]["n_experiments"]
+        return f"<raypatch results: {covered:,} of {n_experiments:,} experiments in {self.path}>"
+
     @property
     def path(self) -> str:
         """The directory, or its URI."""
