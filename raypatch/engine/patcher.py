@@ -134,10 +134,10 @@ class Patcher:
             source_args = map_tensors(lambda x: x[order], target_args)
         try:
             with exact_math():
-                self._settle_engine(target_args)
+                is_new = self._settle_engine(target_args)
                 try:
                     run = self._run(source_args, target_args, n_inputs, kind, source)
-                    if self._captured is not None and self._network is not None:
+                    if self._network is not None and self._needs_check(is_new):
                         check_unpatched(self._network, run, source_args, target_args)
                 except CaptureError as reason:
                     self._settle_engine(target_args, not_captured=str(reason))
@@ -200,12 +200,18 @@ class Patcher:
     def _limits(self) -> Limits:
         return Limits(self.device, self._memory_bytes, self._batch_rows)
 
-    def _settle_engine(self, target: Args, *, not_captured: str | None = None) -> None:
+    def _needs_check(self, is_new: bool) -> bool:
+        """Whether a captured graph might not be the network on these inputs: symbolic tracing sees
+        no values, so that one look is enough; an export has run on some."""
+        graph = self.graph
+        return graph is not None and (is_new or graph.how == "torch.export")
+
+    def _settle_engine(self, target: Args, *, not_captured: str | None = None) -> bool:
         """Choose the engine for inputs of this form when they first come, and where it turns out
-        that a captured graph is not the network on all of them."""
+        that a captured graph is not the network on all of them; whether it is a new one."""
         is_fit = self._engine is not None and not_captured is None
         if is_fit and form_of(target) == form_of(self._one_input):
-            return
+            return False
         if self._network is None:
             reason = f"; {not_captured}" if not_captured else ""
             raise InputError(
@@ -218,6 +224,7 @@ class Patcher:
         self.layers = engine.layers
         self._one_input = inputs_between(trial_inputs(target), 0, 1)
         self._engine = engine
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy needs no code of the user's where the graph holds the network."""
