@@ -18,6 +18,7 @@ from raypatch.agents.agent import Agent, make_agent
 from raypatch.agents.program import read_program
 from raypatch.agents.spaces import MAX_VALUES
 from raypatch.agents.state_dict import add_submodule, add_tensor
+from raypatch.checking import few
 from raypatch.engine.capture_export import exported_graph_module
 from raypatch.errors import AgentError, one_line
 
@@ -49,11 +50,20 @@ def load_exported(file: Path) -> Agent:
             raise AgentError(f"{file}: taken apart into layers it gives other outputs; refused")
     return make_agent(
         network, batch, output_kind="logits", files=(file,),
-        loaded_as=f"exported program {file.name}, run as it is",
+        loaded_as=f"exported program {file.name}, run as it is", notes=_unpatchable(network),
     )  # fmt: skip
 
 
-def with_layers(traced: fx.GraphModule) -> nn.Module:
+def _unpatchable(network: fx.GraphModule) -> tuple[str, ...]:
+    """Names the weights of operations that are no layers, as a recurrent one's are."""
+    names = [str(node.target) for node in network.graph.nodes if node.op == "get_attr"]
+    names = [n for n in names if "weight" in n and _attribute(network, n).dim() > 1]
+    if not names:
+        return ()
+    return (f"only linear and convolution operations are layers here, not those of {few(names)}",)
+
+
+def with_layers(traced: fx.GraphModule) -> fx.GraphModule:
     """The same program, its linear and convolution operations as modules of their own."""
     root, graph = nn.Module(), fx.Graph()
     layers: dict[fx.Node, str] = {}

@@ -66,7 +66,7 @@ def choose_engine(
             engine = _build(how, network, layers, probe, dtype, savings)
             _check(engine, single, layers, probe, dtype)
         except CaptureError as reason:
-            reasons.append(str(reason))
+            reasons = list(dict.fromkeys([*reasons, str(reason)]))
             continue
         if isinstance(engine, Incremental):
             because = f"; {reasons[0]}" if reasons else ""

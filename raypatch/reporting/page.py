@@ -28,6 +28,9 @@ def write_report(results: Results, output: str, screen: str | None = None) -> Pa
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise InputError(missing_package("raypatch report", "plotly", "report")) from None
+    target = Path(output)
+    if target.is_dir():
+        raise InputError(f"--output {output}: is a directory; name a file in it")
     results.require_rows()
     found = gather(results)
     data = _data(results, found)
@@ -45,7 +48,6 @@ def write_report(results: Results, output: str, screen: str | None = None) -> Pa
     }
     # In one pass: a name of the user's may look like one of these marks.
     content = re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], template)
-    target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     partial.write_text(content, encoding="utf-8")
