@@ -151,6 +151,41 @@ class Transformer(nn.Module):
         return self.head(out[:, 0] if self.batch_first else out[0])
 
 
+class Frames(nn.Module):
+    """Convolutions on every frame, a recurrent layer over them: inputs and frames in one axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.again, self.lstm = nn.Conv2d(4, 3, 2), nn.LSTM(6, 5, batch_first=True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        n_inputs, n_frames = x.shape[:2]
+        h = torch.relu(self.norm(self.conv(x.flatten(0, 1))))
+        h = torch.relu(self.again(h)).view(n_inputs, n_frames, -1)
+        return self.head(self.lstm(h)[0][:, -1])
+
+
+class HeadsMerged(nn.Module):
+    """Attention with inputs and heads in one axis, then places before the inputs in one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mixed, self.out = nn.Linear(2, 8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.embed(x.view(x.shape[0], -1, 2))
+        n_inputs, n_steps = h.shape[:2]
+        parts = self.mixed(h).view(n_inputs, n_steps, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        q, k, v = parts.reshape(3, n_inputs * 2, n_steps, 4)
+        seen = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        seen = seen.view(n_inputs, 2, n_steps, 4).permute(2, 0, 1, 3)
+        out = torch.tanh(self.out(seen.reshape(n_steps * n_inputs, 8)))
+        return self.head(out.view(n_steps, n_inputs, 8).mean(0))
+
+
 class Gpt(nn.Module):
     """A decision transformer's block, written out; positions are cut from a table."""
 
@@ -303,6 +338,8 @@ ZOO = {
         lambda: Transformer(batch_first=False, norm_first=True, activation="gelu"), [(6,)]
     ),
     "gpt": (Gpt, [(6,)]),
+    "frames": (Frames, [(3, 1, 4, 5)]),
+    "heads_merged": (HeadsMerged, [(6,)]),
     "two_inputs": (TwoInputs, [(6,), (3,)]),
     "untraceable": (Untraceable, [(6,)]),
     "deciding": (Deciding, [(6,)]),

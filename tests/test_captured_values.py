@@ -370,3 +370,44 @@ def test_nested_inputs_are_captured_by_export_in_any_order_of_their_names():
         found = patcher(EXPERIMENTS, turned, target)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert patcher.path.startswith("incremental (torch.export")
+
+
+class Iqn(nn.Module):
+    """A quantile network: every input several times, beside an embedding that sees none."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.tau, self.b = nn.Linear(4, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("taus", torch.linspace(0.1, 0.9, 5))
+
+    def forward(self, x):
+        n_inputs = x.shape[0]
+        taus = self.taus.repeat(n_inputs, 1).view(n_inputs * 5, 1)
+        embedded = torch.relu(self.tau(torch.cos(taus * torch.arange(1, 7))))
+        h = torch.relu(self.a(x)).repeat_interleave(5, 0) * embedded
+        return self.b(torch.relu(h)).view(n_inputs, 5, 3).mean(1)
+
+
+@pytest.mark.parametrize("n_inputs", [1, 4])
+def test_inputs_that_share_an_axis_with_something_else_are_told_apart(n_inputs):
+    torch.manual_seed(0)
+    network, source, target = Iqn(), torch.randn(n_inputs, 4), torch.randn(n_inputs, 4)
+    assert equals_hooks(network, source, target) == "incremental (torch.fx)"
+    experiments = [{"tau": [1]}, {"b": [0], "tau": "all"}]
+    found = Patcher(network)(experiments, target=target, kind="mean")
+    expected = reference_outputs(network, experiments, None, target, kind="mean")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mean_of_inputs_that_hooks_cannot_tell_apart_is_refused():
+    class Chosen(Iqn):
+        def forward(self, x):
+            on = x > 0
+            clipped = torch.zeros_like(x)
+            clipped[on] = x[on]  # not captured
+            return super().forward(clipped)
+
+    with pytest.raises(
+        InputError, match=r"'mean': 'tau' holds inputs and something else along one"
+    ):
+        Patcher(Chosen())([{"b": [0]}], target=torch.randn(4, 4), kind="mean")

@@ -22,7 +22,7 @@ from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine import dense_ops
 from raypatch.engine.capture import CaptureError, Graph, Node
 from raypatch.engine.dense_ops import Weights
-from raypatch.engine.input_axes import inputs_at, inputs_first, with_inputs_in
+from raypatch.engine.input_axes import inputs_at, inputs_first, shape_of, with_inputs_in
 from raypatch.engine.layers import Args, Layer
 from raypatch.engine.plan import Group, Selection
 from raypatch.engine.sources import Fill
@@ -187,9 +187,8 @@ class Prepared:
         for node, value in zip(structure.nodes, self.base_values):
             if not structure.depends[node.index] or not isinstance(value, Tensor):
                 continue
-            axis, shape = structure.axes[node.index], list(structure.sample[node.index].shape)
-            if axis is not None:
-                shape[axis] = self.n_inputs
+            axis = structure.axes[node.index]
+            shape = shape_of(structure.sample[node.index], axis, self.n_inputs)
             if axis is None or list(value.shape) != shape:
                 raise CaptureError(
                     f"{node.path or node.target}: its output {list(value.shape)} does not keep "

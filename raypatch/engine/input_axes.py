@@ -8,7 +8,7 @@ no inputs. Given an axis for them, it is a layer like any other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -22,12 +22,30 @@ ASKS_FOR_FORM = {"size", "dim", "ndimension", "sym_size", "shape", "ndim", "devi
 
 
 @dataclass(frozen=True)
+class Merged:
+    """An axis of ``before * inputs * after`` places, as ``x.flatten(0, 1)`` and attention make."""
+
+    axis: int
+    before: int
+    after: int
+
+    def apart(self, value: Tensor) -> Tensor:
+        """``[..., before, inputs, after, ...]``."""
+        shape = value.shape
+        around = shape[: self.axis], shape[self.axis + 1 :]
+        return value.reshape(*around[0], self.before, -1, self.after, *around[1])
+
+
+Axis = Union[int, Merged, None]
+
+
+@dataclass(frozen=True)
 class Following:
     """How the values of a graph's nodes follow from the inputs.
 
     ``depends``: whether a value may differ from input to input, or by how many there are.
-    ``axes``: along which axis it holds the inputs, None where along none; of several tensors in
-    one value a structure of the same form.
+    ``axes``: along which :data:`Axis` it holds the inputs, None where along none; of several
+    tensors in one value a structure of the same form.
     """
 
     depends: list[bool]
@@ -50,15 +68,30 @@ def follow_inputs(graph: Graph, one_input: Args, sample: list[Any]) -> Following
     return Following(depends, [tree_map(_input_axis, *pair) for pair in zip(sample, of_two)])
 
 
-def _input_axis(of_one: Any, of_two: Any) -> int | None:
+def _input_axis(of_one: Any, of_two: Any) -> Axis:
     if not isinstance(of_one, Tensor) or of_one.dim() != of_two.dim():
         return None
     different = [
         i for i, sizes in enumerate(zip(of_one.shape, of_two.shape)) if len(set(sizes)) > 1
     ]
-    if len(different) != 1 or of_one.shape[different[0]] != 1:
+    if len(different) != 1:
         return None
-    return different[0]
+    (axis,) = different
+    size = of_one.shape[axis]
+    if size == 1:
+        return axis
+    # The two inputs are the same, and so is what a right division gives for each.
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    for division in (Merged(axis, before, size // before) for before in divisors):
+        if of_two.shape[axis] == 2 * size and _is_repeated(of_one, of_two, division):
+            return division
+    return None
+
+
+def _is_repeated(of_one: Tensor, of_two: Tensor, division: Merged) -> bool:
+    one, two = (division.apart(value).double() for value in (of_one, of_two))
+    scale = max(1.0, float(one.abs().max())) if one.numel() else 1.0
+    return bool(((two - one).abs() <= 1e-4 * scale).all())
 
 
 def _asks_for_form(node: Node) -> bool:
@@ -101,11 +134,32 @@ def for_each_input(value: Tensor, n_inputs: int) -> Tensor:
     return one.expand(n_inputs, *one.shape[1:])
 
 
-def inputs_first(value: Tensor, axis: int | None) -> Tensor:
-    """A value that holds its inputs along ``axis``, with them along axis 0."""
+def inputs_first(value: Tensor, axis: Axis) -> Tensor:
+    """A value that holds its inputs along ``axis``, with them along axis 0; what was merged with
+    them is two axes in the place of one."""
+    if isinstance(axis, Merged):
+        return axis.apart(value).movedim(axis.axis + 1, 0)
     return value.movedim(axis, 0) if axis else value
 
 
-def inputs_at(axis: int | None, rows: Tensor) -> Tensor:
+def inputs_at(axis: Axis, rows: Tensor) -> Tensor:
     """Rows with their inputs along ``axis`` instead of axis 0; in one piece."""
+    if isinstance(axis, Merged):
+        return rows.movedim(0, axis.axis + 1).flatten(axis.axis, axis.axis + 2)
     return rows.movedim(0, axis).contiguous() if axis else rows
+
+
+def place_of(axis: int, inputs: Axis) -> int:
+    """Where an axis of a value is once :func:`inputs_first` has moved the ``inputs``."""
+    at = inputs.axis if isinstance(inputs, Merged) else inputs or 0
+    if axis < at:
+        return axis + 1
+    return axis + 2 if isinstance(inputs, Merged) else axis
+
+
+def shape_of(sample: Tensor, axis: Axis, n_inputs: int) -> list[int]:
+    """The shape of a value for ``n_inputs``, by ``sample`` for one."""
+    shape = list(sample.shape)
+    if axis is not None:
+        shape[axis.axis if isinstance(axis, Merged) else axis] *= n_inputs
+    return shape

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment
+from raypatch.engine.arguments import inputs_between
 from raypatch.engine.layers import (
     Args,
     Layer,
@@ -67,7 +68,20 @@ def reference_outputs(
             for name, calls in own.items()
         }
     elif kind == "mean":
-        values = _means(network, target, own)
+        alone = [inputs_between(target, i, i + 1) for i in range(len(own[OUTPUT_LOGITS][0]))]
+        means = _means(network, alone, names)
+        if not _expand(means, own):
+            # Inputs share an axis with something else: each is patched by itself.
+            given = list(experiments)
+            patched = [
+                torch.stack([_one_experiment(network, layers, e, means, one) for e in given])
+                for one in alone
+            ]
+            return torch.cat(patched, 1)
+        values = {
+            name: [mean.expand_as(call) for mean, call in zip(means[name], calls)]
+            for name, calls in own.items()
+        }
     else:
         values = {name: [torch.zeros_like(call) for call in calls] for name, calls in own.items()}
     return torch.stack(
@@ -75,22 +89,22 @@ def reference_outputs(
     )
 
 
-def _means(
-    network: nn.Module, target: Args, own: dict[str, list[Tensor]]
-) -> dict[str, list[Tensor]]:
-    """Every layer's mean over the inputs, run one by one, in the shape of its activation."""
-    n_inputs = len(own[OUTPUT_LOGITS][0])
-    alone = [
-        record_activations(network, tuple(x[i : i + 1] for x in target), list(own))
-        for i in range(n_inputs)
-    ]
+def _means(network: nn.Module, alone: list[Args], names: list[str]) -> dict[str, list[Tensor]]:
+    """Every layer's mean over the inputs, run one by one, in the shape for one input."""
+    runs = [record_activations(network, one, names) for one in alone]
     return {
-        name: [
-            torch.stack([run[name][call] for run in alone]).mean(0).expand_as(activation)
-            for call, activation in enumerate(calls)
-        ]
-        for name, calls in own.items()
+        name: [torch.stack(calls).mean(0) for calls in zip(*(run[name] for run in runs))]
+        for name in names
     }
+
+
+def _expand(means: dict[str, list[Tensor]], own: dict[str, list[Tensor]]) -> bool:
+    """Whether every mean is of its layer's activation but for axes of one."""
+    return all(
+        mean.dim() == call.dim() and all(a in (1, b) for a, b in zip(mean.shape, call.shape))
+        for name, calls in own.items()
+        for mean, call in zip(means[name], calls)
+    )
 
 
 def _one_experiment(

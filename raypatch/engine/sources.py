@@ -89,4 +89,12 @@ class MeanFill:
     means: dict[str, list[Tensor]]
 
     def __call__(self, layer: str, call: int, activation: Tensor) -> Tensor:
-        return self.means[layer][call].expand_as(activation)
+        mean = self.means[layer][call]
+        try:
+            return mean.expand_as(activation)
+        except RuntimeError:
+            raise InputError(
+                f"source kind 'mean': {layer!r} holds inputs and something else along one axis "
+                f"({list(activation.shape)}, {list(mean.shape)} for one input); hooks, the only "
+                "way for this network, cannot tell them apart"
+            ) from None

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine import dense_ops
 from raypatch.engine.capture import CaptureError, Graph, Node
-from raypatch.engine.input_axes import follow_inputs, inputs_first
+from raypatch.engine.input_axes import follow_inputs, inputs_first, place_of, shape_of
 from raypatch.engine.layers import Args, Layer, holds_tensors
 from raypatch.engine.local_rules import LOCAL_RULES
 from raypatch.engine.plan import ALL, Signature
@@ -195,7 +195,9 @@ class Structure:
         node = min(entry, self.output)
         value = inputs_first(self.sample[node], self.axes[node])
         layer = self.layers.get(self.layer_of[entry])
-        axis = value.dim() - 1 if layer is None or layer.is_last_axis else layer.axis
+        axis = value.dim() - 1
+        if layer is not None and not layer.is_last_axis:
+            axis = place_of(layer.axis, self.axes[node])
         view = [1] * (value.dim() - 1)
         view[axis - 1] = size = value.shape[axis]
         owner = torch.arange(size).view(view).expand(value.shape[1:])
@@ -322,8 +324,7 @@ class Structure:
             value = self.sample[i]
             if i in found or not (isinstance(value, Tensor) and self.depends[i]):
                 return found.get(i, value)
-            shape = list(value.shape)
-            shape[self.axes[i]] = n_rows
+            shape = shape_of(value, self.axes[i], n_rows)
             return torch.empty(shape, device="meta", dtype=value.dtype)
 
         for node in self.nodes:

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from raypatch.engine.input_axes import inputs_at, inputs_first
+from raypatch.engine.input_axes import Axis, inputs_at, inputs_first
 from raypatch.engine.plan import Selection
 
 
@@ -134,7 +134,7 @@ class Batch:
         flat = structured.flatten(0, 1)
         return flat if self.rows is None else torch.index_select(flat, 0, self.rows, out=out)
 
-    def spread(self, per_input: Tensor, axis: int = 0) -> Tensor:
+    def spread(self, per_input: Tensor, axis: Axis = 0) -> Tensor:
         """``[N, ...]``, the same for every experiment, to rows ``[R, ...]``; a copy. Inputs and
         rows lie along ``axis``."""
         if axis:
