@@ -162,7 +162,7 @@ class Repeats(Two):
 
 def test_an_argument_that_is_no_tensor_may_change_from_call_to_call_and_from_side_to_side():
     torch.manual_seed(0)
-    network, patcher = Repeats(), None
+    network = Repeats()
     source, target = torch.randn(5, 6), torch.randn(5, 6)
     patcher = Patcher(network, dtype=torch.float64)
     for sides in ((1, 1), (3, 3), (2, 3)):
@@ -411,3 +411,23 @@ def test_the_mean_of_inputs_that_hooks_cannot_tell_apart_is_refused():
         InputError, match=r"'mean': 'tau' holds inputs and something else along one"
     ):
         Patcher(Chosen())([{"b": [0]}], target=torch.randn(4, 4), kind="mean")
+
+
+class Bytes(Two):
+    def forward(self, x):
+        h = self.a(x.float() / 255)
+        h += torch.ones(8)
+        return self.b(torch.relu_(h))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_of_bytes_are_patched_in_any_type(dtype):
+    torch.manual_seed(0)
+    source, target = (torch.randint(0, 255, (4, 6), dtype=torch.uint8) for _ in range(2))
+    network = Bytes()
+    patcher = Patcher(network, dtype=dtype)
+    found = patcher(EXPERIMENTS, source, target)
+    expected = reference_outputs(network, EXPERIMENTS, source, target)
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-10
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert patcher.path == "incremental (torch.fx)"

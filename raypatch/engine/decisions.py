@@ -26,14 +26,15 @@ def decides_by_values(network: nn.Module, args: Args) -> bool:
     """Whether, in a forward on ``args``, Python reads the numbers of what follows from them."""
     watch = _Watch()
 
-    class Watched(nn.Module):
-        def forward(self, *given: Any) -> Any:
-            with watch:
-                watch.follow(given)
-                return network(*given)
+    def start(_: nn.Module, given: Any) -> None:
+        watch.follow(given)
 
-    with torch.no_grad():
-        forward(Watched(), args)
+    handle = network.register_forward_pre_hook(start)
+    try:
+        with torch.no_grad(), watch:
+            forward(network, args)
+    finally:
+        handle.remove()
     return watch.found
 
 

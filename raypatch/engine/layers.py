@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -70,16 +71,22 @@ def widened(arguments: Any) -> Any:
 
 
 def forward(network: nn.Module, args: Args) -> Any:
-    """The network's outputs; it gets inputs of its own, which it may overwrite.
-
-    On float64 inputs, a cast to float32 in the forward is one to float64.
-    """
+    """The network's outputs; it gets inputs of its own, which it may overwrite."""
     fresh = map_tensors(Tensor.clone, args)
-    tensors = [x for x in tree_flatten(fresh)[0] if isinstance(x, Tensor)]
-    if not any(x.dtype is torch.float64 for x in tensors):
+    with as_in_forward(network, fresh):
         return network(*fresh)
-    with _float64_is_default(), _Widened():
-        return network(*fresh)
+
+
+@contextmanager
+def as_in_forward(network: nn.Module, args: Args) -> Iterator[None]:
+    """Within, what a forward makes or casts as float32 is float64, where the network or what it
+    gets is."""
+    held = [x for x in tree_flatten(args)[0] if isinstance(x, Tensor)]
+    if any(x.dtype is torch.float64 for x in (*held, *islice(network.parameters(), 1))):
+        with _float64_is_default(), _Widened():
+            yield
+    else:
+        yield
 
 
 _in_float64 = 0

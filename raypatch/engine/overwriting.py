@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
+from raypatch.engine.layers import as_in_forward
+
 # The operators that Python writes with "=", by their function, and the same without.
 OPERATORS: dict[Any, Callable[..., Any]] = {
     getattr(operator, "i" + name.rstrip("_")): getattr(operator, name)
@@ -76,7 +78,8 @@ def overwritten(traced: fx.Graph, network: nn.Module, args: tuple[Any, ...]) -> 
     Raises OverwritingError where what is overwritten shares its memory with what is read later.
     """
     watch = _Watch(fx.GraphModule(network, traced), garbage_collect_values=False)
-    watch.run(*args)
+    with as_in_forward(network, args):
+        watch.run(*args)
     place = {node: i for i, node in enumerate(traced.nodes)}
     found: dict[fx.Node, Any] = {}
     for node, changed in watch.changed.items():
