@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import Phase, settings
 
 from raypatch import cli
+
+# Small networks: two threads that wait for each other on a busy machine take many times as long.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 LAVA = ROOT / "examples" / "lavacrossing_dqn"
