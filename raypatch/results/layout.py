@@ -183,4 +183,7 @@ def parse_sweep(content: bytes) -> dict[str, Any]:
     texts = [*identity["metrics"], *identity["directions"], *record["input_ids"]]
     if not all(isinstance(text, str) for text in texts) or identity["n_experiments"] < 1:
         raise ValueError(f"{SWEEP}: metrics, directions or input_ids are not lists of texts")
+    directions = identity["directions"]
+    if not directions or len(set(directions)) < len(directions) or len(directions) > 2:
+        raise ValueError(f"{SWEEP}: directions are not one or two different ones")
     return dict(record)
