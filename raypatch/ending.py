@@ -18,7 +18,7 @@ PIPE_WIDTH = 240
 def status_of(results: Results) -> dict[str, Any]:
     """How far a run is, as plain data."""
     n_experiments = results.sweep["identity"]["n_experiments"]
-    done = sum(r.last - r.first for r in results.receipts)
+    done = results.n_tried
     return {
         "output_dir": str(results.path),
         "state": _state(results),

@@ -92,14 +92,12 @@ def _input_paths(config: RunConfig) -> dict[str, Path]:
         return {side: paths[side]}
     if config.source == "pair":
         return paths
-    # No pair is needed: a side that is named alone is the only one.
-    named = [side for side in SIDES if given[side]]
-    found = {side: path for side, path in paths.items() if side in (named or SIDES)}
-    found = {side: path for side, path in found.items() if given[side] or path.is_file()}
+    # No pair is needed, as patched values are no run's own: of both sides, one that is named alone
+    # is the only one.
+    sides = [side for side in SIDES if given[side]] or list(SIDES)
     if config.direction != "both":
-        # No other side is needed: patched values are no run's own.
-        target = TARGET_SIDE[config.direction]
-        found = {side: path for side, path in found.items() if side == target}
+        sides = [TARGET_SIDE[config.direction]]
+    found = {side: paths[side] for side in sides if given[side] or paths[side].is_file()}
     if not found:
         side = TARGET_SIDE.get(config.direction, "clean")
         raise InputError(f"{paths[side]}: no such input file; give --{side}_inputs")

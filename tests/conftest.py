@@ -31,6 +31,12 @@ class Ended:
 
 
 @pytest.fixture
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def command(capsys):
     """Run the command line in this process: ``command("rank", path)``."""
 

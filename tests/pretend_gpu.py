@@ -19,7 +19,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from raypatch import metric_table
 from raypatch.definitions import Experiments
-from raypatch.engine import incremental, structure
+from raypatch.engine import prepared, structure
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.reference import reference_outputs
 from raypatch.metric_table import MetricTable
@@ -137,7 +137,7 @@ def check(name: str) -> None:
     for large in (False, True):
         with ExitStack() as stack:
             if large:
-                stack.enter_context(patch.multiple(incremental, **AS_IF_LARGE))
+                stack.enter_context(patch.multiple(prepared, **AS_IF_LARGE))
             stack.enter_context(device_present())
             found = patcher.to(NAME)(experiments, source, target)
             assert isinstance(found, OnDevice)

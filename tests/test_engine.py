@@ -19,7 +19,7 @@ from torch import nn
 import raypatch
 from raypatch.agents import load_agent
 from raypatch.definitions import OUTPUT_LOGITS
-from raypatch.engine import incremental
+from raypatch.engine import prepared
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.reference import reference_outputs
 from raypatch.engine.sources import SOURCE_KINDS
@@ -46,7 +46,7 @@ def experiments_for(counts, draw):
 
 
 def as_if_large(yes):
-    return patch.multiple(incremental, **AS_IF_LARGE) if yes else nullcontext()
+    return patch.multiple(prepared, **AS_IF_LARGE) if yes else nullcontext()
 
 
 # ------------------------------------------------------------------------- every path

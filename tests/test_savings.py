@@ -174,7 +174,7 @@ def test_every_way_to_run_out_of_memory_halves_the_batch_and_gives_scratch_memor
     real, scratch = prepared.evaluate, []
 
     def evaluate(*args):
-        scratch.append(len(engine._buffers))
+        scratch.append(len(engine.scratch._buffers))
         if errors:
             raise errors.pop()
         return real(*args)

@@ -1,53 +1,20 @@
-"""Exact incremental evaluation of patched forwards on a captured graph (design 6).
-
-:class:`Incremental` belongs to a graph, :class:`Prepared` to a pair of source and target
-inputs: it holds both unpatched runs and, for every layer that is patched, the *chain* of
-nodes that stay sparse. A batch of experiments then costs a low-rank update where its chain
-ends, and dense operations on the rows that really change from there to the output.
-"""
+"""The engine on a captured graph: exact incremental evaluation of patched forwards (design 6)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
-from raypatch.definitions import OUTPUT_LOGITS
-from raypatch.engine import dense_ops
-from raypatch.engine.capture import CaptureError, Graph, Node
-from raypatch.engine.dense_ops import Weights
-from raypatch.engine.input_axes import inputs_at, inputs_first, shape_of, with_inputs_in
+from raypatch.engine.capture import Graph
+from raypatch.engine.input_axes import inputs_first, with_inputs_in
 from raypatch.engine.layers import Args, Layer
-from raypatch.engine.plan import Group, Selection
+from raypatch.engine.prepared import Prepared
+from raypatch.engine.scratch import Scratch
 from raypatch.engine.sources import Fill
-from raypatch.engine.structure import (
-    BASE,
-    SOURCE,
-    SPARSE,
-    Program,
-    Savings,
-    Step,
-    Structure,
-)
-from raypatch.engine.values import Batch, Sparse
-
-# An update of an output this large may leave so little of it that its rounding errors show: a
-# result that is that many times smaller has lost as many of its digits.
-LARGE_OUTPUT = 8.0
-CANCELLATION = 16
-# Rows are compacted when fewer than this share of them change and what follows costs at
-# least this many multiplications a row; else copying them costs more than it saves.
-COMPACT_SHARE = 0.9
-COMPACT_WORK = 2048
-# Experiments that change nothing are left out of the batches when so many dense elements are
-# saved; else finding the others costs more.
-LEAVE_OUT_ELEMENTS = 1 << 18
+from raypatch.engine.structure import Savings, Structure
 
 
 class Incremental:
@@ -64,16 +31,14 @@ class Incremental:
         self.layers = layers
         self.savings = savings
         self.structure = structure
-        self._buffers: dict[int, Tensor] = {}
-        self._views: dict[int, Tensor] = {}
-        self._made: dict[int, Any] = {}
+        self.scratch = Scratch()
 
     def prepare(self, source: Args | None, target: Args, fill: Fill | None) -> Prepared:
         """Run both sides once, unpatched, and keep every node's value.
 
         Patched values are the source run's, or where ``source`` is None those of ``fill``.
         """
-        return Prepared(self, source, target, fill)
+        return Prepared(self.graph, self.structure, self.scratch, source, target, fill)
 
     def to(self, device: torch.device, one_input: Args) -> None:
         """Move weights and constants; everything derived is made anew."""
@@ -88,8 +53,7 @@ class Incremental:
                 node.target.to(device)
             elif node.op == "constant" and isinstance(node.target, Tensor):
                 node.target = node.target.to(device)
-        self.forget_buffers()
-        self._made = {}
+        self.scratch = Scratch()
         self.structure = Structure(self.graph, self.layers, self.savings, one_input)
 
     def layer_values(self, args: Args) -> dict[str, list[Tensor]]:
@@ -106,351 +70,3 @@ class Incremental:
     def run_bytes(self, _: Args) -> int:
         """Bytes of all values in a run on one input."""
         return self.structure.sample_bytes
-
-    def buffer(self, key: int, *shape: int, like: Tensor) -> Tensor:
-        """Scratch memory of this shape, reused by the next batch that asks with the key.
-
-        Memory from the allocator would be handed back to the system and cleared anew for
-        every batch, which costs more than most operations.
-        """
-        last = self._views.get(key)
-        if last is not None and last.shape == shape and last.dtype == like.dtype:
-            return last
-        size = prod(shape)
-        held = self._buffers.get(key)
-        if held is None or held.numel() < size or held.dtype != like.dtype:
-            held = torch.empty(size, dtype=like.dtype, device=like.device)
-            self._buffers[key] = held
-        self._views[key] = view = held[:size].view(shape)
-        return view
-
-    def forget_buffers(self) -> None:
-        """Give scratch memory back."""
-        self._buffers, self._views = {}, {}
-
-    def once(self, node: Node, make: Callable[[], Any]) -> Any:
-        """What follows from a node alone, made when it is first asked for."""
-        if node.index not in self._made:
-            self._made[node.index] = make()
-        return self._made[node.index]
-
-    def weights(self, node: Node) -> Weights:
-        """Those of a linear or convolution node."""
-        made: Weights = self.once(node, lambda: Weights.of(node.target))
-        return made
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buffers": {}, "_views": {}, "_made": {}}
-
-
-def _sizes_along(axis: int, value: Tensor, n_before: int) -> Tensor:
-    """The largest size along an axis; ``n_before`` axes come before the first that is counted."""
-    at = axis if axis < 0 else n_before + axis
-    return torch.linalg.vector_norm(value, ord=torch.inf, dim=at)
-
-
-def _true_places(mask: Tensor) -> Tensor:
-    """Flat indices of what is true; NumPy finds them several times faster on a CPU."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.flatten().nonzero().flatten()
-
-
-class Prepared:
-    """Both unpatched runs and the chains of the layers patched so far.
-
-    ``baseline`` is ``[inputs, outputs]``; ``source_baseline`` too, None where the patched
-    values are no run's own.
-    """
-
-    def __init__(
-        self, engine: Incremental, source: Args | None, target: Args, fill: Fill | None
-    ) -> None:
-        self.engine = engine
-        self.structure = engine.structure
-        self.fill = fill
-        self.base_values = engine.graph.run(target)
-        self.baseline: Tensor = self.base_values[-1]
-        self.n_inputs = len(self.baseline)
-        self._check_inputs_lie_apart()
-        self.source_values = None if source is None else engine.graph.run(source)
-        self.source_baseline: Tensor | None = None
-        if self.source_values is not None:
-            self.source_baseline = self.source_values[-1]
-        self._chains: dict[int, dict[int, Sparse]] = {}
-        self._active: dict[int, tuple[Tensor, Tensor]] = {}
-        self._sizes: dict[int, Tensor | None] = {}
-
-    def _check_inputs_lie_apart(self) -> None:
-        """Inputs must run along one axis of every value; else rows cannot be told apart."""
-        structure = self.structure
-        for node, value in zip(structure.nodes, self.base_values):
-            if not structure.depends[node.index] or not isinstance(value, Tensor):
-                continue
-            axis = structure.axes[node.index]
-            shape = shape_of(structure.sample[node.index], axis, self.n_inputs)
-            if axis is None or list(value.shape) != shape:
-                raise CaptureError(
-                    f"{node.path or node.target}: its output {list(value.shape)} does not keep "
-                    f"{self.n_inputs} inputs along one axis"
-                )
-
-    def __len__(self) -> int:
-        return self.n_inputs
-
-    # ------------------------------------------------------- what spread rules may ask
-
-    def base(self, node: int) -> Any:
-        return self.base_values[node]
-
-    def buffer(self, node: Node, *shape: int) -> Tensor:
-        return self.engine.buffer(node.index, *shape, like=self.baseline)
-
-    def once(self, node: Node, make: Callable[[], Any]) -> Any:
-        return self.engine.once(node, make)
-
-    def weight_columns(self, node: Node) -> Tensor:
-        return self.engine.weights(node).columns
-
-    # ------------------------------------------------------------------------ chains
-
-    def chain(self, entry: int) -> dict[int, Sparse]:
-        """The sparse values after a patch at ``entry`` alone; tuples are left out."""
-        if entry not in self._chains:
-            self._chains[entry] = self._build_chain(entry)
-        return self._chains[entry]
-
-    def _build_chain(self, entry: int) -> dict[int, Sparse]:
-        """Run the chain once with every neuron patched."""
-        node = min(entry, self.structure.output)
-        if self.source_values is not None:
-            patch = inputs_first(self.source_values[node], self.structure.axes[node])
-        else:
-            assert self.fill is not None
-            own = inputs_first(self.base_values[node], self.structure.axes[node])
-            patch = self.fill(*self.structure.layer_at(entry), own)
-        fulls: dict[int, Any] = {entry: patch}
-        chain: dict[int, Sparse] = {}
-        for index, ownership in self.structure.chain(entry).items():
-            if index != entry:
-                fulls[index] = self.structure.nodes[index].call(
-                    lambda i: fulls[i] if i in fulls else self.base_values[i]
-                )
-            if ownership is not None:
-                at = min(index, self.structure.output)
-                base = inputs_first(self.base_values[at], self.structure.axes[at])
-                chain[index] = Sparse(base, fulls[index], ownership)
-        return chain
-
-    def active(self, entry: int) -> tuple[Tensor, Tensor]:
-        """Whether patching the neuron alone changes any end of its chain, ``[J, N]`` bool, and
-        for how many inputs, ``[J]``, on the CPU."""
-        if entry not in self._active:
-            chain = self.chain(entry)
-            active: Tensor | None = None
-            for end in self.structure.chain_ends(entry):
-                if end not in chain:  # a tuple: not looked into
-                    neurons = chain[entry].of.neurons
-                    active = self.baseline.new_ones(neurons, self.n_inputs, dtype=torch.bool)
-                    break
-                active = chain[end].active if active is None else active | chain[end].active
-            assert active is not None
-            self._active[entry] = active, active.sum(1).cpu()
-        return self._active[entry]
-
-    # -------------------------------------------------------------------- evaluation
-
-    def program(self, group: Group) -> Program:
-        """The steps for a group's signature."""
-        return self.structure.program(group.signature, source_runs=self.source_values is not None)
-
-    def row_bytes(self, group: Group) -> int:
-        """Bytes of all dense values of one row, and of what low-rank updates gather for it."""
-        program, gathered = self.program(group), 0
-        for entry, layer in program.patched.items():
-            if (chosen := group.index[layer]) is not None:
-                gathered += chosen.shape[1] * self.chain(entry)[entry].of.positions.shape[1]
-        return (program.row_elements + 2 * gathered) * self.baseline.element_size()
-
-    def evaluate(self, group: Group, out: Tensor, batch_rows: int) -> int:
-        """Fill ``out[group.experiments]`` (``[E, N, outputs]``) and return the rows computed."""
-        program = self.program(group)
-        if program.output in (BASE, SOURCE):
-            out[group.experiments] = (
-                self.baseline if program.output == BASE else self.source_values[-1]  # type: ignore[index]
-            )
-            return 0
-        index = self._indices(group, program)
-        found, active, compact, computed = self._changing(program, group, index), None, False, 0
-        if found is not None:
-            active, n_active = found
-            n_still = len(n_active) - np.count_nonzero(n_active)
-            if n_still * self.n_inputs * program.row_elements >= LEAVE_OUT_ELEMENTS:
-                some = torch.from_numpy(n_active > 0)
-                out[group.experiments[~some]] = self.baseline
-                group, active = group.where(some), active[some.to(active.device)]
-                index = self._indices(group, program)
-            share = int(n_active.sum()) / max(1, active.numel())
-            compact = share < COMPACT_SHARE and program.work_after >= COMPACT_WORK
-            active = None if share == 1 else active
-        n_experiments = group.experiments.shape[0]
-        step = max(1, batch_rows // self.n_inputs)
-        for start in range(0, n_experiments, step):
-            end = min(start + step, n_experiments)
-            mask = None if active is None else active[start:end]
-            rows = _true_places(mask) if mask is not None and compact else None
-            neurons = {name: chosen.part(start, end) for name, chosen in index.items()}
-            batch = Batch(end - start, self.n_inputs, neurons, rows)
-            places = group.places(start, end)
-            if batch.n_rows:
-                self._write(self._output(program, batch), batch, mask, places, out)
-            else:
-                out[places] = self.baseline
-            computed += batch.n_rows
-        return computed
-
-    def _indices(self, group: Group, program: Program) -> dict[str, Selection]:
-        """The neurons of every layer of the group; whole layers spelled out."""
-        found = {}
-        for entry, layer in program.patched.items():
-            chosen = group.index[layer]
-            if chosen is None:
-                size = self.chain(entry)[entry].of.neurons
-                chosen = Selection(torch.arange(size).expand(group.experiments.shape[0], -1))
-            found[layer] = chosen.to(self.baseline.device)
-        return found
-
-    def _changing(
-        self, program: Program, group: Group, index: dict[str, Selection]
-    ) -> tuple[Tensor, np.ndarray] | None:
-        """Rows that can differ from the baseline, ``[E, N]`` bool, and how many of each
-        experiment, ``[E]``; None for all."""
-        entries = program.patched.items()
-        whole = any(program.kinds[entry] == SOURCE for entry, _ in entries)
-        if whole or not self.engine.savings.skip_unchanged or not program.steps:
-            return None
-        total: Tensor | None = None
-        for entry, layer in entries:
-            chosen, (active, n_active) = index[layer], self.active(entry)
-            if chosen.shape[1] == 1 and len(entries) == 1:
-                # The counts are here, and so are the group's own numbers.
-                here = group.index[layer] or chosen
-                return chosen.take(active), here.take(n_active).numpy()
-            taken = chosen.take(active).view(*chosen.shape, -1).any(1)
-            total = taken if total is None else total | taken
-        return None if total is None else (total, total.sum(1).numpy(force=True))
-
-    def _output(self, program: Program, batch: Batch) -> Tensor:
-        """Output rows ``[R, outputs]`` of one batch."""
-        dense: dict[int, Any] = {}
-        for step in program.steps:
-            value, number = self._compute(step, program, batch, dense), step.node.index
-            if step.patched_layer is not None:
-                axis, patch = self.structure.axes[number], self.chain(number)[number]
-                index = batch.index[step.patched_layer]
-                rows = batch.write_patch(inputs_first(value, axis), patch, index)
-                value = inputs_at(axis, rows)
-            dense[number] = value
-        virtual = self.structure.virtual
-        if virtual not in program.patched:
-            return self._rows(self.structure.output, program, batch, dense)
-        index = batch.index[OUTPUT_LOGITS]
-        patch = self.chain(virtual)[virtual]
-        if program.output.name == SPARSE:
-            return batch.densify(patch, index)
-        value = self._rows(self.structure.output, program, batch, dense)
-        return batch.write_patch(value, patch, index)
-
-    def _compute(self, step: Step, program: Program, batch: Batch, dense: dict[int, Any]) -> Any:
-        node = step.node
-        if step.spread is not None:
-            sparse = self.chain(step.spread.entry)[step.spread.node]
-            index = batch.index[program.patched[step.spread.entry]]
-            structured = step.spread.rule(self, node, sparse, index, batch)
-            if structured is not None and not self._cancels(node, structured):
-                # A lone update has added exactly zero to unchanged rows.
-                batch.unchanged_are_exact = len(program.steps) == 1
-                if batch.rows is None:
-                    return structured.flatten(0, 1)
-                kept = self.engine.buffer(
-                    ~node.index, batch.n_rows, *structured.shape[2:], like=structured
-                )
-                return batch.keep(structured, out=kept)
-        if step.in_place is not None:
-            return step.in_place(dense[node.inputs[0]], node.target)
-        values = {i: self._rows(i, program, batch, dense) for i in node.inputs}
-        if step.is_linear:
-            return dense_ops.linear(
-                values[node.inputs[0]],
-                self.engine.weights(node),
-                lambda *shape: self.buffer(node, *shape),
-            )
-        return node.call(values.__getitem__)
-
-    def _cancels(self, node: Node, structured: Tensor) -> bool:
-        """Whether adding patches to the base output has left little but its rounding errors in some
-        row of ``[E, N, ...]``.
-
-        So it is where few neurons make up nearly all of an output and a patch takes them away; the
-        operation is then run whole.
-        """
-        axis = 0 if isinstance(node.target, _ConvNd) else -1  # of what is added up
-        if node.index not in self._sizes:
-            base: Tensor = self.base_values[node.index]
-            small = float(base.abs().max()) < LARGE_OUTPUT
-            self._sizes[node.index] = None if small else _sizes_along(axis, base, 1)
-        size = self._sizes[node.index]
-        return size is not None and bool(
-            (_sizes_along(axis, structured, 2) * CANCELLATION < size).any()
-        )
-
-    def _rows(self, index: int, program: Program, batch: Batch, dense: dict[int, Any]) -> Any:
-        """A node's value as rows of the batch, whatever its kind."""
-        if index in dense:
-            return dense[index]
-        kind = program.kinds[index]
-        if kind.name == SPARSE:
-            sparse = self.chain(kind.entry).get(index)
-            if sparse is None:
-                raise CaptureError("a tuple of sparse values is read as a whole")
-            rows = batch.densify(sparse, batch.index[program.patched[kind.entry]])
-            return inputs_at(self.structure.axes[index], rows)
-        held = self.source_values if kind == SOURCE else self.base_values
-        value = held[index]  # type: ignore[index]
-        if not self.structure.depends[index]:
-            return value
-        if isinstance(value, Tensor):
-            return batch.spread(value, self.structure.axes[index])
-        sizes = self.structure.sizes(batch.n_rows)
-        if index in sizes:
-            return sizes[index]
-        return tree_map(
-            lambda v, axis: v if axis is None else batch.spread(v, axis),
-            value,
-            self.structure.axes[index],
-        )
-
-    def _write(
-        self, rows: Tensor, batch: Batch, mask: Tensor | None, places: Tensor | slice, out: Tensor
-    ) -> None:
-        """Put a batch's output rows into their experiments' places.
-
-        Rows that ``mask`` ``[E, N]`` says are unchanged become the baseline, bit for bit,
-        also where leaving them out would have cost more than computing them along.
-        """
-        into = out[places] if isinstance(places, slice) else None
-        apart = into is None or into.stride(0) != into.stride(1) * self.n_inputs
-        if apart:
-            into = out.new_empty(batch.n_experiments, *out.shape[1:])
-        assert into is not None
-        if batch.rows is None:
-            into.copy_(rows.reshape(into.shape))
-            if mask is not None and not batch.unchanged_are_exact:
-                still = _true_places(~mask)
-                kept = self.baseline.index_select(0, still % self.n_inputs)
-                into.flatten(0, 1).index_copy_(0, still, kept)
-        else:
-            into.copy_(self.baseline.expand_as(into))
-            into.flatten(0, 1).index_copy_(0, batch.rows, rows)
-        if apart:
-            out[places] = into

@@ -16,10 +16,11 @@ from raypatch.checking import check_experiments
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments
 from raypatch.engine.arguments import count_inputs, in_parts
 from raypatch.engine.dense_ops import NARROW_OUTPUT
-from raypatch.engine.incremental import Incremental, Prepared
+from raypatch.engine.incremental import Incremental
 from raypatch.engine.layers import Args
 from raypatch.engine.plan import Plan, plan_experiments
 from raypatch.engine.precision import exact_math
+from raypatch.engine.prepared import Prepared
 from raypatch.engine.sources import Fill, GivenFill
 from raypatch.engine.stacked import Stacked, StackedPrepared
 from raypatch.errors import InputError, RunError
@@ -181,7 +182,7 @@ class PatchRun:
                     ) from error
                 self._halvings += 1
                 if isinstance(self._engine, Incremental):
-                    self._engine.forget_buffers()
+                    self._engine.scratch.forget_buffers()
 
 
 def _plain(experiments: Any) -> Any:

@@ -159,10 +159,12 @@ class Patcher:
         given: Any,
     ) -> PatchRun:
         assert self._engine is not None
-        fill: Fill | None = {"zero": zero_fill, "mean": None}.get(kind)
-        if kind == "mean":
+        fill: Fill | None = None
+        if kind == "zero":
+            fill = zero_fill
+        elif kind == "mean":
             fill = self._means(target_args, n_inputs)
-        if kind == "given":
+        elif kind == "given":
             fill = GivenFill(given)
         return PatchRun(
             self._engine, self._limits, source_args, target_args, fill,

@@ -26,11 +26,10 @@ from raypatch.engine.plan import ALL, Signature
 from raypatch.engine.spread_rules import SPREAD_RULES, SpreadRule
 from raypatch.engine.values import Ownership
 
-# Operations whose results may be of a size that values decide.
-TAKES_PLACES = {
-    *("getitem", "item_between", "index", "nonzero", "argwhere", "masked_select"),
-    *("unique", "unique_consecutive"),
-}
+# Operations whose results are of a size that values decide: always, and where they take masks.
+SIZED_BY_VALUES = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
+SIZED_BY_MASKS = {"getitem", "item_between", "index"}
+MASKS = (torch.bool, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -145,15 +144,11 @@ class Structure:
     def _refuse_selections_by_values(self) -> None:
         """Raises CaptureError for what takes as many places as values tell: rows could have more
         or fewer than the trial's."""
-        for node in self.nodes:
+        for node in filter(lambda node: self.depends[node.index], self.nodes):
             name = str(getattr(node.key, "__name__", node.key))
-            if not self.depends[node.index] or name not in TAKES_PLACES:
-                continue
             picks = [self.sample[i] for i in node.inputs[1:] if self.depends[i]]
-            if name not in ("getitem", "item_between", "index") or any(
-                isinstance(pick, Tensor) and pick.dtype in (torch.bool, torch.uint8)
-                for pick in picks
-            ):
+            masks = [p for p in picks if isinstance(p, Tensor) and p.dtype in MASKS]
+            if name in SIZED_BY_VALUES or (name in SIZED_BY_MASKS and masks):
                 raise CaptureError(f"{name}: how many places it takes depends on values")
 
     def layer_at(self, entry: int) -> tuple[str, int]:

@@ -35,9 +35,10 @@ class Results:
     receipts: tuple[layout.Receipt, ...]
 
     def __repr__(self) -> str:
-        covered = sum(receipt.last - receipt.first for receipt in self.receipts)
         n_experiments = self.sweep["identity"]["n_experiments"]
-        return f"<raypatch results: {covered:,} of {n_experiments:,} experiments in {self.path}>"
+        return (
+            f"<raypatch results: {self.n_tried:,} of {n_experiments:,} experiments in {self.path}>"
+        )
 
     @property
     def path(self) -> str:
@@ -47,9 +48,13 @@ class Results:
     @property
     def complete(self) -> bool:
         """Whether the run ended with every experiment of its definition done."""
-        covered = sum(receipt.last - receipt.first for receipt in self.receipts)
-        whole = covered >= self.sweep["identity"]["n_experiments"]
+        whole = self.n_tried >= self.sweep["identity"]["n_experiments"]
         return whole and layout.SUCCESS in self.store.entries()
+
+    @property
+    def n_tried(self) -> int:
+        """Experiments of committed parts, those without results too."""
+        return sum(receipt.last - receipt.first for receipt in self.receipts)
 
     @property
     def distrusted(self) -> str | None:
