@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 		--definition_file Definitions/single_neuron_experiment.json --output_dir $(DEMO_OUT)
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from conftest import CARTPOLE, LAVA, expected_outputs, outputs_of
 
 import raypatch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 
 def ray_processes() -> set[int]:

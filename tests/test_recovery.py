@@ -81,7 +81,7 @@ def test_killed_at_any_step_of_any_write_a_resumed_run_ends_as_if_nothing_had_ha
     definition.write_text(json.dumps([{"q_net.0": [i]} for i in range(22)]))
     ended = subprocess.run(
         [sys.executable, str(HERE / "kill_points.py"), str(LAVA), str(definition), str(tmp_path),
-         "40"],
+         "20"],
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
@@ -255,7 +255,10 @@ def tiny_disk(tmp_path):
         subprocess.run(["umount", str(mount)], check=True)
 
 
-@pytest.mark.parametrize("backend", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend",
+    ["inline", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.xdist_group("ray")])],
+)
 def test_a_full_disk_ends_with_one_line_and_a_run_resumes_when_there_is_space(
     command, single_neurons, run_inline, tiny_disk, tmp_path, backend
 ):
