@@ -1,4 +1,4 @@
-"""How dense rows go through an operation: in place and well shaped where that is exact."""
+"""How dense rows go through a linear layer: products of a good shape, into kept memory."""
 
 from __future__ import annotations
 
@@ -6,37 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 # Products with fewer columns than this run faster with the rows as columns: a library's
 # kernels are built for wide outputs (measured: 5 columns five times faster, 18 by a quarter).
 NARROW_OUTPUT = 24
-
-
-def _tanh(x: Tensor, _: nn.Module) -> Tensor:
-    """In place; NumPy's vector kernel is several times faster than torch's on a CPU."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
-        array = x.numpy()
-        np.tanh(array, out=array)
-        return x
-    return x.tanh_()
-
-
-# Overwrite their argument; only used on rows that nobody else reads.
-IN_PLACE: dict[type[nn.Module], Callable[[Tensor, Any], Tensor]] = {
-    nn.ReLU: lambda x, _: x.relu_(),
-    nn.Tanh: _tanh,
-    nn.Sigmoid: lambda x, _: x.sigmoid_(),
-    nn.ReLU6: lambda x, _: x.clamp_(0.0, 6.0),
-    nn.LeakyReLU: lambda x, module: F.leaky_relu_(x, module.negative_slope),
-    nn.ELU: lambda x, module: F.elu_(x, module.alpha),
-    nn.SiLU: lambda x, _: F.silu(x, inplace=True),
-    nn.Identity: lambda x, _: x,
-    nn.Dropout: lambda x, _: x,
-}
 
 
 @dataclass(frozen=True)
@@ -58,13 +33,16 @@ class Weights:
 
 
 def linear(x: Tensor, weights: Weights, buffer: Callable[..., Tensor]) -> Tensor:
-    """A linear layer's output ``[R, outputs]`` for rows ``x`` ``[R, features]``;
+    """A linear layer's output ``[R, ..., outputs]`` for rows ``x`` ``[R, ..., features]``;
     ``buffer(*shape)`` gives scratch memory."""
-    n_rows, n_outputs, bias = x.shape[0], weights.rows.shape[0], weights.bias
-    if n_outputs < NARROW_OUTPUT and x.device.type == "cpu":
-        out = torch.mm(weights.rows, x.t(), out=buffer(n_outputs, n_rows))
+    n_outputs, bias = weights.rows.shape[0], weights.bias
+    if x.dim() == 2 and n_outputs < NARROW_OUTPUT and x.device.type == "cpu":
+        out = torch.mm(weights.rows, x.t(), out=buffer(n_outputs, x.shape[0]))
         return (out if bias is None else out.add_(bias[:, None])).t()
-    out = buffer(n_rows, n_outputs)
+    out = buffer(*x.shape[:-1], n_outputs)
+    flat, into = x.reshape(-1, x.shape[-1]), out.view(-1, n_outputs)
     if bias is None:
-        return torch.mm(x, weights.columns, out=out)
-    return torch.addmm(bias, x, weights.columns, out=out)
+        torch.mm(flat, weights.columns, out=into)
+    else:
+        torch.addmm(bias, flat, weights.columns, out=into)
+    return out

@@ -279,8 +279,6 @@ class Prepared:
                     ~node.index, batch.n_rows, *structured.shape[2:], like=structured
                 )
                 return batch.keep(structured, out=kept)
-        if step.in_place is not None:
-            return step.in_place(dense[node.inputs[0]], node.target)
         values = {i: self._rows(i, program, batch, dense) for i in node.inputs}
         if step.is_linear:
             return dense_ops.linear(
@@ -288,7 +286,7 @@ class Prepared:
                 self.scratch.weights(node),
                 lambda *shape: self.buffer(node, *shape),
             )
-        return node.call(values.__getitem__)
+        return step.operation.call(values.__getitem__)
 
     def _cancels(self, node: Node, structured: Tensor) -> bool:
         """Whether adding patches to the base output has left little but its rounding errors in some

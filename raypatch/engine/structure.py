@@ -8,7 +8,6 @@ and serves every batch and every set of inputs.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from raypatch.definitions import OUTPUT_LOGITS
-from raypatch.engine import dense_ops
 from raypatch.engine.capture import CaptureError, Graph, Node
+from raypatch.engine.in_place import Memory, writes_into
 from raypatch.engine.input_axes import follow_inputs, inputs_first, place_of, shape_of
 from raypatch.engine.layers import Args, Layer, holds_tensors
-from raypatch.engine.local_rules import LOCAL_RULES
+from raypatch.engine.local_rules import LOCAL_RULES, pointwise
 from raypatch.engine.plan import ALL, Signature
 from raypatch.engine.spread_rules import SPREAD_RULES, SpreadRule
 from raypatch.engine.values import Ownership
@@ -67,11 +66,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Step:
-    """One node computed as dense rows, and the fastest exact way to do it."""
+    """One node computed as dense rows, and the fastest exact way to do it.
+
+    ``operation`` is the node's own, or the same writing into an argument.
+    """
 
     node: Node
     spread: Spread | None
-    in_place: Callable[[Tensor, Any], Tensor] | None
+    operation: Node
     is_linear: bool
     patched_layer: str | None
 
@@ -127,12 +129,7 @@ class Structure:
         if missing:
             raise CaptureError(f"layer {missing[0]!r} is not a node of the captured graph")
         self._refuse_selections_by_values()
-        self.view_of = {
-            node.index: used
-            for node in graph.nodes
-            for used in node.inputs
-            if _shares(sample[used], sample[node.index])
-        }
+        self.memory = Memory(graph.nodes, sample, self.readers)
         self._chains: dict[int, dict[int, Ownership | None]] = {}
         self._programs: dict[tuple[Signature, bool], Program] = {}
         self._sizes: dict[int, dict[int, Any]] = {}
@@ -279,21 +276,29 @@ class Structure:
             moved = self.axes[sparse[0]] or self.axes[node.index]
             if others and not moved and self.chain(entry)[sparse[0]] is not None:
                 spread = Spread(rule, sparse[0], entry)
-        in_place = None
-        first = node.inputs[0] if node.op == "module" and node.flat else None
-        if first is not None and kinds[first] == DENSE and self._read_once(first):
-            in_place = dense_ops.IN_PLACE.get(type(node.target))
         value = self.sample[node.inputs[0]] if node.inputs else None
-        is_linear = type(node.target) is nn.Linear and value is not None and value.dim() == 2
-        return Step(node, spread, in_place, is_linear, patched.get(node.index))
+        is_linear = type(node.target) is nn.Linear and value is not None and value.dim() > 1
+        operation = self._overwriting(node, kinds) or node
+        return Step(node, spread, operation, is_linear, patched.get(node.index))
 
-    def _read_once(self, index: int) -> bool:
-        """Whether a node's value, and what it is a view of, has one reader only."""
-        while self.nodes[index].users == 1:
-            if index not in self.view_of:
-                return True
-            index = self.view_of[index]
-        return False
+    def _overwriting(self, node: Node, kinds: dict[int, Kind]) -> Node | None:
+        """The operation writing its result into a dense argument; None where that is not exact."""
+        result = self.sample[node.index]
+        if LOCAL_RULES.get(node.key) is not pointwise or not isinstance(result, Tensor):
+            return None
+        for used in dict.fromkeys(node.inputs):
+            value = self.sample[used]
+            if (
+                isinstance(value, Tensor)
+                and (value.shape, value.dtype) == (result.shape, result.dtype)
+                and self.axes[used] == self.axes[node.index]
+                and value.is_contiguous()
+                and all(kinds[i] == DENSE for i in self.memory.together(used))
+                and self.memory.is_free(used, node.index)
+                and (operation := writes_into(node, used)) is not None
+            ):
+                return operation
+        return None
 
     def _work(self, node: Node) -> int:
         """Multiplications of a node's operation on one row, from its weights."""
@@ -398,12 +403,3 @@ class _ChainTracker:
 def _numel(value: Any) -> int:
     """Elements of one row, by a value for one input."""
     return sum(v.numel() for v in tree_flatten(value)[0] if isinstance(v, Tensor))
-
-
-def _shares(one: Any, other: Any) -> bool:
-    """Whether two values lie in the same memory."""
-    return (
-        isinstance(one, Tensor)
-        and isinstance(other, Tensor)
-        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-    )

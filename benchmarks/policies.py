@@ -1,0 +1,178 @@
+"""The engine on policies that are no plain chain: residual, recurrent, quantile, attention.
+
+    (b) one forward per experiment on all inputs, with a hook
+    (c) hooks on stacked batches, at the best of several batch sizes
+    (e) raypatch, with both unpatched runs in its time
+
+Every neuron and channel, 8 pairs, one direction, one thread. Methods take turns; medians of the
+repeats; every result is compared with plain hooks in float64 before its time counts.
+
+    python benchmarks/policies.py [--repeats 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from engine import STACKED_SIZES, check, interleaved, seconds
+from torch import Tensor, nn
+
+from raypatch.engine.layers import find_layers
+from raypatch.engine.patch_run import Limits, PatchRun
+from raypatch.engine.patcher import DEFAULT_MEMORY_BYTES, Patcher
+from raypatch.engine.plan import Plan
+from raypatch.engine.reference import reference_outputs
+from raypatch.engine.stacked import Stacked
+
+N_INPUTS = 8
+FURTHER = "(e) further items"
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(F.relu(x))))
+
+
+class Impala(nn.Module):
+    """Residual convolutions with pooling (Espeholt et al. 2018), its first two stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stages: list[nn.Module] = []
+        for n_in, width in ((3, 16), (16, 32)):
+            stages += [nn.Conv2d(n_in, width, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
+            stages += [Residual(width), Residual(width)]
+        self.stages = nn.Sequential(*stages)
+        self.wide, self.head = nn.Linear(32 * 8 * 8, 256), nn.Linear(256, 15)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.stages(x)).flatten(1)
+        return self.head(F.relu(self.wide(h)))
+
+
+class FrameLstm(nn.Module):
+    """Convolutions on every frame, inputs and frames in one axis, an LSTM over the frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 16, 8, 4), nn.Conv2d(16, 32, 4, 2)
+        self.lstm, self.head = nn.LSTM(288, 64, batch_first=True), nn.Linear(64, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_inputs, n_frames = x.shape[:2]
+        h = F.relu(self.conv2(F.relu(self.conv1(x.flatten(0, 1)))))
+        return self.head(self.lstm(h.view(n_inputs, n_frames, -1))[0][:, -1])
+
+
+class Quantiles(nn.Module):
+    """Implicit quantiles (Dabney et al. 2018): inputs and quantiles in one axis."""
+
+    def __init__(self, n_quantiles: int = 32) -> None:
+        super().__init__()
+        self.state, self.cosine = nn.Linear(64, 128), nn.Linear(64, 128)
+        self.wide, self.head = nn.Linear(128, 128), nn.Linear(128, 6)
+        fractions = (torch.arange(n_quantiles) + 0.5) / n_quantiles
+        self.register_buffer("basis", torch.cos(torch.pi * fractions[:, None] * torch.arange(64)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, fraction = F.relu(self.state(x)), F.relu(self.cosine(self.basis))
+        merged = (state[:, None] * fraction).flatten(0, 1)
+        values = self.head(F.relu(self.wide(merged)))
+        return values.view(x.shape[0], -1, 6).mean(1)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mixed, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        n_inputs, n_steps, width = h.shape
+        parts = self.mixed(self.norm1(h)).split(width, 2)
+        q, k, v = (p.view(n_inputs, n_steps, self.heads, -1).transpose(1, 2) for p in parts)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + self.project(seen.transpose(1, 2).reshape(n_inputs, n_steps, width))
+        return h + self.narrow(F.gelu(self.wide(self.norm2(h))))
+
+
+class DecisionTransformer(nn.Module):
+    """Causal attention over steps (Chen et al. 2021), three blocks."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.embed = nn.Linear(17, width)
+        self.positions = nn.Parameter(torch.randn(1, 20, width))
+        self.blocks = nn.Sequential(*[Block(width, 4) for _ in range(3)])
+        self.head = nn.Linear(width, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        return self.head(self.blocks(h + self.positions[:, : h.shape[1]])[:, -1])
+
+
+POLICIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "residual convolutions": (Impala, (3, 32, 32)),
+    "frames and an LSTM": (FrameLstm, (4, 1, 42, 42)),
+    "implicit quantiles": (Quantiles, (64,)),
+    "decision transformer": (DecisionTransformer, (20, 17)),
+}
+
+
+def by_hooks(
+    network: nn.Module, plan: Plan, source: Tensor, target: Tensor, size: int
+) -> Callable[[], Tensor]:
+    """``size`` experiments stacked in a forward."""
+    stacked = Stacked(network, find_layers(network, (target,)), limit=size)
+    limits = Limits(torch.device("cpu"), DEFAULT_MEMORY_BYTES, size * len(target))
+    return lambda: PatchRun(stacked, limits, (source,), (target,), None)(plan)
+
+
+def compare(name: str, repeats: int) -> None:
+    build, shape = POLICIES[name]
+    torch.manual_seed(0)
+    network = build().eval().requires_grad_(False)
+    source, target = torch.randn(N_INPUTS, *shape), torch.randn(N_INPUTS, *shape)
+    patcher = Patcher(network)
+    run = patcher.prepare(source, target)
+    experiments = [{layer: [i]} for layer, n in patcher.neuron_counts.items() for i in range(n)]
+    plan = run.plan(experiments)
+    sizes = {size: by_hooks(network, plan, source, target, size) for size in STACKED_SIZES}
+    best = min(sizes, key=lambda size: seconds(sizes[size]))
+    methods = {
+        "(b) forward per experiment": by_hooks(network, plan, source, target, 1),
+        f"(c) stacked hooks, {best} a batch": sizes[best],
+        "(e) raypatch": lambda: patcher.prepare(source, target)(plan),
+        FURTHER: lambda: run(plan),
+    }
+    expected = reference_outputs(network, experiments, source, target)
+    for method, compute in methods.items():
+        check(f"{name}: {method}", compute(), expected)
+    taken = interleaved(methods, repeats)
+    print(f"\n{name}: {len(experiments)} experiments x {N_INPUTS} inputs; {patcher.path}")
+    for method, took in taken.items():
+        speed = len(experiments) * N_INPUTS / took
+        print(f"  {method:<34} {speed:>12,.0f} passes/s {took / taken[FURTHER]:>10.1f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in POLICIES:
+        compare(name, options.repeats)
+
+
+if __name__ == "__main__":
+    main()

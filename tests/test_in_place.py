@@ -1,0 +1,151 @@
+"""Rows that nobody reads any more are written over, whatever form an operation has; others never."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import check_equal
+from torch import fx, nn
+from torch.nn import functional as F
+
+from raypatch.engine.patcher import Patcher
+from raypatch.engine.reference import reference_outputs
+
+
+class Between(nn.Module):
+    """An operation on rows that are dense when the first layer is patched."""
+
+    def __init__(self, operation, width=8):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.operation, self.last = operation, nn.Linear(width, 3)
+        self.scale = nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        h = self.second(torch.sin(self.first(x)))
+        return self.last(self.operation(h))
+
+
+class Exported(Between):
+    def forward(self, x):
+        if x.dim() != 2:  # symbolic tracing cannot follow
+            raise ValueError
+        return super().forward(x)
+
+
+FORMS = {
+    "nn.ReLU": nn.ReLU(),
+    "nn.ReLU(inplace)": nn.ReLU(inplace=True),
+    "F.relu": F.relu,
+    "torch.relu": torch.relu,
+    "relu": lambda h: h.relu(),
+    "nn.Tanh": nn.Tanh(),
+    "torch.tanh": torch.tanh,
+    "tanh": lambda h: h.tanh(),
+    "nn.Sigmoid": nn.Sigmoid(),
+    "torch.sigmoid": torch.sigmoid,
+    "nn.GELU": nn.GELU("tanh"),
+    "F.gelu": lambda h: F.gelu(h, approximate="tanh"),
+    "nn.ELU": nn.ELU(0.5),
+    "F.elu": lambda h: F.elu(h, 0.5),
+    "nn.SiLU": nn.SiLU(),
+    "F.silu": F.silu,
+    "nn.LeakyReLU": nn.LeakyReLU(0.2),
+    "F.leaky_relu": lambda h: F.leaky_relu(h, negative_slope=0.2),
+    "nn.Hardtanh": nn.Hardtanh(-0.5, 0.3),
+    "torch.clamp": lambda h: torch.clamp(h, -0.3, 0.5),
+    "clamp": lambda h: h.clamp(min=0.1),
+    "operators": lambda h: (2 * h - 1) ** 2 / 3,
+    "torch.mul": lambda h: torch.mul(h, 0.7),
+    "alpha": lambda h: torch.add(h, 0.5, alpha=3),
+    "sub with alpha": lambda h: h.sub(0.5, alpha=3),
+}
+
+
+def compared(network):
+    """Every neuron against plain hooks; also the steps after a patch of the first layer."""
+    torch.manual_seed(0)
+    source, target = torch.randn(5, 6), torch.randn(5, 6)
+    patcher = Patcher(network, dtype=torch.float64)
+    run = patcher.prepare(source, target)
+    experiments = [{layer: [i]} for layer, n in patcher.neuron_counts.items() for i in range(n)]
+    expected = reference_outputs(network, experiments, source, target)
+    for _ in range(2):  # the first time changes nothing that the second reads
+        check_equal(run(experiments), expected, torch.float64)
+    programs = [run._kept.program(group) for group in run.plan([{"first": [0]}]).groups]
+    return patcher.path, [step for step in programs[0].steps if step.operation is not step.node]
+
+
+@pytest.mark.parametrize("kind", [Between, Exported])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_an_elementwise_operation_writes_over_its_argument(form, kind):
+    torch.manual_seed(0)
+    path, overwriting = compared(kind(FORMS[form]).eval())
+    assert path.startswith("incremental (torch." + ("fx" if kind is Between else "export"))
+    assert overwriting
+
+
+def test_the_end_of_a_residual_block_writes_over_either_branch():
+    class Blocks(Between):
+        def forward(self, x):
+            h = torch.sin(self.first(x))
+            h = h + self.second(F.relu(self.second(h)))
+            return self.last(h + self.second(torch.cos(h)))
+
+    _, overwriting = compared(Blocks(None).eval())
+    assert sum("add" in str(step.node.target) for step in overwriting) == 2
+
+
+def _cached(h, kept={}):  # noqa: B006
+    """The same tensor every time, as positions are that depend on shapes only."""
+    return kept.setdefault(h.shape, torch.linspace(0, 1, 8, dtype=torch.float64).repeat(len(h), 1))
+
+
+fx.wrap("_cached")
+
+
+READ_LATER = {
+    "itself": lambda self, h: torch.relu(h) + h,
+    "a part": lambda self, h: torch.cat([F.relu(h.chunk(2, 1)[0]), h[:, 4:]], 1) + h,
+    "a part by a module": lambda self, h: self.act(h.chunk(2, 1)[0]).repeat(1, 2) + h,
+    "a view": lambda self, h: torch.relu(h.view(-1, 2, 4)).flatten(1) * h,
+    "transposed": lambda self, h: torch.relu(h.t()).t() * h,
+    "a column": lambda self, h: h.add(h[:, :1]) * 2,
+    "every other": lambda self, h: h[:, ::2].mul(h[:, 1::2]).repeat(1, 2) - h,
+    "expanded": lambda self, h: self.scale.expand_as(h) * h,
+    "its own weights": lambda self, h: self.scale[None].expand_as(h).mul(2) * h,
+    "unfolded": lambda self, h: h.unfold(1, 2, 1).mul(2).sum(2).repeat(1, 2)[:, :8] - h,
+    "a detour": lambda self, h: torch.stack([h, h.relu()]).amax(0) + h.detach(),
+    "another type": lambda self, h: (h.float() * 2).double() + h,
+    "wider": lambda self, h: (h[:, :1] + h) * 2,
+}
+
+
+@pytest.mark.parametrize("name", READ_LATER)
+def test_what_is_read_later_is_not_written_over(name):
+    torch.manual_seed(0)
+
+    class Network(Between):
+        def forward(self, x):
+            h = self.second(torch.sin(self.first(x)))
+            return self.last(READ_LATER[name](self, h))
+
+    network = Network(None)
+    network.act = nn.ReLU()
+    path, _ = compared(network.eval())
+    assert path == "incremental (torch.fx)"
+
+
+def test_what_a_users_function_or_module_keeps_is_not_written_over():
+    torch.manual_seed(0)
+
+    class Network(Between):
+        def forward(self, x):
+            h = self.second(torch.sin(self.first(x)))
+            return self.last(torch.relu(_cached(h)) + h)
+
+    path, _ = compared(Network(None).eval())
+    assert path == "incremental (torch.fx)"
+    kept = list(_cached.__defaults__[0].values())
+    assert kept and all(torch.equal(v, v[:1].expand_as(v)) for v in kept)
+    assert all(torch.equal(v[0], torch.linspace(0, 1, 8, dtype=torch.float64)) for v in kept)
