@@ -79,7 +79,7 @@ def test_random_experiments_equal_plain_hooks(name, dtype, data, seed, kind, lar
     sizes=st.lists(st.integers(1, 12), min_size=2, max_size=5),
     activation=st.sampled_from(ACTIVATIONS),
     n_inputs=st.integers(1, 9),
-    savings=st.builds(Savings, *[st.booleans()] * 6),
+    savings=st.builds(Savings, *[st.booleans()] * 7),
     batch_rows=st.sampled_from([None, 1, 5, 64]),
     n_same=st.integers(0, 9),
     large=st.booleans(),

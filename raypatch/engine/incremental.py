@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from raypatch.engine.capture import Graph
-from raypatch.engine.input_axes import inputs_first, with_inputs_in
+from raypatch.engine.input_axes import inputs_first, place_of, with_inputs_in
 from raypatch.engine.layers import Args, Layer
+from raypatch.engine.narrowing import narrowed
 from raypatch.engine.prepared import Prepared
 from raypatch.engine.scratch import Scratch
-from raypatch.engine.sources import Fill
+from raypatch.engine.sources import Fill, GivenFill, Places
 from raypatch.engine.structure import Savings, Structure
 
 
@@ -27,6 +29,14 @@ class Incremental:
         if structure.apart:
             graph = with_inputs_in(structure.apart, graph, structure.axes)
             structure = Structure(graph, layers, savings, one_input)
+        # Of which layers' calls only some places are computed, along an axis after the inputs'.
+        self.kept: dict[tuple[str, int], Places] = {}
+        if savings.needed_places and (less := narrowed(graph, structure.sample, structure.axes)):
+            graph, kept = less
+            for entry in kept.keys() & structure.layer_of.keys():
+                places, inputs = kept[entry], structure.axes[entry]
+                self.kept[structure.layer_at(entry)] = places.along(place_of(places.axis, inputs))
+            structure = Structure(graph, layers, savings, one_input)
         self.graph = graph
         self.layers = layers
         self.savings = savings
@@ -38,6 +48,8 @@ class Incremental:
 
         Patched values are the source run's, or where ``source`` is None those of ``fill``.
         """
+        if isinstance(fill, GivenFill):
+            fill = replace(fill, kept=self.kept)
         return Prepared(self.graph, self.structure, self.scratch, source, target, fill)
 
     def to(self, device: torch.device, one_input: Args) -> None:

@@ -67,9 +67,9 @@ POINTWISE_NAMES = """
 """.split()
 MOVEMENT_NAMES = """
     flatten unflatten reshape view permute transpose t squeeze unsqueeze movedim moveaxis swapaxes
-    swapdims chunk split tensor_split unbind select narrow index_select expand expand_as repeat
-    flip roll ravel view_as reshape_as broadcast_to pixel_shuffle pixel_unshuffle channel_shuffle
-    unfold
+    swapdims chunk split tensor_split unbind select narrow slice index_select expand expand_as
+    repeat flip roll ravel view_as reshape_as broadcast_to pixel_shuffle pixel_unshuffle
+    channel_shuffle unfold
 """.split()
 CHANNELWISE_NAMES = """
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d

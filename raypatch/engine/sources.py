@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Literal, get_args
 
 import torch
@@ -47,13 +48,28 @@ def noise_fill(layer: str, call: int, activation: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Places:
+    """``length`` of the ``size`` places along an axis, from ``start``."""
+
+    axis: int
+    start: int
+    length: int
+    size: int
+
+    def along(self, axis: int) -> Places:
+        return replace(self, axis=axis)
+
+
+@dataclass(frozen=True)
 class GivenFill:
     """Activations recorded elsewhere: ``values`` holds ``[inputs, ...]`` a layer.
 
-    A layer without values gives NaN until :meth:`check` refuses it.
+    A layer without values gives NaN until :meth:`check` refuses it. Of layers' calls in ``kept``
+    the engine computes these places only.
     """
 
     values: Mapping[str, Tensor]
+    kept: Mapping[tuple[str, int], Places] = field(default_factory=dict)
 
     def check(self, layers: set[str]) -> None:
         """Raises InputError for a layer without values."""
@@ -65,18 +81,25 @@ class GivenFill:
 
     def part(self, first: int, last: int) -> GivenFill:
         """The values of inputs ``first`` to ``last``."""
-        return GivenFill({name: value[first:last] for name, value in self.values.items()})
+        values = {name: value[first:last] for name, value in self.values.items()}
+        return replace(self, values=values)
 
     def __call__(self, layer: str, call: int, activation: Tensor) -> Tensor:
         if layer not in self.values:
             return torch.full_like(activation, torch.nan)
-        given = self.values[layer]
-        if given.numel() != activation.numel() or len(given) != len(activation):
+        given, shape = self.values[layer], list(activation.shape)
+        places = self.kept.get((layer, call))
+        if places is not None:
+            shape[places.axis] = places.size
+        if given.numel() != prod(shape) or len(given) != len(activation):
             raise InputError(
                 f"source of kind 'given': activations of {layer!r} are {list(given.shape)}, the "
-                f"layer's are {list(activation.shape)}"
+                f"layer's are {shape}"
             )
-        return given.to(activation).reshape(activation.shape)
+        given = given.to(activation).reshape(shape)
+        if places is None:
+            return given
+        return given.narrow(places.axis, places.start, places.length)
 
 
 @dataclass(frozen=True)

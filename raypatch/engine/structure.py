@@ -41,6 +41,7 @@ class Savings:
     sparse_output: bool = True  # patches that stay sparse up to the output cost their columns
     source_values: bool = True  # a whole layer on a cut takes the source run's own values
     deduplicate: bool = True  # one computation for experiments that are the same
+    needed_places: bool = True  # of a sequence no places that the output does not depend on
 
 
 @dataclass(frozen=True)
