@@ -43,7 +43,7 @@ LEAVE_OUT_ELEMENTS = 1 << 18
 def _sizes(node: Node, value: Tensor) -> Tensor:
     """The largest number of each of the node's places, along the axis of its own neurons."""
     axis = 1 if isinstance(node.target, _ConvNd) else -1
-    return torch.linalg.vector_norm(value, ord=torch.inf, dim=axis)
+    return value.abs().amax(axis)  # torch's own norm of this kind takes ten times as long
 
 
 def _true_places(mask: Tensor) -> Tensor:
