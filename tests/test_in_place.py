@@ -57,18 +57,23 @@ FORMS = {
     "clamp": lambda h: h.clamp(min=0.1),
     "operators": lambda h: (2 * h - 1) ** 2 / 3,
     "torch.mul": lambda h: torch.mul(h, 0.7),
+    "out": lambda h: torch.tanh(h, out=None),
     "alpha": lambda h: torch.add(h, 0.5, alpha=3),
     "sub with alpha": lambda h: h.sub(0.5, alpha=3),
 }
 
 
-def compared(network):
-    """Every neuron against plain hooks; also the steps after a patch of the first layer."""
+def compared(network, shape=(6,)):
+    """Every neuron and whole layers against plain hooks; also the steps after a patch of the first
+    layer."""
     torch.manual_seed(0)
-    source, target = torch.randn(5, 6), torch.randn(5, 6)
+    source, target = torch.randn(5, *shape), torch.randn(5, *shape)
     patcher = Patcher(network, dtype=torch.float64)
     run = patcher.prepare(source, target)
-    experiments = [{layer: [i]} for layer, n in patcher.neuron_counts.items() for i in range(n)]
+    counts = patcher.neuron_counts
+    experiments = [{layer: [i]} for layer, n in counts.items() for i in range(n)]
+    experiments += [{layer: "all"} for layer in counts]
+    experiments += [{one: [0], other: [1]} for one, other in zip(counts, list(counts)[1:])]
     expected = reference_outputs(network, experiments, source, target)
     for _ in range(2):  # the first time changes nothing that the second reads
         check_equal(run(experiments), expected, torch.float64)
@@ -149,3 +154,107 @@ def test_what_a_users_function_or_module_keeps_is_not_written_over():
     kept = list(_cached.__defaults__[0].values())
     assert kept and all(torch.equal(v, v[:1].expand_as(v)) for v in kept)
     assert all(torch.equal(v[0], torch.linspace(0, 1, 8, dtype=torch.float64)) for v in kept)
+
+
+class TransposedBranches(nn.Module):
+    """Of one input the sum of both is not in one piece, and its flat form a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other, self.flat = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(15, 3)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x):
+        h = self.first(x).transpose(1, 2) + self.other(x).transpose(1, 2)
+        return self.flat(torch.relu(h.flatten(1))) + self.head(h.mean(1))
+
+
+class GivesTransposed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x):
+        return torch.matmul(x, self.weight).transpose(1, 2)
+
+
+class TransposedLayer(TransposedBranches):
+    def __init__(self):
+        super().__init__()
+        self.first, self.other = nn.Linear(4, 4), GivesTransposed()
+
+    def forward(self, x):
+        h = self.other(torch.sin(self.first(x)))
+        return self.flat(torch.relu(h.contiguous()).flatten(1)) + self.head(h.mean(1))
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.flat, self.head = nn.Linear(64, 3), nn.Linear(4, 3)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        h = self.second(torch.sin(self.first(x)))
+        return self.flat(torch.relu(h.flatten(1))) + self.head(h.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [(TransposedBranches, (3, 4)), (TransposedLayer, (3, 4)), (ChannelsLast, (2, 4, 4))],
+)
+def test_rows_that_lie_otherwise_than_one_inputs_value_are_not_written_over(network, shape):
+    torch.manual_seed(0)
+    path, _ = compared(network().eval(), shape)
+    assert path == "incremental (torch.fx)"
+
+
+class Holder:
+    def __init__(self, h):
+        self.h = h
+
+    def joined(self):
+        return self.h * 1
+
+
+def _hold(h):
+    return Holder(h)
+
+
+fx.wrap("_hold")
+
+
+class GivesItsInput(nn.Module):
+    """As layers do that add noise in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8, 8))
+
+    def forward(self, x):
+        return x
+
+
+def test_what_an_object_holds_is_not_written_over():
+    class Network(Between):
+        def forward(self, x):
+            h = self.second(torch.sin(self.first(x)))
+            holder = _hold(h)
+            return self.last(torch.relu(h) + holder.joined())
+
+    torch.manual_seed(0)
+    path, _ = compared(Network(None).eval())
+    assert path == "incremental (torch.fx)"
+
+
+def test_a_patch_is_not_written_into_what_a_layer_was_given():
+    class Network(Between):
+        def forward(self, x):
+            h = self.second(torch.sin(self.first(x)))
+            return self.last(torch.sin(self.operation(h)) + h)
+
+    torch.manual_seed(0)
+    path, _ = compared(Network(GivesItsInput()).eval())
+    assert path == "incremental (torch.fx)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from networks import check_equal
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from raypatch.engine.patcher import Patcher
@@ -168,6 +168,104 @@ def test_what_tells_its_size_is_left_whole():
     torch.manual_seed(0)
     patcher = compared(Scaled().eval())
     assert patcher.path == "incremental (torch.fx)" and not patcher._engine.kept
+
+
+class Attends(nn.Module):
+    """torch's attention, called in one way or another."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.embed, self.attention = nn.Linear(4, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.wide, self.head, self.call = nn.Linear(8, 8), nn.Linear(8, 3), call
+
+    def forward(self, x):
+        h = torch.sin(self.embed(x))
+        seen, more = self.call(self.attention, h, x)
+        h = h + seen
+        return self.head((h + torch.relu(self.wide(h)))[:, -1]) + more
+
+
+CALLS = {
+    "plain": (lambda m, h, x: (m(h, h, h)[0], 0), True),
+    "padding, by place": (lambda m, h, x: (m(h, h, h, x[:, :, 0] > 1.5)[0], 0), False),
+    "padding": (lambda m, h, x: (m(h, h, h, key_padding_mask=x[:, :, 0] > 1.5)[0], 0), True),
+    "by name": (lambda m, h, x: (m(query=h, key=h, value=h)[0], 0), False),
+    "partly by name": (lambda m, h, x: (m(h, key=h, value=h)[0], 0), False),
+    "one query": (lambda m, h, x: (m(h[:, -1:], h, h)[0], 0), False),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_however_attention_is_called_it_is_captured(call):
+    how, is_less = CALLS[call]
+    torch.manual_seed(0)
+    patcher = compared(Attends(how).eval())
+    assert patcher.path == "incremental (torch.fx)"
+    assert (("attention", 0) in patcher._engine.kept) == is_less
+
+
+def test_attention_whose_weights_are_read_too_is_left_whole():
+    def both(attention, h, x):
+        seen, weights = attention(h, h, h)
+        return seen, weights.mean(1)[:, :3]
+
+    torch.manual_seed(0)
+    patcher = compared(Attends(both).eval())
+    assert patcher.path == "incremental (torch.fx)"
+    assert ("attention", 0) not in patcher._engine.kept
+
+
+def linear(h):
+    return h - h.mean(1, keepdim=True)
+
+
+def select(h, other, number):
+    return h - other.mean(1, keepdim=True) * number
+
+
+fx.wrap("linear")
+fx.wrap("select")
+
+
+class AcrossSteps(nn.Module):
+    """A layer whose neurons are steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.randn(5, N_STEPS)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.matmul(self.weight[None], self.inner(x)).transpose(1, 2)
+
+
+class Odd(nn.Module):
+    def __init__(self, operation):
+        super().__init__()
+        self.embed, self.wide, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.across, self.queries = AcrossSteps(), nn.Parameter(torch.randn(2, 8, 8))
+        self.operation = operation
+
+    def forward(self, x):
+        return self.head(self.operation(self, torch.sin(self.embed(x))))
+
+
+ODD = {
+    "a user's function of a known name": lambda self, h: self.wide(linear(h))[:, -1],
+    "a user's selection": lambda self, h: select(self.wide(h), h, 0)[:, -1],
+    "a norm of its own shape": lambda self, h: self.wide(F.layer_norm(h, h.shape[-1:]))[:, -1],
+    "a product by name": lambda self, h: self.wide(torch.matmul(input=h, other=h.mT @ h))[:, -1],
+    "learned queries": lambda self, h: self.wide(
+        F.scaled_dot_product_attention(self.queries, *[h[:, None].repeat(1, 2, 1, 1)] * 2)
+    )[:, :, -1].mean(1),
+    "neurons along the steps": lambda self, h: torch.sin(self.across(h))[:, :, 0],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_forms_are_captured_as_they_are_without_this_saving(name):
+    torch.manual_seed(0)
+    patcher = compared(Odd(ODD[name]).eval())
+    assert patcher.path == "incremental (torch.fx)"
 
 
 def test_a_causal_kernel_is_left_whole_where_another_than_the_last_step_is_read():

@@ -83,6 +83,21 @@ class Node:
         # An exported operation goes by the name of the method it stands for.
         return getattr(self.target, "name", self.target)
 
+    @property
+    def name(self) -> str:
+        """Of the function or method, or of the module's class."""
+        return str(getattr(self.key, "__name__", self.key))
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether the operation is torch's or Python's own, so that its name says what it does."""
+        if self.op == "method" or isinstance(self.target, AtenOperation):
+            return True
+        code = type(self.target) if self.op == "module" else self.target
+        # Many of torch's own functions name no module.
+        home = getattr(code, "__module__", None) or "torch"
+        return self.op in ("module", "function") and home.split(".")[0] in ("torch", "_operator")
+
     def call(self, value_of: Callable[[int], Any], argument: Any = None) -> Any:
         """Run the operation on the values of its inputs."""
         if self.op == "input":

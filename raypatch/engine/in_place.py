@@ -20,9 +20,20 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
 from raypatch.engine.capture import AtenOperation, Node, Ref
+from raypatch.engine.local_rules import LOCAL_RULES, channelwise, pointwise
 from raypatch.engine.overwriting import OPERATORS
 
 COMMUTATIVE = {"add", "mul"}
+# Of the element-wise operations.
+MAY_GIVE_ITS_ARGUMENT = set(
+    """
+    Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout dropout
+    alpha_dropout feature_dropout float double to type contiguous detach
+    """.split()
+)
+MAKE_MEMORY = {"matmul", "bmm", "linear", "layer_norm", "softmax", "scaled_dot_product_attention"}
+# What holds no memory of a tensor.
+PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
 
 def tanh_(x: Tensor) -> Tensor:
@@ -45,12 +56,11 @@ OVERWRITING: dict[Any, Callable[..., Any]] = {
 def writes_into(node: Node, used: int) -> Node | None:
     """An element-wise operation that writes its result into its input ``used``; None where torch
     has none."""
-    args = node.args
-    if not node.flat or not args:
+    args, kwargs = node.args, dict(node.kwargs)
+    if not node.flat or not args or kwargs.pop("out", None) is not None:
         return None
     if args[0] != Ref(used):
-        name = getattr(node.key, "__name__", node.key)
-        if name not in COMMUTATIVE or len(args) != 2 or args[1] != Ref(used) or node.kwargs:
+        if node.name not in COMMUTATIVE or len(args) != 2 or args[1] != Ref(used) or kwargs:
             return None
         args = args[::-1]
     if not isinstance(args[0], Ref):
@@ -58,11 +68,11 @@ def writes_into(node: Node, used: int) -> Node | None:
     target = _overwriting(node)
     if target is None:
         return None
-    return replace(node, op="function", target=target, args=args)
+    return replace(node, op="function", target=target, args=args, kwargs=kwargs)
 
 
 def _overwriting(node: Node) -> Callable[..., Any] | None:
-    target, name = node.target, getattr(node.key, "__name__", node.key)
+    target, name = node.target, node.name
     for key in (node.key, name):
         if key in OVERWRITING:
             return OVERWRITING[key]
@@ -90,33 +100,46 @@ def _with_inplace(module: Any) -> Callable[..., Any]:
 
 
 class Memory:
-    """Which nodes' values share memory, by ``sample``, the values of a run on one input."""
+    """Which nodes' values may share memory, by ``sample``, the values of a run on one input.
+
+    What copies there may give a view of a batch, whose rows lie otherwise: what is not known to
+    make new memory is taken to share its arguments'.
+    """
 
     def __init__(self, nodes: list[Node], sample: list[Any], readers: dict[int, list[int]]) -> None:
         self._nodes = nodes
         self._readers = readers
-        self._places = [
-            {storage_of(t) for t in tree_flatten(value)[0] if isinstance(t, Tensor) and t.numel()}
-            for value in sample
-        ]
+        self._places: list[set[int]] = []
+        for node in nodes:
+            leaves = tree_flatten(sample[node.index])[0]
+            tensors = [t for t in leaves if isinstance(t, Tensor) and t.numel()]
+            places = {storage_of(t) for t in tensors}
+            if not _makes_memory(node) and not all(isinstance(x, PLAIN) for x in leaves):
+                places = places.union(*(self._places[i] for i in node.inputs))
+            self._places.append(places)
         self._held: dict[int, list[int]] = {}
         for number, places in enumerate(self._places):
             for place in places:
                 self._held.setdefault(place, []).append(number)
 
-    def together(self, index: int) -> list[int]:
-        """The nodes whose values lie where the node's does, and the node itself."""
-        return [node for place in self._places[index] for node in self._held[place]]
+    def together(self, index: int) -> set[int]:
+        """The nodes whose values may lie where the node's does, and the node itself."""
+        return {node for place in self._places[index] for node in self._held[place]} | {index}
+
+    def is_shared(self, index: int) -> bool:
+        """Whether a node's value may be (part of) an earlier one's that is read later."""
+        earlier = (node for node in self.together(index) if node < index)
+        return any(reader > index for node in earlier for reader in self._readers[node])
 
     def is_free(self, index: int, at: int) -> bool:
         """Whether the operation ``at`` may overwrite its input ``index``: nothing in that memory is
-        read later or by another of its arguments, and no module of the user's may hold it."""
-        together = set(self.together(index))
+        read later or by another of its arguments, and nothing of the user's may hold it."""
+        together = self.together(index)
         return (
             at not in together
             and together.isdisjoint(i for i in self._nodes[at].inputs if i != index)
             and all(reader <= at for node in together for reader in self._readers[node])
-            and all(_is_torchs(self._nodes[node]) for node in together)
+            and all(self._nodes[node].is_torchs for node in together)
         )
 
 
@@ -125,11 +148,11 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _is_torchs(node: Node) -> bool:
-    """What else gives out a value may keep it, as a module its weights."""
-    if node.op == "method" or isinstance(node.target, AtenOperation):
+def _makes_memory(node: Node) -> bool:
+    """Whether the result of a node is never (part of) an argument."""
+    name = node.name
+    if not node.is_torchs or name in MAY_GIVE_ITS_ARGUMENT:
+        return False
+    if node.op == "module" and any(True for _ in node.target.parameters()):
         return True
-    code = type(node.target) if node.op == "module" else node.target
-    # Many of torch's own functions name no module.
-    home = getattr(code, "__module__", None) or "torch"
-    return node.op in ("module", "function") and home.split(".")[0] in ("torch", "_operator")
+    return LOCAL_RULES.get(node.key) in (pointwise, channelwise) or name in MAKE_MEMORY

@@ -31,7 +31,7 @@ class Incremental:
             structure = Structure(graph, layers, savings, one_input)
         # Of which layers' calls only some places are computed, along an axis after the inputs'.
         self.kept: dict[tuple[str, int], Places] = {}
-        if savings.needed_places and (less := narrowed(graph, structure.sample, structure.axes)):
+        if savings.needed_places and (less := narrowed(graph, structure.for_narrowing())):
             graph, kept = less
             for entry in kept.keys() & structure.layer_of.keys():
                 places, inputs = kept[entry], structure.axes[entry]

@@ -31,16 +31,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Values:
-    """What rules may ask: every node, its value in a run on one input, and along which axis that
-    holds the inputs."""
+    """What rules may ask: every node, its value in a run on one input, along which axis that holds
+    the inputs, and of layers the axis of their neurons."""
 
     nodes: list[Node]
     sample: list[Any]
     axes: list[Any]
+    neurons: dict[int, int]
 
     def shape(self, node: int) -> torch.Size:
         value: Tensor = self.sample[node]
         return value.shape
+
+    def has_axes(self, argument: Any, n_axes: int) -> bool:
+        """Whether an argument is a node's value of so many axes."""
+        return isinstance(argument, Ref) and len(self.shape(argument.node)) == n_axes
 
     def part(self, argument: Any, places: Places) -> Any:
         """Those places of an argument; all of it where it has the same for every place."""
@@ -69,10 +74,6 @@ def narrows(*keys: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def _name(node: Node) -> str:
-    return str(getattr(node.key, "__name__", node.key))
-
-
 def _option(node: Node, place: int, name: str, default: Any = None) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
@@ -96,10 +97,12 @@ def along_other_axes(values: Values, node: Node, places: Places) -> Node | None:
     """What mixes the numbers along its own axes only."""
     n_axes, layer = len(values.shape(node.index)), node.target
     own: Any = n_axes - 1
-    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) or _name(node) == "layer_norm":
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) or node.name == "layer_norm":
         shape = getattr(layer, "normalized_shape", None) or _option(node, 1, "normalized_shape")
+        if isinstance(shape, Ref):
+            return None
         own = n_axes - (1 if isinstance(shape, int) else len(shape))
-    elif isinstance(layer, nn.Softmax) or _name(node) == "softmax":
+    elif isinstance(layer, nn.Softmax) or node.name == "softmax":
         dim = getattr(layer, "dim", None) if node.op == "module" else _option(node, 1, "dim")
         if not isinstance(dim, int) or dim % n_axes == places.axis:
             return None
@@ -111,7 +114,7 @@ def along_other_axes(values: Values, node: Node, places: Places) -> Node | None:
 
 def moved(values: Values, node: Node, places: Places) -> Node | None:
     """What gives elements other places: where the axis comes from is found by trying."""
-    if _name(node) not in RESHAPES | MOVES or not node.args or not isinstance(node.args[0], Ref):
+    if node.name not in RESHAPES | MOVES or not node.args or not isinstance(node.args[0], Ref):
         return None
     first, inputs = node.args[0].node, values.axes[node.index]
     if type(inputs) is not int or type(values.axes[first]) is not int:
@@ -126,7 +129,7 @@ def moved(values: Values, node: Node, places: Places) -> Node | None:
     else:
         return None
     source = values.part(node.args[0], places.along(axis))
-    if _name(node) in MOVES:
+    if node.name in MOVES:
         return replace(node, args=(source, *node.args[1:]))
     shape = list(result)
     shape[places.axis], shape[inputs] = places.length, -1
@@ -143,10 +146,8 @@ def _along(numbers: Tensor, axis: int, shape: torch.Size) -> Tensor:
 
 @narrows(operator.matmul, "matmul", "bmm")
 def product(values: Values, node: Node, places: Places) -> Node | None:
-    n_axes, first = len(values.shape(node.index)), node.args[0]
-    if places.axis != n_axes - 2 or not isinstance(first, Ref):
-        return None
-    if len(values.shape(first.node)) != n_axes:
+    n_axes, first = len(values.shape(node.index)), node.args[0] if node.args else None
+    if places.axis != n_axes - 2 or not values.has_axes(first, n_axes):
         return None
     return replace(node, args=(values.part(first, places), *node.args[1:]))
 
@@ -157,7 +158,7 @@ def attention(values: Values, node: Node, places: Places) -> Node | None:
     n_axes = len(values.shape(node.index))
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {**dict(zip(names, node.args)), **node.kwargs}
-    if places.axis != n_axes - 2 or len(node.args) > len(names):
+    if places.axis != n_axes - 2 or not values.has_axes(given.get("query"), n_axes):
         return None
     if given.get("is_causal"):
         n_keys = values.shape(given["key"].node)[-2]
@@ -190,13 +191,20 @@ def multi_head_attention(values: Values, node: Node, places: Places) -> Node | N
 def first_output(values: Values, node: Node, places: Places) -> Node | None:
     """What attention gives beside its weights."""
     taken, number = node.args
-    if type(values.nodes[taken.node].target) is not nn.MultiheadAttention or number != 0:
+    if not isinstance(taken, Ref) or number != 0:
+        return None
+    whole = values.nodes[taken.node]
+    if type(whole.target) is not nn.MultiheadAttention or whole.users > 1:
+        return None
+    if multi_head_attention(values, whole, places) is None:
         return None
     return replace(node, args=(Part(taken.node, places), 0))
 
 
-def _rule(node: Node) -> Rule | None:
-    for key in (node.key, _name(node)):
+def _rule(values: Values, node: Node, places: Places) -> Rule | None:
+    if not node.is_torchs or values.neurons.get(node.index) == places.axis:
+        return None
+    for key in (node.key, node.name):
         if key in RULES:
             return RULES[key]
     local = LOCAL_RULES.get(node.key)
@@ -209,7 +217,7 @@ def _rule(node: Node) -> Rule | None:
 def picked(values: Values, node: Node) -> Node | None:
     """A node that picks places along one axis and nothing else, as a pick from just these; None
     for any other node."""
-    if not node.args or type(node.args[0]) is not Ref:
+    if not node.is_torchs or not node.args or type(node.args[0]) is not Ref:
         return None
     value, inputs = values.sample[node.args[0].node], values.axes[node.args[0].node]
     if not isinstance(value, Tensor) or type(inputs) is not int:
@@ -247,9 +255,11 @@ def _index(node: Node, n_axes: int) -> list[Any]:
             given = (*given[: dots[0]], *filled, *given[dots[0] + 1 :])
         index[: len(given)] = given
         return index
-    if _name(node) == "select" and len(node.args) == 3:
+    if len(node.args) < 2 or type(node.args[1]) is not int:
+        return []
+    if node.name == "select" and len(node.args) == 3:
         index[node.args[1]] = node.args[2]
-    elif _name(node) == "slice" and len(node.args) >= 4:
+    elif node.name == "slice" and len(node.args) >= 4:
         index[node.args[1]] = slice(*node.args[2:])
     else:
         return []
@@ -270,12 +280,9 @@ def _taken(index: Any, size: int) -> range | None:
 # ---------------------------------------------------------------------------- the rewriting
 
 
-def narrowed(
-    graph: Graph, sample: list[Any], axes: list[Any]
-) -> tuple[Graph, dict[int, Places]] | None:
+def narrowed(graph: Graph, values: Values) -> tuple[Graph, dict[int, Places]] | None:
     """The graph that computes no places which its output does not depend on, and the places of
     the nodes that it computes less of, by their old numbers; None where nothing is saved."""
-    values = Values(graph.nodes, sample, axes)
     demand: dict[int, Places | None] = {len(graph.nodes) - 1: None}
     picks: dict[int, Node] = {}
     plans: dict[int, Node] = {}
@@ -283,7 +290,7 @@ def narrowed(
         places, plan = demand.get(node.index), picked(values, node)
         if plan is not None:
             picks[node.index] = plan
-        elif places is not None and (rule := _rule(node)) is not None:
+        elif places is not None and (rule := _rule(values, node, places)) is not None:
             plan = rule(values, node, places)
             if plan is not None:
                 plans[node.index] = plan
@@ -302,7 +309,7 @@ def narrowed(
 def _is_work(node: Node) -> bool:
     """Whether it pays to leave out some of its places."""
     is_layer = type(node.target) in (nn.Linear, nn.MultiheadAttention)
-    return is_layer or RULES.get(_name(node)) in (product, attention)
+    return is_layer or RULES.get(node.name) in (product, attention)
 
 
 def _leaves(node: Node) -> Iterator[Any]:

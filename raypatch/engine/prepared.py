@@ -251,6 +251,7 @@ class Prepared:
             if step.patched_layer is not None:
                 axis, patch = self.structure.axes[number], self.chain(number)[number]
                 index = batch.index[step.patched_layer]
+                value = value.clone() if step.is_shared else value
                 rows = batch.write_patch(inputs_first(value, axis), patch, index)
                 value = inputs_at(axis, rows)
             dense[number] = value

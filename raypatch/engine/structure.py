@@ -21,6 +21,7 @@ from raypatch.engine.in_place import Memory, writes_into
 from raypatch.engine.input_axes import follow_inputs, inputs_first, place_of, shape_of
 from raypatch.engine.layers import Args, Layer, holds_tensors
 from raypatch.engine.local_rules import LOCAL_RULES, pointwise
+from raypatch.engine.narrowing import Values
 from raypatch.engine.plan import ALL, Signature
 from raypatch.engine.spread_rules import SPREAD_RULES, SpreadRule
 from raypatch.engine.values import Ownership
@@ -69,7 +70,8 @@ class Spread:
 class Step:
     """One node computed as dense rows, and the fastest exact way to do it.
 
-    ``operation`` is the node's own, or the same writing into an argument.
+    ``operation`` is the node's own, or the same writing into an argument. What a patch is written
+    into is copied before where ``is_shared``.
     """
 
     node: Node
@@ -77,6 +79,7 @@ class Step:
     operation: Node
     is_linear: bool
     patched_layer: str | None
+    is_shared: bool
 
 
 @dataclass(frozen=True)
@@ -187,10 +190,7 @@ class Structure:
     def _build_chain(self, entry: int) -> dict[int, Ownership | None]:
         node = min(entry, self.output)
         value = inputs_first(self.sample[node], self.axes[node])
-        layer = self.layers.get(self.layer_of[entry])
-        axis = value.dim() - 1
-        if layer is not None and not layer.is_last_axis:
-            axis = place_of(layer.axis, self.axes[node])
+        axis = place_of(self._neuron_axis(entry), self.axes[node])
         view = [1] * (value.dim() - 1)
         view[axis - 1] = size = value.shape[axis]
         owner = torch.arange(size).view(view).expand(value.shape[1:])
@@ -200,6 +200,20 @@ class Structure:
             for later in self.nodes[entry + 1 :]:
                 tracker.visit(later)
         return chain
+
+    def _neuron_axis(self, entry: int) -> int:
+        """Along which axis of a layer's value its neurons are."""
+        layer = self.layers.get(self.layer_of[entry])
+        if layer is not None and not layer.is_last_axis:
+            return layer.axis
+        return int(self.sample[min(entry, self.output)].dim()) - 1
+
+    def for_narrowing(self) -> Values:
+        """What :func:`raypatch.engine.narrowing.narrowed` asks of a graph's values."""
+        neurons = {
+            entry: self._neuron_axis(entry) for entry in self.layer_of if entry != self.virtual
+        }
+        return Values(self.nodes, self.sample, self.axes, neurons)
 
     # --------------------------------------------------------------------- programs
 
@@ -280,7 +294,8 @@ class Structure:
         value = self.sample[node.inputs[0]] if node.inputs else None
         is_linear = type(node.target) is nn.Linear and value is not None and value.dim() > 1
         operation = self._overwriting(node, kinds) or node
-        return Step(node, spread, operation, is_linear, patched.get(node.index))
+        is_shared = self.memory.is_shared(node.index)
+        return Step(node, spread, operation, is_linear, patched.get(node.index), is_shared)
 
     def _overwriting(self, node: Node, kinds: dict[int, Kind]) -> Node | None:
         """The operation writing its result into a dense argument; None where that is not exact."""
