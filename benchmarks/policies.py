@@ -26,6 +26,7 @@ from raypatch.engine.patcher import DEFAULT_MEMORY_BYTES, Patcher
 from raypatch.engine.plan import Plan
 from raypatch.engine.reference import reference_outputs
 from raypatch.engine.stacked import Stacked
+from raypatch.engine.structure import Savings
 
 N_INPUTS = 8
 FURTHER = "(e) further items"
@@ -147,6 +148,7 @@ def compare(name: str, repeats: int) -> None:
     run = patcher.prepare(source, target)
     experiments = [{layer: [i]} for layer, n in patcher.neuron_counts.items() for i in range(n)]
     plan = run.plan(experiments)
+    whole = Patcher(network, savings=Savings(needed_places=False)).prepare(source, target)
     sizes = {size: by_hooks(network, plan, source, target, size) for size in STACKED_SIZES}
     best = min(sizes, key=lambda size: seconds(sizes[size]))
     methods = {
@@ -154,6 +156,7 @@ def compare(name: str, repeats: int) -> None:
         f"(c) stacked hooks, {best} a batch": sizes[best],
         "(e) raypatch": lambda: patcher.prepare(source, target)(plan),
         FURTHER: lambda: run(plan),
+        "    without needed_places": lambda: whole(plan),
     }
     expected = reference_outputs(network, experiments, source, target)
     for method, compute in methods.items():
