@@ -89,7 +89,7 @@ def _overwriting(node: Node) -> Callable[..., Any] | None:
     if getattr(F, name, None) is target and inspect.isfunction(target):
         parameters = list(inspect.signature(target).parameters)
         if "inplace" in parameters[len(node.args) :]:
-            return partial(target, **{"inplace": True})
+            return partial(target, inplace=True)
     return getattr(Tensor, f"{name}_", None)
 
 
