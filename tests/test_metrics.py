@@ -27,7 +27,8 @@ def exact(b, p, source) -> dict[str, float]:
     n = len(b)
 
     def softmax(x):
-        e = [mpmath.e ** (v - max(x)) for v in x]
+        top = max(x)
+        e = [mpmath.e ** (v - top) for v in x]
         total = sum(e)
         return [v / total for v in e]
 
