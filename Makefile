@@ -12,7 +12,8 @@ demo: $(VENV)/.installed
 		--definition_file Definitions/single_neuron_experiment.json --output_dir $(DEMO_OUT)
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

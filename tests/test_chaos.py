@@ -22,7 +22,7 @@ from kill_points import state_of
 
 import raypatch
 
-pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
 VICTIMS = ("actor", "actor", "raylet", "gcs_server", "driver")
 PATIENCE_S = 150.0

@@ -135,7 +135,6 @@ def _run(arguments, env=None):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("harm", ["raising", "killing", "hanging"])
 def test_on_actors_exactly_the_poison_is_quarantined(fragile, tmp_path, harm):
     out = tmp_path / "out"
@@ -151,7 +150,6 @@ def test_on_actors_exactly_the_poison_is_quarantined(fragile, tmp_path, harm):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_an_experiment_that_exhausts_memory_is_killed_by_rays_monitor_and_quarantined(
     fragile, tmp_path
 ):

@@ -15,7 +15,7 @@ from conftest import CARTPOLE, LAVA, expected_outputs, outputs_of
 
 import raypatch
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 
 def ray_processes() -> set[int]:

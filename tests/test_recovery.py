@@ -255,10 +255,7 @@ def tiny_disk(tmp_path):
         subprocess.run(["umount", str(mount)], check=True)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    ["inline", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.xdist_group("ray")])],
-)
+@pytest.mark.parametrize("backend", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_full_disk_ends_with_one_line_and_a_run_resumes_when_there_is_space(
     command, single_neurons, run_inline, tiny_disk, tmp_path, backend
 ):

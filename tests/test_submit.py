@@ -20,7 +20,7 @@ from kill_points import state_of
 
 import raypatch
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
 def free_port() -> int:
