@@ -24,13 +24,9 @@ from raypatch.engine.local_rules import LOCAL_RULES, channelwise, pointwise
 from raypatch.engine.overwriting import OPERATORS
 
 COMMUTATIVE = {"add", "mul"}
-# Of the element-wise operations.
-MAY_GIVE_ITS_ARGUMENT = set(
-    """
-    Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout dropout
-    alpha_dropout feature_dropout float double to type contiguous detach
-    """.split()
-)
+# Of the element-wise operations those that copy or not by how a value lies; what always gives its
+# argument, as dropout does, is seen to.
+COPY_BY_LAYOUT = {"contiguous", "to"}
 MAKE_MEMORY = {"matmul", "bmm", "linear", "layer_norm", "softmax", "scaled_dot_product_attention"}
 # What holds no memory of a tensor.
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
@@ -149,10 +145,9 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def _makes_memory(node: Node) -> bool:
-    """Whether the result of a node is never (part of) an argument."""
-    name = node.name
-    if not node.is_torchs or name in MAY_GIVE_ITS_ARGUMENT:
+    """Whether the result of a node is (part of) an argument only where the sample shows it."""
+    if not node.is_torchs or node.name in COPY_BY_LAYOUT:
         return False
     if node.op == "module" and any(True for _ in node.target.parameters()):
         return True
-    return LOCAL_RULES.get(node.key) in (pointwise, channelwise) or name in MAKE_MEMORY
+    return LOCAL_RULES.get(node.key) in (pointwise, channelwise) or node.name in MAKE_MEMORY

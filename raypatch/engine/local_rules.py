@@ -130,8 +130,7 @@ def channelwise(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     owner = owners.of(node.inputs[0])
     if owner is None or owner.dim() < 2 or owner.shape[1] != shape[0]:
         return None
-    name = getattr(node.key, "__name__", node.key)
-    if owner.dim() == 2 and name not in ("BatchNorm1d", "batch_norm", "PReLU", "prelu"):
+    if owner.dim() == 2 and node.name not in ("BatchNorm1d", "batch_norm", "PReLU", "prelu"):
         return None  # to others the inputs are the channels then
     channels = owner.flatten(2)[0] if owner.dim() > 2 else owner[0, :, None]
     if not bool((channels == channels[:, :1]).all()):

@@ -74,8 +74,8 @@ def narrows(*keys: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def _option(node: Node, place: int, name: str, default: Any = None) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+def _option(node: Node, place: int, name: str) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
 
 
 @narrows("masked_fill")

@@ -168,8 +168,7 @@ def reduction(
     target = context.once(node, lambda: reduction_places(node, shape, base))
     if target is None or base.dim() < 2:
         return None
-    name = getattr(node.key, "__name__", node.key)
-    share = base[0].numel() / sparse.of.owner.numel() if name == "mean" else 1.0
+    share = base[0].numel() / sparse.of.owner.numel() if node.name == "mean" else 1.0
     delta = batch.gather(sparse.delta, index) * share
     if delta.shape[2] > 1 and delta.device.type != "cpu":
         return None  # a GPU would add in any order, and the last bit with it

@@ -137,20 +137,21 @@ class Structure:
         self._chains: dict[int, dict[int, Ownership | None]] = {}
         self._programs: dict[tuple[Signature, bool], Program] = {}
         self._sizes: dict[int, dict[int, Any]] = {}
+        self._overwritings: dict[int, list[tuple[set[int], Node]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is planned on demand."""
-        return {**self.__dict__, "_chains": {}, "_programs": {}, "_sizes": {}}
+        planned = ("_chains", "_programs", "_sizes", "_overwritings")
+        return {**self.__dict__, **{name: {} for name in planned}}
 
     def _refuse_selections_by_values(self) -> None:
         """Raises CaptureError for what takes as many places as values tell: rows could have more
         or fewer than the trial's."""
         for node in filter(lambda node: self.depends[node.index], self.nodes):
-            name = str(getattr(node.key, "__name__", node.key))
             picks = [self.sample[i] for i in node.inputs[1:] if self.depends[i]]
             masks = [p for p in picks if isinstance(p, Tensor) and p.dtype in MASKS]
-            if name in SIZED_BY_VALUES or (name in SIZED_BY_MASKS and masks):
-                raise CaptureError(f"{name}: how many places it takes depends on values")
+            if node.name in SIZED_BY_VALUES or (node.name in SIZED_BY_MASKS and masks):
+                raise CaptureError(f"{node.name}: how many places it takes depends on values")
 
     def layer_at(self, entry: int) -> tuple[str, int]:
         """A patched node's layer and which call of it this is."""
@@ -293,28 +294,34 @@ class Structure:
                 spread = Spread(rule, sparse[0], entry)
         value = self.sample[node.inputs[0]] if node.inputs else None
         is_linear = type(node.target) is nn.Linear and value is not None and value.dim() > 1
-        operation = self._overwriting(node, kinds) or node
-        is_shared = self.memory.is_shared(node.index)
-        return Step(node, spread, operation, is_linear, patched.get(node.index), is_shared)
+        operation = node
+        for together, overwriting in self._overwriting(node):
+            if all(kinds[i] == DENSE for i in together):
+                operation = overwriting
+                break
+        layer = patched.get(node.index)
+        is_shared = layer is not None and self.memory.is_shared(node.index)
+        return Step(node, spread, operation, is_linear, layer, is_shared)
 
-    def _overwriting(self, node: Node, kinds: dict[int, Kind]) -> Node | None:
-        """The operation writing its result into a dense argument; None where that is not exact."""
-        result = self.sample[node.index]
-        if LOCAL_RULES.get(node.key) is not pointwise or not isinstance(result, Tensor):
-            return None
-        for used in dict.fromkeys(node.inputs):
-            value = self.sample[used]
-            if (
-                isinstance(value, Tensor)
-                and (value.shape, value.dtype) == (result.shape, result.dtype)
-                and self.axes[used] == self.axes[node.index]
-                and value.is_contiguous()
-                and all(kinds[i] == DENSE for i in self.memory.together(used))
-                and self.memory.is_free(used, node.index)
-                and (operation := writes_into(node, used)) is not None
-            ):
-                return operation
-        return None
+    def _overwriting(self, node: Node) -> list[tuple[set[int], Node]]:
+        """The operation writing its result into an argument, for each where that is exact if what
+        lies in the argument's memory is dense; and the nodes that do."""
+        if node.index not in self._overwritings:
+            result, found = self.sample[node.index], []
+            is_pointwise = LOCAL_RULES.get(node.key) is pointwise and isinstance(result, Tensor)
+            for used in dict.fromkeys(node.inputs) if is_pointwise else ():
+                value = self.sample[used]
+                if (
+                    isinstance(value, Tensor)
+                    and (value.shape, value.dtype) == (result.shape, result.dtype)
+                    and self.axes[used] == self.axes[node.index]
+                    and value.is_contiguous()
+                    and self.memory.is_free(used, node.index)
+                    and (operation := writes_into(node, used)) is not None
+                ):
+                    found.append((self.memory.together(used), operation))
+            self._overwritings[node.index] = found
+        return self._overwritings[node.index]
 
     def _work(self, node: Node) -> int:
         """Multiplications of a node's operation on one row, from its weights."""
