@@ -98,6 +98,10 @@ class Node:
         home = getattr(code, "__module__", None) or "torch"
         return self.op in ("module", "function") and home.split(".")[0] in ("torch", "_operator")
 
+    def option(self, place: int, name: str) -> Any:
+        """An argument by its place or its name; None where it is not given."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name)
+
     def call(self, value_of: Callable[[int], Any], argument: Any = None) -> Any:
         """Run the operation on the values of its inputs."""
         if self.op == "input":

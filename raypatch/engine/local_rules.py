@@ -11,15 +11,16 @@ Owners are int64 tensors ``[1, *shape]``, -1 where no patched neuron has a say.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raypatch.engine.capture import Node, item_between
+from raypatch.engine.capture import Node, Ref, item_between
 
 
 class Owners(Protocol):
@@ -33,8 +34,9 @@ class Owners(Protocol):
         index tensors as they are, for a batch of one."""
 
 
-# A node, the owners of its inputs, and the shape of its output for one input. The result is
-# the owners of the output, or None where the operation is not local after all.
+# A node, the owners of its inputs, and the shape of its output for one input, of several outputs
+# the first one's. The result is the owners of the output, or None where the operation is not
+# local after all.
 LocalRule = Callable[[Node, Owners, "tuple[int, ...]"], Any]
 LOCAL_RULES: dict[Any, LocalRule] = {}
 
@@ -60,25 +62,36 @@ POINTWISE_MODULES = (
 POINTWISE_NAMES = """
     relu relu6 leaky_relu elu celu selu gelu silu mish tanh sigmoid hardtanh hardsigmoid hardswish
     hardshrink softplus softshrink softsign tanhshrink threshold logsigmoid rrelu dropout
-    alpha_dropout feature_dropout abs neg exp expm1 log log1p sqrt rsqrt square sin cos sinh cosh
-    atan erf sign reciprocal round floor ceil clamp clamp_min clamp_max clip pow add sub mul div
-    rsub true_divide maximum minimum where lerp addcmul addcdiv float double to type contiguous
-    clone detach nan_to_num
+    dropout1d dropout2d dropout3d alpha_dropout feature_dropout abs neg exp exp2 expm1 log log1p
+    logit sqrt rsqrt square sin cos sinh cosh atan atan2 erf sign reciprocal round floor ceil frac
+    clamp clamp_min clamp_max clip pow add sub mul div rsub true_divide floor_divide fmod remainder
+    maximum minimum hypot logaddexp copysign heaviside where lerp addcmul addcdiv masked_fill
+    nan_to_num gt ge lt le eq ne logical_not logical_and logical_or logical_xor bitwise_not
+    bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__ float double half bool int long to
+    _to_copy type contiguous clone detach
 """.split()
 MOVEMENT_NAMES = """
     flatten unflatten reshape view permute transpose t squeeze unsqueeze movedim moveaxis swapaxes
     swapdims chunk split tensor_split unbind select narrow slice index_select expand expand_as
-    repeat flip roll ravel view_as reshape_as broadcast_to pixel_shuffle pixel_unshuffle
-    channel_shuffle unfold
+    repeat repeat_interleave tile flip roll ravel view_as reshape_as broadcast_to pixel_shuffle
+    pixel_unshuffle channel_shuffle unfold cat concat concatenate stack hstack vstack dstack index
+    _unsafe_view
 """.split()
 CHANNELWISE_NAMES = """
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_avg_pool3d batch_norm interpolate prelu
+    adaptive_avg_pool2d adaptive_avg_pool3d batch_norm interpolate upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d upsample_bilinear2d prelu
 """.split()
 POINTWISE_OPERATORS = (
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,
-    operator.pos, operator.abs,
+    operator.pos, operator.abs, operator.gt, operator.ge, operator.lt, operator.le, operator.eq,
+    operator.ne, operator.invert, operator.and_, operator.or_, operator.xor, operator.mod,
+    operator.floordiv,
 )  # fmt: skip
+# What makes one number of those along some axes, or changes them by each other.
+ALONG_AXES_NAMES = """
+    mean sum prod amax amin max min var std logsumexp softmax log_softmax cumsum cumprod
+""".split()
 
 
 def _named(names: list[str]) -> list[Any]:
@@ -104,15 +117,31 @@ def pointwise(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     return result
 
 
+@local(getattr)
+def attribute(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
+    """Another form of a value, or one of two results by its name."""
+    held, name = owners.of(node.inputs[0]), node.args[1]
+    if isinstance(held, tuple):
+        return held[("values", "indices").index(name)]
+    return getattr(held, name)
+
+
 @local(
-    nn.Flatten, nn.Unflatten, operator.getitem, item_between, torch.cat, torch.concat, torch.stack,
-    torch.hstack, torch.vstack,
-    *_named(MOVEMENT_NAMES),
+    nn.Flatten, nn.Unflatten, operator.getitem, item_between, *_named(MOVEMENT_NAMES),
     nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
 )  # fmt: skip
 def movement(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     """Elements only change places: the owners move in the same way."""
     return node.call(owners.argument)
+
+
+@local(*_named(["pad"]))
+def padding(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
+    owner, mode = owners.of(node.inputs[0]), node.option(2, "mode") or "constant"
+    if owner is None or len(node.inputs) > 1:
+        return None
+    fill = -1 if mode == "constant" else None
+    return F.pad(owner.double(), node.option(1, "pad"), mode, fill).long()
 
 
 @local(
@@ -132,8 +161,75 @@ def channelwise(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
         return None
     if owner.dim() == 2 and node.name not in ("BatchNorm1d", "batch_norm", "PReLU", "prelu"):
         return None  # to others the inputs are the channels then
-    channels = owner.flatten(2)[0] if owner.dim() > 2 else owner[0, :, None]
-    if not bool((channels == channels[:, :1]).all()):
+    return _by_channel(owner, shape)
+
+
+@local(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def depthwise_convolution(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
+    """With as many groups as channels an output channel depends on one of them."""
+    owner = owners.of(node.inputs[0])
+    is_depthwise = node.target.groups == node.target.in_channels
+    if owner is None or not is_depthwise or owner.dim() != len(shape) + 1:
         return None
-    view = channels[:, 0].view(1, -1, *[1] * (len(shape) - 1))
-    return view.expand(1, *shape).clone()
+    return _by_channel(owner, shape)
+
+
+@local(nn.Softmax, nn.LogSoftmax, *_named(ALONG_AXES_NAMES))
+def along_axes(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
+    """The elements along some axes have a say in one."""
+    owner = owners.of(node.inputs[0])
+    axes = node.target.dim if node.op == "module" else node.option(1, "dim")
+    axes = node.kwargs.get("axis") if axes is None else axes
+    axes = [axes] if type(axes) is int else axes
+    if owner is None or len(node.inputs) > 1 or not isinstance(axes, (tuple, list)):
+        return None
+    shared = _shared(owner, axes)
+    if shared is None:
+        return None
+    if shared.numel() == math.prod(shape):
+        shared = shared.view(1, *shape)
+    shared = shared.expand(1, *shape)
+    return (shared, shared) if node.name in ("max", "min") else shared  # values and their places
+
+
+def _product(*axes: int | None) -> LocalRule:
+    """Of one value with what no patch changes. For each argument: the axis whose elements have a
+    say in one; None where that is all of them."""
+
+    def rule(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
+        names = ("query", "key", "value")
+        arguments = [node.option(place, names[place]) for place in range(len(axes))]
+        patched = [Ref(i) for i in node.inputs if owners.of(i) is not None]
+        if len(patched) != 1 or patched[0] not in arguments:
+            return None
+        axis, owner = axes[arguments.index(patched[0])], owners.of(patched[0].node)
+        if axis is None or owner is None or owner.dim() != len(shape) + 1:
+            return None
+        shared = _shared(owner, [axis])
+        return None if shared is None else shared.expand(1, *shape)
+
+    return rule
+
+
+local(nn.Linear, *_named(["linear"]))(_product(-1))
+local(operator.matmul, *_named(["matmul", "bmm"]))(_product(-1, -2))
+local(*_named(["scaled_dot_product_attention"]))(_product(None, None, -2))
+
+
+def _shared(owner: Tensor, axes: Sequence[int]) -> Tensor | None:
+    """The one owner of what lies along some axes, which become 1; None where there are several or
+    one axis is the inputs'."""
+    places = {axis % owner.dim() for axis in axes}
+    if not places or 0 in places:
+        return None
+    shared = owner.amax(tuple(places), keepdim=True)
+    return None if bool(((owner >= 0) & (owner != shared)).any()) else shared
+
+
+def _by_channel(owner: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """Owners of ``shape``, whose channels depend on those of ``owner`` in their order."""
+    whole = _shared(owner, range(2, owner.dim())) if owner.dim() > 2 else owner
+    if whole is None:
+        return None
+    channels = whole.flatten().repeat_interleave(shape[0] // owner.shape[1])
+    return channels.view(1, -1, *[1] * (len(shape) - 1)).expand(1, *shape)

@@ -74,11 +74,6 @@ def narrows(*keys: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def _option(node: Node, place: int, name: str) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
-
-
-@narrows("masked_fill")
 def elementwise(values: Values, node: Node, places: Places) -> Node | None:
     n_axes = len(values.shape(node.index))
 
@@ -98,12 +93,12 @@ def along_other_axes(values: Values, node: Node, places: Places) -> Node | None:
     n_axes, layer = len(values.shape(node.index)), node.target
     own: Any = n_axes - 1
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) or node.name == "layer_norm":
-        shape = getattr(layer, "normalized_shape", None) or _option(node, 1, "normalized_shape")
+        shape = getattr(layer, "normalized_shape", None) or node.option(1, "normalized_shape")
         if isinstance(shape, Ref):
             return None
         own = n_axes - (1 if isinstance(shape, int) else len(shape))
     elif isinstance(layer, nn.Softmax) or node.name == "softmax":
-        dim = getattr(layer, "dim", None) if node.op == "module" else _option(node, 1, "dim")
+        dim = getattr(layer, "dim", None) if node.op == "module" else node.option(1, "dim")
         if not isinstance(dim, int) or dim % n_axes == places.axis:
             return None
         own = n_axes

@@ -59,6 +59,8 @@ def out_of_place(target: Any, kwargs: dict[str, Any]) -> tuple[Any, bool]:
         return target, True
     if target in OPERATORS:
         return OPERATORS[target], True
+    if getattr(operator, getattr(target, "__name__", ""), None) is target:
+        return target, False  # "and_" is "&"
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if not name.endswith("_") or name.startswith("_") or name.endswith("__"):
         return target, False

@@ -409,7 +409,8 @@ class _ChainTracker:
         rule = LOCAL_RULES.get(node.key)
         if rule is None:
             return None
-        shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
+        first = value if isinstance(value, Tensor) else tree_flatten(value)[0][0]
+        shape = tuple(first.shape[1:]) if isinstance(first, Tensor) else ()
         try:
             owners = rule(node, self, shape)
         except (RuntimeError, TypeError, IndexError, ValueError):

@@ -101,7 +101,8 @@ class Sparse:
     @cached_property
     def delta(self) -> Tensor:
         """``[J, N, m]``: by how much they change; exactly zero where nothing does."""
-        return self.of.table(self.full - self.base)
+        is_mask = self.full.dtype == torch.bool
+        return self.of.table(self.full ^ self.base if is_mask else self.full - self.base)
 
     @cached_property
     def active(self) -> Tensor:

@@ -1,0 +1,193 @@
+"""A patch stays sparse through operations that mix no neurons, whatever else they mix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import check_equal, counts_of
+from torch import nn
+from torch.nn import functional as F
+
+from raypatch.engine.patcher import Patcher
+from raypatch.engine.reference import reference_outputs
+
+
+class Between(nn.Module):
+    """An operation on a layer's neurons at several places; ``constant`` is the same in every pass
+    and ``other`` depends on the input, but not on the patched layer."""
+
+    def __init__(self, first, operation, shape, module=None):
+        super().__init__()
+        self.first, self.operation, self.module = first, operation, module
+        self.other = nn.Linear(shape[-1], 5)
+        self.constant = nn.Parameter(torch.randn(5, 5))
+        with torch.no_grad():
+            self.last = nn.Linear(self.mixed(torch.zeros(1, *shape))[0].shape[1], 3)
+
+    def mixed(self, x):
+        h, other = self.first(x), self.other(x)
+        return self.operation(self, h, other).flatten(1), other.flatten(1)[:, :3]
+
+    def forward(self, x):
+        mixed, other = self.mixed(x)
+        return self.last(mixed) + other
+
+
+class Exported(Between):
+    def forward(self, x):
+        if x.dim() < 2:  # symbolic tracing cannot follow
+            raise ValueError
+        return super().forward(x)
+
+
+def _attended(net, h, other):
+    return F.scaled_dot_product_attention(other, other, h)
+
+
+# On [N, 5 places, 6 neurons].
+OF_SEQUENCES = {
+    "mean": lambda net, h, other: h.mean(1),
+    "mean, kept": lambda net, h, other: h - h.mean(dim=1, keepdim=True),
+    "torch.mean": lambda net, h, other: torch.mean(h, -2),
+    "sum": lambda net, h, other: h.sum(axis=1),
+    "amax": lambda net, h, other: h.amax(dim=(1,)),
+    "max, by name": lambda net, h, other: h.max(1).values,
+    "max, by place": lambda net, h, other: torch.max(h, dim=1, keepdim=True)[0],
+    "where the largest is": lambda net, h, other: h.max(1).indices.to(h.dtype),
+    "min": lambda net, h, other: h.min(1)[0],
+    "prod": lambda net, h, other: h.prod(1),
+    "var": lambda net, h, other: h.var(1),
+    "std": lambda net, h, other: torch.std(h, dim=1, unbiased=False),
+    "logsumexp": lambda net, h, other: h.logsumexp(1),
+    "softmax": lambda net, h, other: h * torch.softmax(h, 1),
+    "F.log_softmax": lambda net, h, other: F.log_softmax(h, dim=1),
+    "cumsum": lambda net, h, other: h.cumsum(1),
+    "with another value": lambda net, h, other: torch.cat([h, other.tanh()], -1).mean(1),
+    "beside another value": lambda net, h, other: torch.cat([h, other[..., :1] * h], 1).amax(1),
+    "linear": lambda net, h, other: F.linear(h.transpose(1, 2), net.constant),
+    "matmul from the left": lambda net, h, other: net.constant @ h,
+    "matmul from the right": lambda net, h, other: torch.matmul(h.mT, net.constant),
+    "bmm": lambda net, h, other: torch.bmm(other, h),
+    "what attends": lambda net, h, other: (other @ other.mT).softmax(-1).matmul(h),
+    "attention": _attended,
+    "heads": lambda net, h, other: _attended(
+        net, h.view(-1, 5, 2, 3).transpose(1, 2), other[:, None]
+    ),
+    "padding": lambda net, h, other: F.pad(h, (0, 0, 2, 1), value=0.3),
+    "circular padding": lambda net, h, other: F.pad(h.mT, (2, 0), "circular"),
+    "repeated places": lambda net, h, other: h.repeat_interleave(2, 1),
+    "chosen places": lambda net, h, other: torch.stack([h[:, [3, 0]], h[:, 1:3]], 1),
+    "a mask": lambda net, h, other: h * (h > 0),
+    "where": lambda net, h, other: torch.where(h.lt(0), 0.1 * h, h),
+    "masked_fill": lambda net, h, other: h.masked_fill((h > -0.5) & (h < 0.5), 0.3),
+    "either mask": lambda net, h, other: (((h > 1) | (h < -1)) ^ (h > 2)).float() + h % 1,
+    "not a mask": lambda net, h, other: (~(h >= 0)).to(h.dtype) + torch.ne(h, 0),
+}
+# On [N, 6 channels, 4, 3].
+OF_MAPS = {
+    "mean": lambda net, h, other: h.mean((2, 3)),
+    "amax": lambda net, h, other: torch.amax(h, (-1, -2), keepdim=True),
+    "softmax": lambda net, h, other: F.softmax(h.flatten(2), dim=-1),
+    "squeeze and excite": lambda net, h, other: h * h.mean([2, 3], keepdim=True).sigmoid(),
+}
+MODULES = {
+    "nn.Linear": (lambda: nn.Linear(5, 4), "sequence"),
+    "nn.Softmax": (lambda: nn.Softmax(2), "sequence"),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), "map"),
+    "depthwise, twice": (lambda: nn.Conv2d(6, 12, 2, stride=2, groups=6, bias=False), "map"),
+    "depthwise in one dimension": (lambda: nn.Conv1d(6, 12, 3, groups=6), "sequence"),
+}
+MIXING_NEURONS = {
+    "sum": lambda net, h, other: h.sum(-1),
+    "softmax": lambda net, h, other: h.softmax(2),
+    "linear": lambda net, h, other: F.linear(h, net.constant[:, :1].expand(-1, 6)),
+    "of itself": lambda net, h, other: h @ h.mT,
+    "attention to itself": lambda net, h, other: F.scaled_dot_product_attention(h, h, h),
+    "both": lambda net, h, other: h.mean((1, 2), keepdim=True),
+    "masks that meet": lambda net, h, other: h * (h.flip(2) > 0),
+}
+
+
+def _on_sequence(operation, kind=Between, module=None):
+    return kind(nn.Linear(4, 6), operation, (5, 4), module), (5, 4)
+
+
+def _on_map(operation, kind=Between, module=None):
+    return kind(nn.Conv2d(2, 6, 3, padding=1), operation, (2, 4, 3), module), (2, 4, 3)
+
+
+def _with_module(name):
+    module, of = MODULES[name]
+    if of == "map":
+        return _on_map(lambda net, h, other: net.module(h), Between, module())
+    return _on_sequence(lambda net, h, other: net.module(h.mT), Between, module())
+
+
+CASES = {
+    **{f"sequence: {name}": (lambda f=f: _on_sequence(f)) for name, f in OF_SEQUENCES.items()},
+    **{f"map: {name}": (lambda f=f: _on_map(f)) for name, f in OF_MAPS.items()},
+    **{
+        f"exported: {name}": (lambda f=f: _on_sequence(f, Exported))
+        for name, f in OF_SEQUENCES.items()
+    },
+    **{f"exported map: {name}": (lambda f=f: _on_map(f, Exported)) for name, f in OF_MAPS.items()},
+    **{f"module: {name}": (lambda name=name: _with_module(name)) for name in MODULES},
+}
+
+
+def _checked(build, dtype, kind="pair"):
+    """The patcher of a network after its numbers were compared with those of plain hooks."""
+    torch.manual_seed(3)
+    network, shape = build()
+    network = network.eval()
+    source, target = torch.randn(4, *shape), torch.randn(4, *shape)
+    counts = counts_of(network, (target,))
+    experiments = [{name: [i]} for name, n in counts.items() for i in range(n)]
+    experiments += [{"first": [0, 2]}, {"first": "all"}, {"first": [1, 4], "last": [0]}]
+    patcher = Patcher(network, dtype=dtype)
+    given = source if kind == "pair" else None
+    outputs = patcher(experiments, given, target, kind=kind)
+    expected = reference_outputs(network, experiments, given, target, kind=kind)
+    check_equal(outputs, expected, dtype)
+    return patcher
+
+
+def _stays_sparse(patcher):
+    """Whether the last layer is given a sparse value when the first is patched."""
+    structure = patcher._engine.structure
+    last = next(node for node in structure.nodes if node.path == "last")
+    return last.inputs[0] in structure.chain(structure.calls["first"][0])
+
+
+@pytest.mark.parametrize("kind", ["pair", "zero"])
+@pytest.mark.parametrize("name", CASES)
+def test_what_mixes_no_neurons_keeps_a_patch_sparse_and_its_numbers(name, kind):
+    patcher = _checked(CASES[name], torch.float64, kind)
+    assert patcher.path.startswith("incremental") and _stays_sparse(patcher)
+    assert ("torch.export" in patcher.path) == name.startswith("exported")
+
+
+@pytest.mark.parametrize("name", MIXING_NEURONS)
+def test_what_mixes_neurons_makes_it_dense(name):
+    patcher = _checked(lambda: _on_sequence(MIXING_NEURONS[name]), torch.float64)
+    assert patcher.path.startswith("incremental") and not _stays_sparse(patcher)
+
+
+def test_a_convolution_with_some_channels_a_group_makes_it_dense():
+    module = nn.Conv2d(6, 6, 3, groups=3)
+    patcher = _checked(
+        lambda: _on_map(lambda net, h, other: net.module(h), module=module), torch.float64
+    )
+    assert not _stays_sparse(patcher)
+
+
+def test_differences_that_are_exactly_zero_stay_so():
+    """A comparison with zero turns the last bit of an average into a whole number."""
+
+    def operation(net, h, other):
+        h = h - h.mean(1, keepdim=True)
+        return torch.where(h > 0, h, net.constant[:, :1])
+
+    for seed in range(10):
+        torch.manual_seed(seed)
+        _checked(lambda: _on_sequence(operation), torch.float64, "zero")
