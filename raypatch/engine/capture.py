@@ -249,7 +249,7 @@ def _nodes(
             nodes.append(Node(index, "module", nn.Identity(), args[:1], path=args[1]))
         else:
             op = {"call_function": "function", "call_method": "method"}[item.op]
-            target, says_so = out_of_place(item.target, kwargs)
+            target, says_so = out_of_place(_by_reference(item.target), kwargs)
             if target == "view" and not any(isinstance(a, torch.dtype) for a in args):
                 target = "reshape"  # as for exported operations
             if isinstance(target, torch._ops.OpOverload):
@@ -266,6 +266,14 @@ def _nodes(
     if not isinstance(output, fx.Node):
         raise CaptureError("the network returns several values, not one tensor")
     return nodes, current[output]
+
+
+def _by_reference(target: Any) -> Any:
+    """The function itself where torch has a closure choose between two: in another process that
+    would be one which no rule knows."""
+    if getattr(target, "__qualname__", "").startswith("boolean_dispatch."):
+        return getattr(nn.functional, f"_{target.__name__}")
+    return target
 
 
 def replaced(arguments: Any, current: dict[fx.Node, int]) -> Any:

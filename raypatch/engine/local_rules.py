@@ -79,8 +79,9 @@ MOVEMENT_NAMES = """
 """.split()
 CHANNELWISE_NAMES = """
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_avg_pool3d batch_norm interpolate upsample_nearest1d
-    upsample_nearest2d upsample_nearest3d upsample_bilinear2d prelu
+    adaptive_avg_pool2d adaptive_avg_pool3d _max_pool1d _max_pool2d _max_pool3d
+    _adaptive_max_pool1d _adaptive_max_pool2d _adaptive_max_pool3d batch_norm interpolate
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d prelu
 """.split()
 POINTWISE_OPERATORS = (
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,

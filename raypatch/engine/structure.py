@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.capture import CaptureError, Graph, Node
+from raypatch.engine.faster import faster
 from raypatch.engine.in_place import Memory, writes_into
 from raypatch.engine.input_axes import follow_inputs, inputs_first, place_of, shape_of
 from raypatch.engine.layers import Args, Layer, holds_tensors
@@ -134,6 +135,7 @@ class Structure:
             raise CaptureError(f"layer {missing[0]!r} is not a node of the captured graph")
         self._refuse_selections_by_values()
         self.memory = Memory(graph.nodes, sample, self.readers)
+        self._operations = [self._on_rows(node) for node in graph.nodes]
         self._chains: dict[int, dict[int, Ownership | None]] = {}
         self._programs: dict[tuple[Signature, bool], Program] = {}
         self._sizes: dict[int, dict[int, Any]] = {}
@@ -294,7 +296,7 @@ class Structure:
                 spread = Spread(rule, sparse[0], entry)
         value = self.sample[node.inputs[0]] if node.inputs else None
         is_linear = type(node.target) is nn.Linear and value is not None and value.dim() > 1
-        operation = node
+        operation = self._operations[node.index]
         for together, overwriting in self._overwriting(node):
             if all(kinds[i] == DENSE for i in together):
                 operation = overwriting
@@ -302,6 +304,11 @@ class Structure:
         layer = patched.get(node.index)
         is_shared = layer is not None and self.memory.is_shared(node.index)
         return Step(node, spread, operation, is_linear, layer, is_shared)
+
+    def _on_rows(self, node: Node) -> Node:
+        """How dense rows go through a node where they do not overwrite an argument."""
+        readers = (self.nodes[i] for i in self.readers[node.index])
+        return faster(node, readers, self.sample[node.index])
 
     def _overwriting(self, node: Node) -> list[tuple[set[int], Node]]:
         """The operation writing its result into an argument, for each where that is exact if what
