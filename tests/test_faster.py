@@ -81,7 +81,6 @@ KEPT = {
     "dilation": nn.MaxPool2d(2, dilation=2),
     "places are read": lambda h: F.max_pool2d(h, 2, return_indices=True)[1].to(h.dtype),
     "of two values": lambda h: torch.max(h, 1 - h),
-    "both are read": lambda h: h.max(1)[0] + h.max(1)[1],
     "all results": lambda h: (lambda found: found[0] * found[1])(h.max(1)),
     "average": nn.AvgPool2d(3, 2, 1),
 }
