@@ -149,6 +149,24 @@ def inputs_at(axis: Axis, rows: Tensor) -> Tensor:
     return rows.movedim(0, axis).contiguous() if axis else rows
 
 
+def per_input(axis: Axis) -> int | None:
+    """How many entries of axis 0 each input has, one after the other; None where inputs lie along
+    another axis."""
+    if isinstance(axis, Merged):
+        return axis.after if axis.axis == 0 and axis.before == 1 else None
+    return 1 if axis == 0 else None
+
+
+def entries_first(value: Tensor, axis: Axis) -> Tensor:
+    """A value with its inputs along axis 0, of which each may have several entries."""
+    return inputs_first(value, axis) if per_input(axis) is None else value
+
+
+def entries_at(axis: Axis, rows: Tensor) -> Tensor:
+    """What :func:`entries_first` gives, as rows lie in the value itself."""
+    return inputs_at(axis, rows) if per_input(axis) is None else rows
+
+
 def place_of(axis: int, inputs: Axis) -> int:
     """Where an axis of a value is once :func:`inputs_first` has moved the ``inputs``."""
     at = inputs.axis if isinstance(inputs, Merged) else inputs or 0

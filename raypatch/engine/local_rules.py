@@ -6,7 +6,8 @@ from running the operation once on the tensor with every neuron patched (see
 :class:`raypatch.engine.values.Sparse`). A new operation is one line in a table here, or a
 function with ``@local``.
 
-Owners are int64 tensors ``[1, *shape]``, -1 where no patched neuron has a say.
+Owners are int64 tensors of the form of a value for one input, -1 where no patched neuron has a
+say. Inputs lie along axis 0, which may hold several entries of each.
 """
 
 from __future__ import annotations
@@ -105,11 +106,11 @@ def _named(names: list[str]) -> list[Any]:
 
 @local(*POINTWISE_MODULES, *POINTWISE_OPERATORS, *_named(POINTWISE_NAMES))
 def pointwise(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
-    result = torch.full((1, *shape), -1)
+    result = torch.full(shape, -1)
     for one in map(owners.of, node.inputs):
         if one is None:
             continue
-        if one.dim() > len(shape) + 1:
+        if one.dim() > len(shape):
             return None
         one = one.expand_as(result)
         if bool(((result >= 0) & (one >= 0) & (result != one)).any()):
@@ -158,7 +159,7 @@ def padding(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
 def channelwise(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     """Each output channel depends on the input channel of the same index."""
     owner = owners.of(node.inputs[0])
-    if owner is None or owner.dim() < 2 or owner.shape[1] != shape[0]:
+    if owner is None or owner.dim() < 2 or owner.shape[1] != shape[1]:
         return None
     if owner.dim() == 2 and node.name not in ("BatchNorm1d", "batch_norm", "PReLU", "prelu"):
         return None  # to others the inputs are the channels then
@@ -170,7 +171,7 @@ def depthwise_convolution(node: Node, owners: Owners, shape: tuple[int, ...]) ->
     """With as many groups as channels an output channel depends on one of them."""
     owner = owners.of(node.inputs[0])
     is_depthwise = node.target.groups == node.target.in_channels
-    if owner is None or not is_depthwise or owner.dim() != len(shape) + 1:
+    if owner is None or not is_depthwise or owner.dim() != len(shape):
         return None
     return _by_channel(owner, shape)
 
@@ -188,8 +189,8 @@ def along_axes(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     if shared is None:
         return None
     if shared.numel() == math.prod(shape):
-        shared = shared.view(1, *shape)
-    shared = shared.expand(1, *shape)
+        shared = shared.view(shape)
+    shared = shared.expand(shape)
     return (shared, shared) if node.name in ("max", "min") else shared  # values and their places
 
 
@@ -204,10 +205,10 @@ def _product(*axes: int | None) -> LocalRule:
         if len(patched) != 1 or patched[0] not in arguments:
             return None
         axis, owner = axes[arguments.index(patched[0])], owners.of(patched[0].node)
-        if axis is None or owner is None or owner.dim() != len(shape) + 1:
+        if axis is None or owner is None or owner.dim() != len(shape):
             return None
         shared = _shared(owner, [axis])
-        return None if shared is None else shared.expand(1, *shape)
+        return None if shared is None else shared.expand(shape)
 
     return rule
 
@@ -232,5 +233,5 @@ def _by_channel(owner: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     whole = _shared(owner, range(2, owner.dim())) if owner.dim() > 2 else owner
     if whole is None:
         return None
-    channels = whole.flatten().repeat_interleave(shape[0] // owner.shape[1])
-    return channels.view(1, -1, *[1] * (len(shape) - 1)).expand(1, *shape)
+    channels = whole.flatten(1).repeat_interleave(shape[1] // owner.shape[1], 1)
+    return channels.view(len(owner), -1, *[1] * (len(shape) - 2)).expand(shape)

@@ -19,7 +19,14 @@ from torch.utils._pytree import tree_map
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine import dense_ops
 from raypatch.engine.capture import CaptureError, Graph, Node
-from raypatch.engine.input_axes import inputs_at, inputs_first, shape_of
+from raypatch.engine.input_axes import (
+    entries_at,
+    entries_first,
+    inputs_at,
+    inputs_first,
+    per_input,
+    shape_of,
+)
 from raypatch.engine.layers import Args
 from raypatch.engine.plan import Group, Selection
 from raypatch.engine.scratch import Scratch
@@ -126,12 +133,14 @@ class Prepared:
     def _build_chain(self, entry: int) -> dict[int, Sparse]:
         """Run the chain once with every neuron patched."""
         node = min(entry, self.structure.output)
+        axis = self.structure.axes[node]
         if self.source_values is not None:
-            patch = inputs_first(self.source_values[node], self.structure.axes[node])
+            patch = entries_first(self.source_values[node], axis)
         else:
             assert self.fill is not None
-            own = inputs_first(self.base_values[node], self.structure.axes[node])
+            own = inputs_first(self.base_values[node], axis)
             patch = self.fill(*self.structure.layer_at(entry), own)
+            patch = patch if per_input(axis) is None else inputs_at(axis, patch)
         fulls: dict[int, Any] = {entry: patch}
         chain: dict[int, Sparse] = {}
         for index, ownership in self.structure.chain(entry).items():
@@ -141,7 +150,7 @@ class Prepared:
                 )
             if ownership is not None:
                 at = min(index, self.structure.output)
-                base = inputs_first(self.base_values[at], self.structure.axes[at])
+                base = entries_first(self.base_values[at], self.structure.axes[at])
                 chain[index] = Sparse(base, fulls[index], ownership)
         return chain
 
@@ -172,7 +181,8 @@ class Prepared:
         program, gathered = self.program(group), 0
         for entry, layer in program.patched.items():
             if (chosen := group.index[layer]) is not None:
-                gathered += chosen.shape[1] * self.chain(entry)[entry].of.positions.shape[1]
+                of = self.chain(entry)[entry].of
+                gathered += chosen.shape[1] * of.positions.shape[1] * of.per_input
         return (program.row_elements + 2 * gathered) * self.baseline.element_size()
 
     def evaluate(self, group: Group, out: Tensor, batch_rows: int) -> int:
@@ -252,8 +262,8 @@ class Prepared:
                 axis, patch = self.structure.axes[number], self.chain(number)[number]
                 index = batch.index[step.patched_layer]
                 value = value.clone() if step.is_shared else value
-                rows = batch.write_patch(inputs_first(value, axis), patch, index)
-                value = inputs_at(axis, rows)
+                rows = batch.write_patch(entries_first(value, axis), patch, index)
+                value = entries_at(axis, rows)
             dense[number] = value
         virtual = self.structure.virtual
         if virtual not in program.patched:
@@ -276,10 +286,11 @@ class Prepared:
                 batch.unchanged_are_exact = len(program.steps) == 1
                 if batch.rows is None:
                     return structured.flatten(0, 1)
+                entries = sparse.of.per_input
                 kept = self.scratch.buffer(
-                    ~node.index, batch.n_rows, *structured.shape[2:], like=structured
+                    ~node.index, batch.n_rows * entries, *structured.shape[2:], like=structured
                 )
-                return batch.keep(structured, out=kept)
+                return batch.keep(structured, entries, out=kept)
         values = {i: self._rows(i, program, batch, dense) for i in node.inputs}
         if step.is_linear:
             return dense_ops.linear(
@@ -316,7 +327,7 @@ class Prepared:
             if sparse is None:
                 raise CaptureError("a tuple of sparse values is read as a whole")
             rows = batch.densify(sparse, batch.index[program.patched[kind.entry]])
-            return inputs_at(self.structure.axes[index], rows)
+            return entries_at(self.structure.axes[index], rows)
         held = self.source_values if kind == SOURCE else self.base_values
         value = held[index]  # type: ignore[index]
         if not self.structure.depends[index]:

@@ -2,7 +2,8 @@
 
 A linear operation of ``base + difference`` is its base output plus the operation of the
 difference, and the difference lives on the patched neurons' features only. A rule gives
-dense output for all rows of a batch, or None where running the operation whole is cheaper.
+dense output ``[E, N * A, ...]`` for all rows of a batch, or None where running the operation
+whole is cheaper.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ def linear(
     rank = index.shape[1] * sparse.of.positions.shape[1]
     if rank > max(1, LOW_RANK_SHARE * sparse.of.owner.numel()):
         return None
-    n_experiments, n_inputs = batch.n_experiments, batch.n_inputs
+    n_experiments = batch.n_experiments
     columns = context.weight_columns(node)
-    out = context.buffer(node, n_experiments, n_inputs, n_outputs)
+    out = context.buffer(node, n_experiments, *base.shape)
     if rank == 1 and sparse.of.is_plain:
         return torch.addcmul(base, index.take(sparse.delta), index.take(columns)[:, None], out=out)
     delta = batch.gather(sparse.delta, index)
@@ -91,8 +92,8 @@ def _linear_on_last_axis(
     if k > max(1, LOW_RANK_SHARE * size):
         return None
     base = context.base(node.index)
-    delta = batch.gather(sparse.delta, index)  # [E, N, k * places]
-    delta = delta.view(batch.n_experiments, batch.n_inputs, k, -1).transpose(2, 3)
+    delta = batch.gather(sparse.delta, index)  # [E, N * A, k * places]
+    delta = delta.view(*delta.shape[:2], k, -1).transpose(2, 3)
     delta = delta.reshape(batch.n_experiments, -1, k)
     columns = index.take_each(context.weight_columns(node))
     flat = base.reshape(1, -1, base.shape[-1]).expand(batch.n_experiments, -1, -1)
@@ -175,7 +176,7 @@ def reduction(
     places = index.take(target[sparse.of.positions.clamp(min=0)])
     places = places.view(batch.n_experiments, 1, -1).expand_as(delta)
     out = batch_like(context, node, batch, base)
-    out.view(batch.n_experiments, batch.n_inputs, -1).scatter_add_(2, places, delta)
+    out.flatten(2).scatter_add_(2, places, delta)
     return out
 
 

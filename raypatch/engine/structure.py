@@ -19,7 +19,7 @@ from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.capture import CaptureError, Graph, Node
 from raypatch.engine.faster import faster
 from raypatch.engine.in_place import Memory, writes_into
-from raypatch.engine.input_axes import follow_inputs, inputs_first, place_of, shape_of
+from raypatch.engine.input_axes import follow_inputs, inputs_first, per_input, place_of, shape_of
 from raypatch.engine.layers import Args, Layer, holds_tensors
 from raypatch.engine.local_rules import LOCAL_RULES, pointwise
 from raypatch.engine.narrowing import Values
@@ -192,13 +192,16 @@ class Structure:
 
     def _build_chain(self, entry: int) -> dict[int, Ownership | None]:
         node = min(entry, self.output)
-        value = inputs_first(self.sample[node], self.axes[node])
-        axis = place_of(self._neuron_axis(entry), self.axes[node])
-        view = [1] * (value.dim() - 1)
-        view[axis - 1] = size = value.shape[axis]
-        owner = torch.arange(size).view(view).expand(value.shape[1:])
-        chain: dict[int, Ownership | None] = {entry: Ownership(owner.to(value.device), size)}
-        if entry != self.virtual and not self.axes[node]:
+        inputs, axis = self.axes[node], self._neuron_axis(entry)
+        value, entries = self.sample[node], per_input(inputs)
+        if entries is None:
+            value, axis = inputs_first(value, inputs), place_of(axis, inputs)
+        view = [1] * value.dim()
+        view[axis] = size = value.shape[axis]
+        owner = torch.arange(size).view(view).expand(value.shape)
+        first = Ownership(owner[0].to(value.device), size, entries or 1)
+        chain: dict[int, Ownership | None] = {entry: first}
+        if entry != self.virtual and entries is not None:
             tracker = _ChainTracker(self, chain, entry, owner)
             for later in self.nodes[entry + 1 :]:
                 tracker.visit(later)
@@ -291,8 +294,9 @@ class Structure:
         if rule is not None and len(sparse) == 1 and self.savings.low_rank:
             entry = kinds[sparse[0]].entry
             others = all(kinds[i] == BASE for i in node.inputs if i != sparse[0])
-            moved = self.axes[sparse[0]] or self.axes[node.index]
-            if others and not moved and self.chain(entry)[sparse[0]] is not None:
+            entries = per_input(self.axes[sparse[0]])
+            same = entries is not None and entries == per_input(self.axes[node.index])
+            if others and same and self.chain(entry)[sparse[0]] is not None:
                 spread = Spread(rule, sparse[0], entry)
         value = self.sample[node.inputs[0]] if node.inputs else None
         is_linear = type(node.target) is nn.Linear and value is not None and value.dim() > 1
@@ -375,7 +379,7 @@ class _ChainTracker:
     ) -> None:
         self.structure = structure
         self.chain = chain
-        self.owners: dict[int, Any] = {entry: owner[None]}
+        self.owners: dict[int, Any] = {entry: owner}
         self.lost: set[int] = set()
         first = chain[entry]
         assert first is not None
@@ -391,7 +395,7 @@ class _ChainTracker:
         if not isinstance(value, Tensor):
             return value
         if self.structure.depends[node]:
-            return torch.full((1, *value.shape[1:]), -1)
+            return torch.full(value.shape, -1)
         return torch.full(value.shape, -1) if value.is_floating_point() else value.cpu()
 
     def visit(self, node: Node) -> None:
@@ -402,31 +406,34 @@ class _ChainTracker:
         value = self.structure.sample[node.index]
         if not any(i in self.owners for i in node.inputs) or not holds_tensors(value):
             return  # base, or a size, which no patch changes
-        moved = any(tree_flatten(self.structure.axes[node.index])[0])
-        owners = None if moved else self._owners(node, value)
-        if owners is None:
+        counts = {per_input(axis) for axis in tree_flatten(self.structure.axes[node.index])[0]}
+        entries = counts.pop() if len(counts) == 1 else None
+        owners = None if entries is None else self._owners(node, value)
+        if entries is None or owners is None:
             self.lost.add(node.index)
             return
         self.owners[node.index] = owners
         self.chain[node.index] = None
         if isinstance(value, Tensor):
-            self.chain[node.index] = Ownership(owners[0].to(value.device), self.neurons)
+            of = Ownership(owners[0].to(value.device), self.neurons, entries)
+            self.chain[node.index] = of
 
     def _owners(self, node: Node, value: Any) -> Any:
         rule = LOCAL_RULES.get(node.key)
         if rule is None:
             return None
         first = value if isinstance(value, Tensor) else tree_flatten(value)[0][0]
-        shape = tuple(first.shape[1:]) if isinstance(first, Tensor) else ()
+        shape = tuple(first.shape) if isinstance(first, Tensor) else ()
         try:
             owners = rule(node, self, shape)
         except (RuntimeError, TypeError, IndexError, ValueError):
             return None  # an unusual form of the operation: dense is always right
         if isinstance(value, Tensor):
-            good = isinstance(owners, Tensor) and owners.shape == (1, *shape)
-            return owners.clone() if good and owners.dtype == torch.int64 else None
+            good = isinstance(owners, Tensor) and owners.shape == shape
+            good = good and owners.dtype == torch.int64 and bool((owners == owners[:1]).all())
+            return owners.clone() if good else None
         same = isinstance(owners, (tuple, list)) and len(owners) == len(value)
-        if same and all(o.shape == (1, *v.shape[1:]) for o, v in zip(owners, value)):
+        if same and all(o.shape == v.shape for o, v in zip(owners, value)):
             return tuple(owners)
         return None
 

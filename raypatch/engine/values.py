@@ -1,7 +1,8 @@
 """What a value in a patched batch can be.
 
 Shapes: E experiments of a batch, N inputs, J neurons of a patched layer, m features of one
-neuron, R rows (one row is one experiment on one input).
+neuron, R rows (one row is one experiment on one input). Where inputs share axis 0 with frames or
+the like, a value has A entries for each input there and for each row; else A is 1.
 
 * *base*: the same as in the unpatched target run; never recomputed, only looked up.
 * *source*: the same as in the unpatched source run; likewise.
@@ -30,6 +31,7 @@ class Ownership:
 
     owner: Tensor  # [*shape] int64: neuron of the patched layer, -1 where none
     neurons: int  # J
+    per_input: int = 1  # A; all entries of an input have the same owners
 
     @cached_property
     def positions(self) -> Tensor:
@@ -70,7 +72,7 @@ class Ownership:
         return None
 
     def table(self, tensor: Tensor) -> Tensor:
-        """``[N, *shape]`` to ``[J, N, m]``, each neuron's features together."""
+        """``[N * A, *shape]`` to ``[J, N * A, m]``, each neuron's features together."""
         positions = self.positions
         flat = tensor.reshape(len(tensor), -1)
         if self.is_plain:
@@ -89,18 +91,18 @@ class Sparse:
     j's features in ``full`` are what they are when j alone is patched.
     """
 
-    base: Tensor  # [N, *shape]
-    full: Tensor  # [N, *shape]
+    base: Tensor  # [N * A, *shape]
+    full: Tensor  # [N * A, *shape]
     of: Ownership
 
     @cached_property
     def values(self) -> Tensor:
-        """``[J, N, m]``: what each neuron's features become."""
+        """``[J, N * A, m]``: what each neuron's features become."""
         return self.of.table(self.full)
 
     @cached_property
     def delta(self) -> Tensor:
-        """``[J, N, m]``: by how much they change; exactly zero where nothing does."""
+        """``[J, N * A, m]``: by how much they change; exactly zero where nothing does."""
         is_mask = self.full.dtype == torch.bool
         return self.of.table(self.full ^ self.base if is_mask else self.full - self.base)
 
@@ -108,7 +110,9 @@ class Sparse:
     def active(self) -> Tensor:
         """``[J, N]`` bool: whether patching the neuron changes this node at all."""
         delta = self.delta
-        return delta[:, :, 0] != 0 if delta.shape[2] == 1 else (delta != 0).any(-1)
+        changed = delta[:, :, 0] != 0 if delta.shape[2] == 1 else (delta != 0).any(-1)
+        entries = self.of.per_input
+        return changed if entries == 1 else changed.view(len(changed), -1, entries).any(-1)
 
 
 @dataclass
@@ -130,10 +134,16 @@ class Batch:
         assert self.rows is not None
         return self.rows % self.n_inputs
 
-    def keep(self, structured: Tensor, out: Tensor | None = None) -> Tensor:
-        """``[E, N, ...]`` to rows ``[R, ...]``."""
+    def keep(self, structured: Tensor, entries: int = 1, out: Tensor | None = None) -> Tensor:
+        """``[E, N * A, ...]`` to rows ``[R * A, ...]``; ``entries`` is A."""
         flat = structured.flatten(0, 1)
-        return flat if self.rows is None else torch.index_select(flat, 0, self.rows, out=out)
+        if self.rows is None:
+            return flat
+        if entries == 1:
+            return torch.index_select(flat, 0, self.rows, out=out)
+        flat = flat.view(-1, entries, *flat.shape[1:])
+        out = None if out is None else out.view(-1, *flat.shape[1:])
+        return torch.index_select(flat, 0, self.rows, out=out).flatten(0, 1)
 
     def spread(self, per_input: Tensor, axis: Axis = 0) -> Tensor:
         """``[N, ...]``, the same for every experiment, to rows ``[R, ...]``; a copy. Inputs and
@@ -146,30 +156,33 @@ class Batch:
         return per_input.index_select(0, self.row_input)
 
     def gather(self, table: Tensor, index: Selection) -> Tensor:
-        """A neuron table ``[J, N, m]`` at neurons ``[E, k]`` to ``[E, N, k * m]``."""
+        """A neuron table ``[J, N * A, m]`` at neurons ``[E, k]`` to ``[E, N * A, k * m]``."""
         n_experiments, k = index.shape
-        _, n_inputs, m = table.shape
-        taken = index.take(table).view(n_experiments, k, n_inputs, m)
+        _, n_entries, m = table.shape
+        taken = index.take(table).view(n_experiments, k, n_entries, m)
         if k == 1:
-            return taken.view(n_experiments, n_inputs, m)
-        return taken.transpose(1, 2).reshape(n_experiments, n_inputs, k * m)
+            return taken.view(n_experiments, n_entries, m)
+        return taken.transpose(1, 2).reshape(n_experiments, n_entries, k * m)
 
     def write_patch(self, rows: Tensor, patch: Sparse, index: Selection) -> Tensor:
-        """Put the patched neurons' values into dense rows ``[R, *shape]``; changes ``rows``."""
+        """Put the patched neurons' values into dense rows ``[R * A, *shape]``; changes ``rows``."""
         values = self.gather(patch.values, index)
         positions = index.take(patch.of.positions).reshape(len(values), 1, -1)
-        positions = positions.expand(-1, self.n_inputs, -1)
-        if self.rows is not None:
-            values, positions = self.keep(values), self.keep(positions)
-        flat = rows.reshape(self.n_rows, -1)
-        values, positions = values.reshape(self.n_rows, -1), positions.reshape(self.n_rows, -1)
+        positions = positions.expand(-1, values.shape[1], -1)
+        values, positions = (
+            self.keep(part, patch.of.per_input).reshape(len(rows), -1)
+            for part in (values, positions)
+        )
+        flat = rows.reshape(len(rows), -1)
         if patch.of.is_padded:
             # Missing features are written to a column past the end and dropped with it.
-            flat = torch.cat([flat, flat.new_empty(self.n_rows, 1)], 1)
+            flat = torch.cat([flat, flat.new_empty(len(rows), 1)], 1)
             positions = torch.where(positions < 0, flat.shape[1] - 1, positions)
             return flat.scatter_(1, positions, values)[:, :-1].reshape(rows.shape)
         return flat.scatter_(1, positions, values).view(rows.shape)
 
     def densify(self, sparse: Sparse, index: Selection) -> Tensor:
-        """Dense rows ``[R, *shape]`` of a sparse node."""
-        return self.write_patch(self.spread(sparse.base), sparse, index)
+        """Dense rows ``[R * A, *shape]`` of a sparse node."""
+        entries = sparse.of.per_input
+        rows = self.spread(sparse.base.view(-1, entries, *sparse.base.shape[1:])).flatten(0, 1)
+        return self.write_patch(rows, sparse, index)
