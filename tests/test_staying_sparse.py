@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import check_equal, counts_of
+from networks import AS_IF_LARGE, check_equal, counts_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -77,6 +77,10 @@ OF_SEQUENCES = {
     "circular padding": lambda net, h, other: F.pad(h.mT, (2, 0), "circular"),
     "repeated places": lambda net, h, other: h.repeat_interleave(2, 1),
     "chosen places": lambda net, h, other: torch.stack([h[:, [3, 0]], h[:, 1:3]], 1),
+    "zeros of its form": lambda net, h, other: torch.where(h > 0, h, torch.zeros_like(h)),
+    "ones of its form": lambda net, h, other: torch.cat([h, h.new_ones(len(h), 5, 1)], 2),
+    "a constant cast": lambda net, h, other: h * net.constant[:, :1].to(h) + torch.ones(6).to(h),
+    "a constant of its type": lambda net, h, other: h + net.constant[:, 1:2].type_as(h),
     "a mask": lambda net, h, other: h * (h > 0),
     "where": lambda net, h, other: torch.where(h.lt(0), 0.1 * h, h),
     "masked_fill": lambda net, h, other: h.masked_fill((h > -0.5) & (h < 0.5), 0.3),
@@ -191,3 +195,99 @@ def test_differences_that_are_exactly_zero_stay_so():
     for seed in range(10):
         torch.manual_seed(seed)
         _checked(lambda: _on_sequence(operation), torch.float64, "zero")
+
+
+# --------------------------------------------------- inputs that share an axis with entries
+
+
+class Entries(nn.Module):
+    """Three entries an input, each with five places, in one axis with the inputs."""
+
+    def __init__(self, operation, first=None):
+        super().__init__()
+        self.first, self.second = first or nn.Linear(4, 6), nn.Linear(6, 5)
+        self.conv, self.state = nn.Conv1d(6, 6, 3, padding=1), nn.Linear(4, 6)
+        self.fractions, self.operation = nn.Parameter(torch.randn(3, 5, 6)), operation
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = self.operation(self, self.first(x.flatten(0, 1)), x)
+        return self.last(torch.relu(self.second(h)).view(x.shape[0], -1, 5).mean(1))
+
+
+def _conditioned(net, h, x):
+    """A value of each input times one of each entry, as of quantiles."""
+    state = torch.tanh(net.state(x[:, 0, 0]))
+    return h + (state[:, None, None] * net.fractions).flatten(0, 1)
+
+
+OF_ENTRIES = {
+    "as they are": lambda net, h, x: h,
+    "activations": lambda net, h, x: F.relu(h) * (h > -0.5),
+    "an average of places": lambda net, h, x: h - h.mean(1, keepdim=True),
+    "a convolution": lambda net, h, x: net.conv(h.mT).mT,
+    "quantiles": _conditioned,
+    "entries in an axis of their own": lambda net, h, x: (
+        h.view(-1, 3, 5, 6).amax(1, keepdim=True).expand(-1, 3, -1, -1).reshape(-1, 5, 6)
+    ),
+}
+# What tells an input's entries apart by neurons: dense, and right.
+OF_ENTRIES_APART = {
+    "neurons as entries": lambda net, h, x: (
+        h.view(-1, 3, 5, 6)
+        .transpose(1, 3)
+        .reshape(-1, 5, 3)
+        .repeat(1, 1, 2)
+        .view(-1, 2, 5, 6)[:, 0]
+    ),
+    "one neuron for one entry": lambda net, h, x: (
+        h.view(-1, 3, 5, 6) * torch.eye(3, 6)[:, None].to(h) + h.view(-1, 3, 5, 6).flip(3)
+    ).flatten(0, 1),
+}
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("kind", ["pair", "mean"])
+@pytest.mark.parametrize("name", [*OF_ENTRIES, *OF_ENTRIES_APART])
+def test_patches_of_inputs_with_entries_equal_plain_hooks(name, kind, large, monkeypatch):
+    for threshold, value in AS_IF_LARGE.items() if large else ():
+        monkeypatch.setattr(f"raypatch.engine.prepared.{threshold}", value)
+
+    def build():
+        return Entries({**OF_ENTRIES, **OF_ENTRIES_APART}[name]), (3, 5, 4)
+
+    patcher = _checked(build, torch.float64, kind)
+    assert patcher.path == "incremental (torch.fx)"
+
+
+@pytest.mark.parametrize("name", OF_ENTRIES)
+def test_a_patch_stays_sparse_where_inputs_share_an_axis(name):
+    patcher = _checked(lambda: (Entries(OF_ENTRIES[name]), (3, 5, 4)), torch.float64)
+    structure = patcher._engine.structure
+    reader = "conv" if name == "a convolution" else "second"
+    node = next(node for node in structure.nodes if node.path == reader)
+    for layer in ("first", "state") if name == "quantiles" else ("first",):
+        assert structure.chain(structure.calls[layer][0])[node.inputs[0]].per_input == 3
+
+
+def test_an_entry_that_does_not_change_changes_no_row_unless_another_does():
+    """Both entries of an input are looked at: here the first is off in both runs."""
+
+    def operation(net, h, x):
+        return torch.relu(h)
+
+    torch.manual_seed(0)
+    network = Entries(operation).eval()
+    source, target = torch.rand(4, 3, 5, 4), torch.rand(4, 3, 5, 4)
+    with torch.no_grad():
+        network.first.weight.fill_(1.0)
+        network.first.bias.fill_(-2.0)
+    source[:, :2], target[:, :2] = 0, 0
+    target[0], source[1] = 0, target[1]
+    experiments = [{"first": [i]} for i in range(6)]
+    run = Patcher(network).prepare(source, target)
+    check_equal(
+        run(experiments), reference_outputs(network, experiments, source, target), torch.float32
+    )
+    changed = run._prepare(0).active(run._engine.structure.calls["first"][0])[0]
+    assert changed.tolist() == [[True, False, True, True]] * 6

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import getitem
@@ -160,7 +161,8 @@ def capture(network: nn.Module, args: Args) -> Graph:
     """
     tracer = _Tracer()
     try:
-        traced = tracer.trace(network, concrete_args=_defaults(network, len(args)))
+        with lengths_traced(network):
+            traced = tracer.trace(network, concrete_args=_defaults(network, len(args)))
         overwrites = overwritten(traced, network, map_tensors(Tensor.clone, args))
         nodes, output = _nodes(traced, network, overwrites, len(args))
         return finished_graph(nodes, output, "torch.fx")
@@ -192,6 +194,29 @@ class _Tracer(fx.Tracer):
         if owns_weights(module) and not self.is_leaf_module(module, path):
             return self.create_proxy("call_function", output_of, (result, path), {})
         return result
+
+
+@contextmanager
+def lengths_traced(network: nn.Module) -> Iterator[None]:
+    """Let the network's own code ask for the ``len`` of a value: Python wants that to be a number,
+    whatever traces it."""
+    homes = [getattr(type(module).forward, "__globals__", {}) for module in network.modules()]
+    own = {id(home): home for home in homes if not home.get("__name__", "").startswith("torch.")}
+    changed = [home for home in own.values() if "len" not in home]
+    for home in changed:
+        home["len"] = _length
+    try:
+        yield
+    finally:
+        for home in changed:
+            home.pop("len", None)
+
+
+def _length(value: Any) -> Any:
+    if isinstance(value, Proxy):
+        return value.tracer.create_proxy("call_function", len, (value,), {})
+    has_axes = isinstance(value, Tensor) and value.dim() > 0
+    return value.shape[0] if has_axes else len(value)
 
 
 def _has_layers(module: nn.Module) -> bool:

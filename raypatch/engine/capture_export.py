@@ -26,6 +26,7 @@ from raypatch.engine.capture import (
     aten_operation,
     finished_graph,
     first_line,
+    lengths_traced,
     replaced,
 )
 from raypatch.engine.layers import Args
@@ -46,7 +47,7 @@ def capture_export(network: nn.Module, args: Args) -> Graph:
         return {0: Dim.AUTO} if isinstance(value, torch.Tensor) else None
 
     try:
-        with _silence(), torch.no_grad():
+        with _silence(), torch.no_grad(), lengths_traced(network):
             program = export(network, args, dynamic_shapes=tuple(map(free, args)), strict=False)
             traced = exported_graph_module(program)
     except Exception as error:  # user code runs under the exporter: anything may be raised

@@ -19,6 +19,8 @@ from raypatch.engine.layers import Args, holds_tensors, map_tensors
 
 # Methods, attributes and exported operations that tell of a tensor's form, not of its numbers.
 ASKS_FOR_FORM = {"size", "dim", "ndimension", "sym_size", "shape", "ndim", "device", "dtype"}
+# Methods that ask it of all their arguments but the first.
+CASTS = {"to", "type_as"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def follow_inputs(graph: Graph, one_input: Args, sample: list[Any]) -> Following
     form: set[int] = set()  # nodes that follow from the inputs' form alone
     for node in graph.nodes:
         i = node.index
-        seen = [used for used in node.inputs if depends[used]]
+        asked = node.inputs[:1] if node.name in CASTS else node.inputs
+        seen = [used for used in asked if depends[used]]
         if not holds_tensors(sample[i]) and (_asks_for_form(node) or form.issuperset(seen)):
             form.add(i)
         is_fixed = i in form and bool(sample[i] == of_two[i])

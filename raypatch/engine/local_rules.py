@@ -119,6 +119,12 @@ def pointwise(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     return result
 
 
+@local(*_named(["zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"]))
+def same_for_every_patch(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
+    """Of an argument only its form counts."""
+    return torch.full(shape, -1)
+
+
 @local(getattr)
 def attribute(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     """Another form of a value, or one of two results by its name."""

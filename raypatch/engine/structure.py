@@ -264,11 +264,11 @@ class Structure:
         )
 
     def _kind(self, index: int, kinds: dict[int, Kind]) -> Kind:
+        if not self.depends[index]:
+            return BASE
         used = [kinds[i] for i in self.nodes[index].inputs if self.depends[i]]
         if all(kind == BASE for kind in used):
-            node = self.nodes[index]
-            fixed = node.op == "input" or not self.depends[index]
-            fixed = fixed or not holds_tensors(self.sample[index])
+            fixed = self.nodes[index].op == "input" or not holds_tensors(self.sample[index])
             return BASE if fixed or self.savings.reuse_upstream else DENSE
         if all(kind == SOURCE for kind in used):
             return SOURCE
@@ -400,6 +400,8 @@ class _ChainTracker:
 
     def visit(self, node: Node) -> None:
         """Add a node to the chain if the patch reaches it and stays sparse."""
+        if not self.structure.depends[node.index]:
+            return
         if any(i in self.lost for i in node.inputs):
             self.lost.add(node.index)
             return
