@@ -119,9 +119,23 @@ class MixesInputs(Two):
         return self.b(torch.relu(h - h.mean(0, keepdim=True)))
 
 
+class AsksForLength(Two):
+    def forward(self, x):
+        h = torch.cat([self.a(x), x.new_ones(len(x), 1)], 1)
+        return self.b(h.view(len(x), 3, 3).tanh().flatten(1)[:, :8])
+
+
+class AsksForLengthAndForm(AsksForLength):
+    def forward(self, x):
+        if x.dim() != 2:  # symbolic tracing cannot follow
+            raise ValueError
+        return super().forward(x)
+
+
 AWKWARD = [
     InPlaceBeforeResidual, ChangesItsInput, InPlaceOnInput, CastsInput, CastsInTheMiddle, OneHot,
-    ComputedSlice, AliasedResidual, OddPool, Positions, MixesInputs,
+    ComputedSlice, AliasedResidual, OddPool, Positions, MixesInputs, AsksForLength,
+    AsksForLengthAndForm,
 ]  # fmt: skip
 
 
@@ -264,3 +278,13 @@ def test_dominating_neurons_are_taken_away_together_and_on_sequences(kept):
     found = Patcher(network)(experiments, source, target)
     error = (found.double() - expected).abs() / expected.abs().clamp(min=1)
     assert float(error.max()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("network", "how"), [(AsksForLength, "fx"), (AsksForLengthAndForm, "export")]
+)
+def test_the_length_of_a_value_is_followed_and_the_users_module_is_left_as_it_was(network, how):
+    patcher = Patcher(network().eval())
+    patcher.prepare(torch.randn(4, 6), torch.randn(4, 6))
+    assert patcher.path.startswith(f"incremental (torch.{how}")
+    assert "len" not in globals()
