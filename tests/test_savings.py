@@ -122,6 +122,15 @@ def test_what_is_gathered_for_many_neurons_counts_in_a_batchs_memory():
     assert many - one == 2 * 59 * 4
 
 
+def test_what_is_gathered_counts_where_a_neuron_has_most_features():
+    network = nn.Sequential(nn.Conv1d(2, 8, 1), nn.Upsample(scale_factor=5), nn.Conv1d(8, 3, 20))
+    network.append(nn.Flatten())
+    run = Patcher(network).prepare(torch.randn(3, 2, 4), torch.randn(3, 2, 4))
+    prepared = run._prepare(0)
+    one, two = (prepared.row_bytes(run.plan([{"0": list(range(k))}]).groups[0]) for k in (1, 2))
+    assert two - one == 2 * 20 * 4
+
+
 def test_batches_are_halved_when_memory_runs_out_and_stay_halved(monkeypatch):
     network, source, target = build("residual", 0)
     run = Patcher(network, batch_rows=64).prepare(source, target)

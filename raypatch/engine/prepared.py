@@ -181,8 +181,7 @@ class Prepared:
         program, gathered = self.program(group), 0
         for entry, layer in program.patched.items():
             if (chosen := group.index[layer]) is not None:
-                of = self.chain(entry)[entry].of
-                gathered += chosen.shape[1] * of.positions.shape[1] * of.per_input
+                gathered += chosen.shape[1] * self.structure.widest(entry)
         return (program.row_elements + 2 * gathered) * self.baseline.element_size()
 
     def evaluate(self, group: Group, out: Tensor, batch_rows: int) -> int:

@@ -190,6 +190,11 @@ class Structure:
             if node >= self.output or any(reader not in chain for reader in self.readers[node])
         ]
 
+    def widest(self, entry: int) -> int:
+        """How many features of one input a neuron has where it has most, while it is sparse."""
+        found = [of for of in self.chain(entry).values() if of is not None]
+        return max(of.per_input * of.owner.numel() // of.neurons for of in found)
+
     def _build_chain(self, entry: int) -> dict[int, Ownership | None]:
         node = min(entry, self.output)
         inputs, axis = self.axes[node], self._neuron_axis(entry)
