@@ -1,4 +1,5 @@
-"""The engine on policies that are no plain chain: residual, recurrent, quantile, attention.
+"""The engine on policies that are no plain chain: residual, recurrent, quantile, attention,
+entities, depthwise convolutions.
 
     (b) one forward per experiment on all inputs, with a hook
     (c) hooks on stacked batches, at the best of several batch sizes
@@ -122,11 +123,52 @@ class DecisionTransformer(nn.Module):
         return self.head(self.blocks(h + self.positions[:, : h.shape[1]])[:, -1])
 
 
+class Entities(nn.Module):
+    """Every entity by itself, then the largest of each feature (Qi et al. 2017, PointNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 128), nn.Linear(128, 128)
+        self.wide, self.head = nn.Linear(128, 128), nn.Linear(128, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.second(F.relu(self.first(x))))
+        return self.head(F.relu(self.wide(h.max(dim=1).values)))
+
+
+class Depthwise(nn.Sequential):
+    """Depthwise separable convolutions (Howard et al. 2017), then the average of each map."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU6()]
+        for n_in, width, step in ((32, 64, 1), (64, 64, 2)):
+            layers += [nn.Conv2d(n_in, n_in, 3, step, 1, groups=n_in), nn.ReLU6()]
+            layers += [nn.Conv2d(n_in, width, 1), nn.BatchNorm2d(width), nn.ReLU6()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 6))
+
+
+class Gated(nn.Module):
+    """Activations written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 256), nn.Linear(256, 256)
+        self.head = nn.Linear(256, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = self.second(h * (h > 0))
+        return self.head(torch.where(h > 0, h, 0.01 * h))
+
+
 POLICIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual convolutions": (Impala, (3, 32, 32)),
     "frames and an LSTM": (FrameLstm, (4, 1, 42, 42)),
     "implicit quantiles": (Quantiles, (64,)),
     "decision transformer": (DecisionTransformer, (20, 17)),
+    "entities": (Entities, (32, 12)),
+    "depthwise convolutions": (Depthwise, (3, 32, 32)),
+    "activations by hand": (Gated, (64,)),
 }
 
 

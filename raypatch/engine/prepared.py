@@ -114,7 +114,7 @@ class Prepared:
         return self.base_values[node]
 
     def buffer(self, node: Node, *shape: int) -> Tensor:
-        return self.scratch.buffer(node.index, *shape, like=self.baseline)
+        return self.scratch.buffer(node.index, *shape, like=self.base_values[node.index])
 
     def once(self, node: Node, make: Callable[[], Any]) -> Any:
         return self.scratch.once(node, make)

@@ -96,8 +96,14 @@ def _linear_on_last_axis(
     delta = delta.view(*delta.shape[:2], k, -1).transpose(2, 3)
     delta = delta.reshape(batch.n_experiments, -1, k)
     columns = index.take_each(context.weight_columns(node))
-    flat = base.reshape(1, -1, base.shape[-1]).expand(batch.n_experiments, -1, -1)
-    return torch.baddbmm(flat, delta, columns).view(batch.n_experiments, *base.shape)
+    out = context.buffer(node, batch.n_experiments, *base.shape)
+    flat = out.view(batch.n_experiments, -1, base.shape[-1])
+    places = base.reshape(-1, base.shape[-1])
+    if k == 1:
+        torch.addcmul(places, delta, columns, out=flat)
+    else:
+        torch.baddbmm(places.expand_as(flat), delta, columns, out=flat)
+    return out
 
 
 @spreads(nn.Conv1d, nn.Conv2d, nn.Conv3d)
