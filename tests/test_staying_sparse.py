@@ -97,6 +97,11 @@ OF_MAPS = {
 MODULES = {
     "nn.Linear": (lambda: nn.Linear(5, 4), "sequence"),
     "nn.Softmax": (lambda: nn.Softmax(2), "sequence"),
+    "nn.Softmin": (lambda: nn.Softmin(-1), "sequence"),
+    "nn.CircularPad1d": (lambda: nn.CircularPad1d((2, 0)), "sequence"),
+    "nn.ConstantPad3d": (lambda: nn.ConstantPad3d((1, 0, 0, 1, 2, -2), 0.3), "map"),
+    "nn.ReplicationPad2d": (lambda: nn.ReplicationPad2d(1), "map"),
+    "nn.UpsamplingNearest2d": (lambda: nn.UpsamplingNearest2d(scale_factor=2), "map"),
     "depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), "map"),
     "depthwise, twice": (lambda: nn.Conv2d(6, 12, 2, stride=2, groups=6, bias=False), "map"),
     "depthwise in one dimension": (lambda: nn.Conv1d(6, 12, 3, groups=6), "sequence"),

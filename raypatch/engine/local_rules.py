@@ -90,6 +90,14 @@ POINTWISE_OPERATORS = (
     operator.ne, operator.invert, operator.and_, operator.or_, operator.xor, operator.mod,
     operator.floordiv,
 )  # fmt: skip
+PADDING_MODULES = {
+    f"{kind}Pad{n}d": mode
+    for kind, mode in {
+        "Zero": "constant", "Constant": "constant", "Circular": "circular",
+        "Reflection": "reflect", "Replication": "replicate",
+    }.items()
+    for n in (1, 2, 3)
+}  # fmt: skip
 # What makes one number of those along some axes, or changes them by each other.
 ALONG_AXES_NAMES = """
     mean sum prod amax amin max min var std logsumexp softmax log_softmax cumsum cumprod
@@ -143,13 +151,17 @@ def movement(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     return node.call(owners.argument)
 
 
-@local(*_named(["pad"]))
+@local(*(getattr(nn.modules.padding, name) for name in PADDING_MODULES), *_named(["pad"]))
 def padding(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
-    owner, mode = owners.of(node.inputs[0]), node.option(2, "mode") or "constant"
+    owner = owners.of(node.inputs[0])
+    if node.op == "module":
+        sizes, mode = node.target.padding, PADDING_MODULES[node.name]
+    else:
+        sizes, mode = node.option(1, "pad"), node.option(2, "mode") or "constant"
     if owner is None or len(node.inputs) > 1:
         return None
     fill = -1 if mode == "constant" else None
-    return F.pad(owner.double(), node.option(1, "pad"), mode, fill).long()
+    return F.pad(owner.double(), sizes, mode, fill).long()
 
 
 @local(
@@ -158,8 +170,7 @@ def padding(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
     nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.LPPool1d, nn.LPPool2d,
-    nn.Upsample, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ReflectionPad2d,
-    nn.ReplicationPad2d,
+    nn.LPPool3d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
     *_named(CHANNELWISE_NAMES),
 )  # fmt: skip
 def channelwise(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
@@ -182,7 +193,7 @@ def depthwise_convolution(node: Node, owners: Owners, shape: tuple[int, ...]) ->
     return _by_channel(owner, shape)
 
 
-@local(nn.Softmax, nn.LogSoftmax, *_named(ALONG_AXES_NAMES))
+@local(nn.Softmax, nn.Softmin, nn.LogSoftmax, *_named(ALONG_AXES_NAMES))
 def along_axes(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     """The elements along some axes have a say in one."""
     owner = owners.of(node.inputs[0])
