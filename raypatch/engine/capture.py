@@ -97,7 +97,8 @@ class Node:
         code = type(self.target) if self.op == "module" else self.target
         # Many of torch's own functions name no module.
         home = getattr(code, "__module__", None) or "torch"
-        return self.op in ("module", "function") and home.split(".")[0] in ("torch", "_operator")
+        own = home.split(".")[0] in ("torch", "_operator", "builtins")
+        return self.op in ("module", "function") and own
 
     def option(self, place: int, name: str) -> Any:
         """An argument by its place or its name; None where it is not given."""
@@ -159,27 +160,42 @@ def capture(network: nn.Module, args: Args) -> Graph:
     ``args`` are such as it will get. The graph refers to the network's own modules; give it a
     copy.
     """
-    tracer = _Tracer()
-    try:
-        with lengths_traced(network):
-            traced = tracer.trace(network, concrete_args=_defaults(network, len(args)))
-        overwrites = overwritten(traced, network, map_tensors(Tensor.clone, args))
-        nodes, output = _nodes(traced, network, overwrites, len(args))
-        return finished_graph(nodes, output, "torch.fx")
-    except CaptureError:
-        raise
-    except Exception as error:  # user code runs under symbolic values: anything may be raised
-        raise CaptureError(f"torch.fx: {first_line(error)}") from None
+    reason = ""
+    for looked_into in (True, False):
+        tracer = _Tracer(looked_into)
+        try:
+            with lengths_traced(network):
+                traced = tracer.trace(network, concrete_args=_defaults(network, len(args)))
+            overwrites = overwritten(traced, network, map_tensors(Tensor.clone, args))
+            nodes, output = _nodes(traced, network, overwrites, len(args))
+            return finished_graph(nodes, output, "torch.fx")
+        except CaptureError as error:
+            reason = str(error)
+        except Exception as error:  # user code runs under symbolic values: anything may be raised
+            reason = f"torch.fx: {first_line(error)}"
+        if not tracer.own_layers:
+            break  # nothing would be another way
+    raise CaptureError(reason)
 
 
 class _Tracer(fx.Tracer):
+    """Layers of the user's own are ``looked_into``, or else are one operation each."""
+
+    def __init__(self, looked_into: bool) -> None:
+        super().__init__()
+        self.looked_into = looked_into
+        self.own_layers = False  # whether there are any
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if type(module) in FORWARDS:
             return False
         if super().is_leaf_module(module, qualified_name):
             return True
         # A layer that has others in it, as an extractor with positions of its own, is looked into.
-        return owns_weights(module) and not _has_layers(module)
+        if not owns_weights(module) or _has_layers(module):
+            return False
+        self.own_layers = True
+        return not self.looked_into
 
     def proxy(self, node: fx.Node) -> Proxy:
         return Proxy(node, self)

@@ -67,6 +67,9 @@ def _text(value: Any) -> str:
         return f"%{value.node}"
     if isinstance(value, (bool, int, float, complex, str, slice, type(None), torch.dtype)):
         return repr(value)
+    if isinstance(value, nn.Module):
+        weights = [_text(parameter) for parameter in value.parameters()]
+        return f"{type(value).__qualname__} {value.extra_repr()} {weights}"
     name = getattr(value, "__qualname__", None)
     overload = (getattr(value, "name", ""), getattr(value, "overload", ""))
     return str(name or f"{type(value).__qualname__} {overload}")

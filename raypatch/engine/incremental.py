@@ -17,6 +17,7 @@ from raypatch.engine.prepared import Prepared
 from raypatch.engine.scratch import Scratch
 from raypatch.engine.sources import Fill, GivenFill, Places
 from raypatch.engine.structure import Savings, Structure
+from raypatch.engine.written_out import with_modules
 
 
 class Incremental:
@@ -25,6 +26,7 @@ class Incremental:
     def __init__(
         self, graph: Graph, layers: dict[str, Layer], savings: Savings, one_input: Args
     ) -> None:
+        graph = with_modules(graph)
         structure = Structure(graph, layers, savings, one_input)
         if structure.apart:
             graph = with_inputs_in(structure.apart, graph, structure.axes)
