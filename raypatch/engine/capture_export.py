@@ -11,7 +11,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -23,13 +22,22 @@ from raypatch.engine.capture import (
     CaptureError,
     Graph,
     Node,
+    Ref,
     aten_operation,
     finished_graph,
     first_line,
     lengths_traced,
     replaced,
 )
-from raypatch.engine.layers import Args
+from raypatch.engine.layers import Args, owns_weights
+
+# Modules that are given back, and the operation that each is.
+KINDS: dict[type | None, str] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+}
 
 
 def capture_export(network: nn.Module, args: Args) -> Graph:
@@ -52,9 +60,12 @@ def capture_export(network: nn.Module, args: Args) -> Graph:
             traced = exported_graph_module(program)
     except Exception as error:  # user code runs under the exporter: anything may be raised
         raise CaptureError(f"torch.export: {first_line(error)}") from None
-    nodes, output = _nodes(traced, network, [path for path, _ in tree_flatten_with_path(args)[0]])
-    # What the exporter leaves out cannot be told from what it has taken apart.
-    return replace(finished_graph(nodes, output, "torch.export"), unread=frozenset())
+    inside = _inside_layers(traced, network)
+    places = [path for path, _ in tree_flatten_with_path(args)[0]]
+    nodes, output = _nodes(traced, network, places, _outputs(inside))
+    layers = {path for path, module in network.named_modules() if path and owns_weights(module)}
+    unread = layers - {path for path, _ in inside}
+    return finished_graph(nodes, output, "torch.export", frozenset(unread))
 
 
 def exported_graph_module(program: Any) -> Any:
@@ -76,8 +87,36 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def _nodes(traced: Any, network: nn.Module, places: list[Any]) -> tuple[list[Node], int]:
-    """The nodes, and which of them is the output; ``places`` of the inputs in the arguments."""
+def _inside_layers(traced: Any, network: nn.Module) -> dict[tuple[str, str], dict[fx.Node, None]]:
+    """The operations of each call of a layer, by the layer's path and a name of the call; of outer
+    layers before those in them."""
+    inside: dict[tuple[str, str], dict[fx.Node, None]] = {}
+    for item in traced.graph.nodes:
+        for call, (path, _) in (item.meta.get("nn_module_stack") or {}).items():
+            path = path.partition("@")[0]
+            module = _module(network, path) if path else None
+            if module is not None and owns_weights(module):
+                inside.setdefault((path, call), {})[item] = None
+    return inside
+
+
+def _outputs(inside: dict[tuple[str, str], dict[fx.Node, None]]) -> dict[fx.Node, list[str]]:
+    """The nodes that are what a layer gives, and its path; of several the innermost first. Layers
+    of which several values are read outside have none."""
+    found: dict[fx.Node, list[str]] = {}
+    for (path, _), items in inside.items():
+        tensors = [item for item in items if isinstance(item.meta.get("val"), torch.Tensor)]
+        given = [item for item in tensors if any(user not in items for user in item.users)]
+        if len(given) == 1 and not items.keys() & given[0].users.keys():
+            found.setdefault(given[0], []).insert(0, path)
+    return found
+
+
+def _nodes(
+    traced: Any, network: nn.Module, places: list[Any], outputs: dict[fx.Node, list[str]]
+) -> tuple[list[Node], int]:
+    """The nodes, and which of them is the output; ``places`` of the inputs in the arguments and
+    layers by what is their output."""
     nodes: list[Node] = []
     current: dict[fx.Node, int] = {}
     n_inputs = 0
@@ -99,7 +138,11 @@ def _nodes(traced: Any, network: nn.Module, places: list[Any]) -> tuple[list[Nod
             nodes.append(_operation(index, item, current, network))
         else:
             continue  # a guard on the inputs' shapes: what is traced has no other module
-        current[item] = index
+        for path in outputs.get(item, ()):
+            if nodes[-1].path != path:
+                marked = Ref(len(nodes) - 1)
+                nodes.append(Node(len(nodes), "module", nn.Identity(), (marked,), path=path))
+        current[item] = len(nodes) - 1
     raise CaptureError("torch.export: the exported program has no output")
 
 
@@ -112,11 +155,10 @@ def _operation(index: int, item: fx.Node, current: dict[fx.Node, int], network: 
     path = stack[-1][0].partition("@")[0] if stack else ""
     name = target._schema.name.removeprefix("aten::")
     module = _module(network, path)
-    if isinstance(module, nn.Linear) and name == "linear":
+    is_padded = getattr(module, "padding_mode", "zeros") != "zeros"  # by an operation of its own
+    if KINDS.get(type(module)) == name and not is_padded:
         return Node(index, "module", module, args[:1], path=path)
-    if isinstance(module, nn.modules.conv._ConvNd) and name.startswith("conv"):
-        return Node(index, "module", module, args[:1], path=path)
-    if isinstance(module, nn.Embedding) and name == "embedding":
+    if type(module) is nn.Embedding and name == "embedding":
         return Node(index, "module", module, args[1:2], path=path)
     return Node(index, "function", aten_operation(target), args, kwargs)
 
