@@ -161,6 +161,39 @@ class Gated(nn.Module):
         return self.head(torch.where(h > 0, h, 0.01 * h))
 
 
+class Noisy(nn.Module):
+    """A noisy layer (Fortunato et al. 2018) as it is in evaluation."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.randn(n_out, n_in) / n_in**0.5)
+        self.bias = nn.Parameter(torch.randn(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.mean, self.bias)
+
+
+class Rainbow(nn.Module):
+    """Dueling, distributional, noisy (Hessel et al. 2018)."""
+
+    def __init__(self, n_actions: int = 6, n_atoms: int = 51) -> None:
+        super().__init__()
+        self.shape = -1, n_actions, n_atoms
+        self.convolutions = nn.Sequential(
+            *(nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()),
+            *(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten()),
+        )
+        self.value = nn.Sequential(Noisy(3136, 512), nn.ReLU(), Noisy(512, n_atoms))
+        self.advantage = nn.Sequential(Noisy(3136, 512), nn.ReLU(), Noisy(512, n_actions * n_atoms))
+        self.register_buffer("atoms", torch.linspace(-10, 10, n_atoms))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.convolutions(x)
+        advantage = self.advantage(h).view(self.shape)
+        logits = self.value(h)[:, None] + advantage - advantage.mean(1, keepdim=True)
+        return (logits.softmax(2) * self.atoms).sum(2)
+
+
 POLICIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual convolutions": (Impala, (3, 32, 32)),
     "frames and an LSTM": (FrameLstm, (4, 1, 42, 42)),
@@ -169,6 +202,7 @@ POLICIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "entities": (Entities, (32, 12)),
     "depthwise convolutions": (Depthwise, (3, 32, 32)),
     "activations by hand": (Gated, (64,)),
+    "noisy and dueling": (Rainbow, (4, 84, 84)),
 }
 
 
