@@ -40,6 +40,10 @@ def signals_caught() -> Iterator[Interruption]:
         held = {}
     try:
         yield interruption
+    except SystemError as error:
+        if isinstance(error.__cause__, Interrupted):  # raised while Ray's compiled code ran
+            raise error.__cause__ from None
+        raise
     finally:
         for held_number, handler in held.items():
             signal.signal(held_number, handler)

@@ -187,6 +187,20 @@ def test_the_second_signal_raises_at_once_with_its_own_code():
     assert caught.value.exit_code == 130
 
 
+def test_a_second_signal_inside_of_compiled_code_raises_the_same():
+    from raypatch.errors import Interrupted
+    from raypatch.interruption import signals_caught
+
+    with pytest.raises(Interrupted, match="stopped at once"), signals_caught() as interruption:
+        interruption.handle(signal.SIGTERM, None)
+        try:
+            interruption.handle(signal.SIGINT, None)
+        except Interrupted as cause:  # as Cython does where a result is already there
+            raise SystemError("returned a result with an exception set") from cause
+    with pytest.raises(SystemError, match="other"), signals_caught():
+        raise SystemError("other")
+
+
 def test_bad_input_ends_with_one_line_and_no_ray(command, tmp_path):
     (tmp_path / "d.json").write_text('[{"q_net.9": [1]}]')
     ended = command(*arguments(LAVA, tmp_path / "d.json", tmp_path / "out"))
