@@ -113,6 +113,11 @@ MIXING_NEURONS = {
     "of itself": lambda net, h, other: h @ h.mT,
     "attention to itself": lambda net, h, other: F.scaled_dot_product_attention(h, h, h),
     "both": lambda net, h, other: h.mean((1, 2), keepdim=True),
+    "a count": lambda net, h, other: (h > 0).sum(-1, keepdim=True).to(h.dtype),
+    "a place in a table": lambda net, h, other: net.constant[(h > 0).long()].flatten(2),
+    "places chosen": lambda net, h, other: net.constant.index_select(
+        0, (h > 0).long().flatten()
+    ).view(-1, 5, 30),
     "masks that meet": lambda net, h, other: h * (h.flip(2) > 0),
 }
 
@@ -200,6 +205,45 @@ def test_differences_that_are_exactly_zero_stay_so():
     for seed in range(10):
         torch.manual_seed(seed)
         _checked(lambda: _on_sequence(operation), torch.float64, "zero")
+
+
+@pytest.mark.parametrize("infinite", ["source", "target"])
+def test_infinite_values_leave_no_trace_once_they_are_gone(infinite):
+    """Infinity is not taken away by adding a difference."""
+
+    class Logarithms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 5)
+            self.conv, self.last = nn.Conv1d(6, 5, 1), nn.Linear(10, 3)
+
+        def forward(self, x):
+            h = torch.relu(self.first(x) + 3).log()
+            h, maps = self.second(h.amax(1)), self.conv(h.mT).amax(2)
+            return self.last(torch.cat([h, maps], 1).clamp(-9, 9).nan_to_num(0.5))
+
+    torch.manual_seed(0)
+    network = Logarithms().eval()
+    source, target = torch.randn(4, 5, 4), torch.randn(4, 5, 4)
+    (source if infinite == "source" else target)[1:].mul_(100)
+    experiments = [{"first": [i]} for i in range(6)] + [{"first": [0, 3]}, {"first": "all"}]
+    patcher = Patcher(network, dtype=torch.float64)
+    outputs = patcher(experiments, source, target)
+    check_equal(outputs, reference_outputs(network, experiments, source, target), torch.float64)
+    assert patcher.path == "incremental (torch.fx)"
+
+
+def test_one_neuron_that_comes_to_own_everything_takes_no_table_of_all():
+    gate = nn.Linear(1, 400)
+
+    def operation(net, h, other):
+        return torch.sigmoid(net.module(h[:, 0, :1])) + other.sum((1, 2))[:, None]
+
+    network, shape = _on_sequence(operation, module=gate)
+    patcher = _checked(lambda: (network, shape), torch.float64)
+    structure = patcher._engine.structure
+    chain = structure.chain(structure.calls["first"][0])
+    assert max(of.positions.numel() for of in chain.values()) <= 2 * 5 * 6
 
 
 # --------------------------------------------------- inputs that share an axis with entries

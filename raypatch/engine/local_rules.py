@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten
 
 from raypatch.engine.capture import Node, Ref, item_between
 
@@ -148,7 +149,15 @@ def attribute(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
 )  # fmt: skip
 def movement(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     """Elements only change places: the owners move in the same way."""
+    moved = {leaf.node for leaf in tree_flatten(node.args[:1], is_leaf=_is_ref)[0] if _is_ref(leaf)}
+    others = [i for i in node.inputs if i not in moved and owners.of(i) is not None]
+    if others and not node.name.endswith("_as"):
+        return None  # where to is what a patch changes
     return node.call(owners.argument)
+
+
+def _is_ref(leaf: Any) -> bool:
+    return isinstance(leaf, Ref)
 
 
 @local(*(getattr(nn.modules.padding, name) for name in PADDING_MODULES), *_named(["pad"]))
@@ -175,7 +184,9 @@ def padding(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
 )  # fmt: skip
 def channelwise(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     """Each output channel depends on the input channel of the same index."""
-    owner = owners.of(node.inputs[0])
+    owner, *others = map(owners.of, node.inputs)
+    if any(other is not None for other in others):
+        return None
     if owner is None or owner.dim() < 2 or owner.shape[1] != shape[1]:
         return None
     if owner.dim() == 2 and node.name not in ("BatchNorm1d", "batch_norm", "PReLU", "prelu"):

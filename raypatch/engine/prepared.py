@@ -89,6 +89,7 @@ class Prepared:
             self.source_baseline = self.source_values[-1]
         self._chains: dict[int, dict[int, Sparse]] = {}
         self._active: dict[int, tuple[Tensor, Tensor]] = {}
+        self._finite: dict[int, bool] = {}
         self._sizes: dict[int, Tensor | None] = {}
 
     def _check_inputs_lie_apart(self) -> None:
@@ -167,8 +168,18 @@ class Prepared:
                     break
                 active = chain[end].active if active is None else active | chain[end].active
             assert active is not None
-            self._active[entry] = active, active.sum(1).cpu()
+            ends = [chain[end].delta for end in self.structure.chain_ends(entry) if end in chain]
+            sums = [delta.sum().isfinite().view(1) for delta in ends if delta.is_floating_point()]
+            counts = torch.cat([active.sum(1), *sums]).cpu()
+            self._finite[entry] = bool(counts[len(active) :].all())
+            self._active[entry] = active, counts[: len(active)]
         return self._active[entry]
+
+    def is_finite(self, entry: int) -> bool:
+        """Whether all differences at the ends of the entry's chain are numbers: infinity minus
+        infinity is none."""
+        self.active(entry)
+        return self._finite[entry]
 
     # -------------------------------------------------------------------- evaluation
 
@@ -276,7 +287,7 @@ class Prepared:
 
     def _compute(self, step: Step, program: Program, batch: Batch, dense: dict[int, Any]) -> Any:
         node = step.node
-        if step.spread is not None:
+        if step.spread is not None and self.is_finite(step.spread.entry):
             sparse = self.chain(step.spread.entry)[step.spread.node]
             index = batch.index[program.patched[step.spread.entry]]
             structured = step.spread.rule(self, node, sparse, index, batch)

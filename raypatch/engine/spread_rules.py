@@ -170,6 +170,8 @@ def reduction(
 ) -> Tensor | None:
     """Base output plus each patched feature's share of the mean or sum it goes into."""
     base = context.base(node.index)
+    if base.dtype != sparse.base.dtype or not base.is_floating_point():
+        return None  # counts
     shape = sparse.of.owner.shape
     # Where each input feature goes: the reduction's own gradient tells, place by place.
     target = context.once(node, lambda: reduction_places(node, shape, base))

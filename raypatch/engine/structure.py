@@ -388,7 +388,7 @@ class _ChainTracker:
         self.lost: set[int] = set()
         first = chain[entry]
         assert first is not None
-        self.neurons = first.neurons
+        self.neurons, self.n_first = first.neurons, first.owner.numel()
 
     def of(self, node: int) -> Tensor | None:
         return self.owners.get(node)
@@ -419,11 +419,20 @@ class _ChainTracker:
         if entries is None or owners is None:
             self.lost.add(node.index)
             return
+        if isinstance(value, Tensor) and self._is_lopsided(owners[0]):
+            self.lost.add(node.index)
+            return
         self.owners[node.index] = owners
         self.chain[node.index] = None
         if isinstance(value, Tensor):
             of = Ownership(owners[0].to(value.device), self.neurons, entries)
             self.chain[node.index] = of
+
+    def _is_lopsided(self, owner: Tensor) -> bool:
+        """Whether few neurons own so much that a table of all, each with as many features, would
+        be far larger than the value."""
+        counts = torch.bincount(owner[owner >= 0], minlength=self.neurons)
+        return self.neurons * int(counts.max()) > 2 * max(owner.numel(), self.n_first)
 
     def _owners(self, node: Node, value: Any) -> Any:
         rule = LOCAL_RULES.get(node.key)
