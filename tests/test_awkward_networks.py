@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from raypatch.engine import trial
-from raypatch.engine.capture import CaptureError
+from raypatch.engine.graph import CaptureError
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.reference import reference_outputs
 

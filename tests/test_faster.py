@@ -129,5 +129,5 @@ def test_in_another_process_a_network_is_computed_in_the_same_way(name):
     here, there = (p._engine.structure for p in (patcher, sent))
     for layer in ("first", "second"):
         (entry,) = here.calls[layer]
-        assert here.chain(entry).keys() == there.chain(entry).keys()
+        assert here.chains.after(entry).keys() == there.chains.after(entry).keys()
     assert [s.operation.name for s in _steps(patcher)] == [s.operation.name for s in _steps(sent)]

@@ -170,7 +170,7 @@ def _stays_sparse(patcher):
     """Whether the last layer is given a sparse value when the first is patched."""
     structure = patcher._engine.structure
     last = next(node for node in structure.nodes if node.path == "last")
-    return last.inputs[0] in structure.chain(structure.calls["first"][0])
+    return last.inputs[0] in structure.chains.after(structure.calls["first"][0])
 
 
 @pytest.mark.parametrize("kind", ["pair", "zero"])
@@ -242,7 +242,7 @@ def test_one_neuron_that_comes_to_own_everything_takes_no_table_of_all():
     network, shape = _on_sequence(operation, module=gate)
     patcher = _checked(lambda: (network, shape), torch.float64)
     structure = patcher._engine.structure
-    chain = structure.chain(structure.calls["first"][0])
+    chain = structure.chains.after(structure.calls["first"][0])
     assert max(of.positions.numel() for of in chain.values()) <= 2 * 5 * 6
 
 
@@ -316,7 +316,7 @@ def test_a_patch_stays_sparse_where_inputs_share_an_axis(name):
     reader = "conv" if name == "a convolution" else "second"
     node = next(node for node in structure.nodes if node.path == reader)
     for layer in ("first", "state") if name == "quantiles" else ("first",):
-        assert structure.chain(structure.calls[layer][0])[node.inputs[0]].per_input == 3
+        assert structure.chains.after(structure.calls[layer][0])[node.inputs[0]].per_input == 3
 
 
 def test_an_entry_that_does_not_change_changes_no_row_unless_another_does():

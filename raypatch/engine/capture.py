@@ -1,157 +1,33 @@
-"""Capture: a network as a graph of modules and functions, once.
-
-The graph is plain data (no user classes unless a user's own layer is a leaf of it), so it
-travels to actors that have neither the agent's files nor its code.
-"""
+"""Capture: a network as a :class:`~raypatch.engine.graph.Graph`, traced once by torch.fx."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial, reduce
-from operator import getitem
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
-from raypatch.engine.layers import Args, map_tensors, owns_weights, widened
+from raypatch.engine.graph import (
+    Bounds,
+    CaptureError,
+    Graph,
+    Node,
+    Ref,
+    aten_operation,
+    finished_graph,
+    is_ref,
+    item_between,
+)
+from raypatch.engine.layers import Args, map_tensors, owns_weights
 from raypatch.engine.overwriting import OverwritingError, Proxy, out_of_place, overwritten
 from raypatch.engine.transformers import FORWARDS
-
-
-class CaptureError(Exception):
-    """The network cannot be captured as a graph; the text says why."""
-
-
-@dataclass(frozen=True)
-class Ref:
-    """Stands for another node's value among a node's arguments."""
-
-    node: int
-
-
-@dataclass(frozen=True)
-class AtenOperation:
-    """An aten operator by name: unlike the operator itself it can be pickled.
-
-    Rules know it by the name of the method or function it belongs to.
-    """
-
-    name: str
-    overload: str
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        packet = getattr(torch.ops.aten, self.name)
-        return getattr(packet, self.overload)(*args, **kwargs)
-
-
-def aten_operation(target: torch._ops.OpOverload) -> AtenOperation:
-    name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
-    if name == "view" and overload == "default":
-        name = "reshape"  # rows may lie otherwise in memory than the network's own values
-    return AtenOperation(name, overload)
-
-
-@dataclass
-class Node:
-    """One operation; its index is its place in the forward pass."""
-
-    index: int
-    op: str  # "input", "constant", "module", "function" or "method"
-    target: Any  # an input's place in the arguments, tensor, module, callable or method name
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    # Path of the module that is called, where one is; a layer's name if it owns weights.
-    path: str | None = None
-    users: int = 0
-
-    # Indices of the nodes whose values are needed, in the order of the arguments; and
-    # whether arguments are values and references only, with nothing nested.
-    inputs: tuple[int, ...] = ()
-    flat: bool = True
-
-    @property
-    def key(self) -> Any:
-        """What rules are registered under: module type, function, or method name."""
-        if self.op == "module":
-            return type(self.target)
-        # An exported operation goes by the name of the method it stands for.
-        return getattr(self.target, "name", self.target)
-
-    @property
-    def name(self) -> str:
-        """Of the function or method, or of the module's class."""
-        return str(getattr(self.key, "__name__", self.key))
-
-    @property
-    def is_torchs(self) -> bool:
-        """Whether the operation is torch's or Python's own, so that its name says what it does."""
-        if self.op == "method" or isinstance(self.target, AtenOperation):
-            return True
-        code = type(self.target) if self.op == "module" else self.target
-        # Many of torch's own functions name no module.
-        home = getattr(code, "__module__", None) or "torch"
-        own = home.split(".")[0] in ("torch", "_operator", "builtins")
-        return self.op in ("module", "function") and own
-
-    def option(self, place: int, name: str) -> Any:
-        """An argument by its place or its name; None where it is not given."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name)
-
-    def call(self, value_of: Callable[[int], Any], argument: Any = None) -> Any:
-        """Run the operation on the values of its inputs."""
-        if self.op == "input":
-            return argument
-        if self.op == "constant":
-            return self.target
-        if self.flat:
-            args: Any = [value_of(a.node) if type(a) is Ref else a for a in self.args]
-            kwargs: Any = {
-                name: value_of(a.node) if type(a) is Ref else a for name, a in self.kwargs.items()
-            }
-        else:
-            args, kwargs = tree_map(
-                lambda leaf: value_of(leaf.node) if isinstance(leaf, Ref) else leaf,
-                (self.args, self.kwargs),
-                is_leaf=_is_ref,
-            )
-        if self.op == "method":
-            return getattr(args[0], self.target)(*args[1:], **kwargs)
-        return self.target(*args, **kwargs)
-
-
-def _is_ref(leaf: Any) -> bool:
-    return isinstance(leaf, Ref)
-
-
-@dataclass
-class Graph:
-    """Nodes in the order of the forward pass; the last one is the network's output."""
-
-    nodes: list[Node]
-    how: str  # "torch.fx" or "torch.export"
-    unread: frozenset[str]  # paths of modules whose outputs the network's does not depend on
-
-    def widen(self) -> None:
-        """Let casts to float32 be casts to float64."""
-        for node in self.nodes:
-            if node.op == "method" and node.target == "float":
-                node.target = "double"
-            node.args, node.kwargs = widened((node.args, node.kwargs))
-
-    def run(self, args: tuple[Any, ...]) -> list[Any]:
-        """Values of all nodes in one plain forward."""
-        values: list[Any] = []
-        for node in self.nodes:
-            argument = reduce(getitem, node.target, args) if node.op == "input" else None
-            values.append(node.call(values.__getitem__, argument))
-        return values
 
 
 def capture(network: nn.Module, args: Args) -> Graph:
@@ -323,75 +199,18 @@ def replaced(arguments: Any, current: dict[fx.Node, int]) -> Any:
     mapped = tree_map(
         lambda leaf: Bounds(leaf.start, leaf.stop, leaf.step) if _in_slice(leaf) else leaf,
         mapped,
-        is_leaf=_is_ref,
+        is_leaf=is_ref,
     )
     return dict(mapped) if isinstance(arguments, dict) else mapped
 
 
 def _in_slice(leaf: Any) -> bool:
-    return isinstance(leaf, slice) and any(map(_is_ref, (leaf.start, leaf.stop, leaf.step)))
+    return isinstance(leaf, slice) and any(map(is_ref, (leaf.start, leaf.stop, leaf.step)))
 
 
 def _has_bounds(index: Any) -> bool:
     each = index if type(index) is tuple else (index,)
     return any(isinstance(one, Bounds) for one in each)
-
-
-class Bounds(NamedTuple):
-    """A slice whose bounds are computed: unlike in a slice, what they refer to is found."""
-
-    start: Any
-    stop: Any
-    step: Any
-
-
-def item_between(value: Any, index: Any) -> Any:
-    """``value[index]`` where :class:`Bounds` stand for slices."""
-    return value[
-        tree_map(
-            lambda leaf: slice(*leaf) if isinstance(leaf, Bounds) else leaf,
-            index,
-            is_leaf=lambda leaf: isinstance(leaf, Bounds),
-        )
-    ]
-
-
-def finished_graph(
-    nodes: list[Node], output: int, how: str, unread: frozenset[str] = frozenset()
-) -> Graph:
-    """The nodes that ``output`` depends on, numbered anew, with their users counted; ``unread`` as
-    of the graph they come from."""
-    wanted = {output}
-    for node in reversed(nodes):
-        if node.index in wanted:
-            wanted.update(_references(node))
-    kept = [node for node in nodes if node.index in wanted]
-    number = {node.index: new for new, node in enumerate(kept)}
-    for node in kept:
-        node.args, node.kwargs = renumbered(node, number)
-        node.index, node.users = number[node.index], 0
-        node.inputs = tuple(_references(node))
-        leaves = [*node.args, *node.kwargs.values()]
-        node.flat = not any(isinstance(leaf, (tuple, list, dict, slice)) for leaf in leaves)
-    for node in kept:
-        for used in node.inputs:
-            kept[used].users += 1
-    paths = [{node.path for node in some if node.path} for some in (nodes, kept)]
-    return Graph(kept, how, unread | (paths[0] - paths[1]))
-
-
-def renumbered(node: Node, number: Mapping[int, int]) -> Any:
-    """Arguments and keyword arguments of a node with the new numbers of the nodes they name."""
-    return tree_map(
-        lambda leaf: Ref(number[leaf.node]) if isinstance(leaf, Ref) else leaf,
-        (node.args, node.kwargs),
-        is_leaf=_is_ref,
-    )
-
-
-def _references(node: Node) -> list[int]:
-    leaves, _ = tree_flatten((node.args, node.kwargs), is_leaf=_is_ref)
-    return [leaf.node for leaf in leaves if isinstance(leaf, Ref)]
 
 
 def _attribute(network: nn.Module, path: str) -> Any:

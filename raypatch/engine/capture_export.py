@@ -18,17 +18,8 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten_with_path
 
-from raypatch.engine.capture import (
-    CaptureError,
-    Graph,
-    Node,
-    Ref,
-    aten_operation,
-    finished_graph,
-    first_line,
-    lengths_traced,
-    replaced,
-)
+from raypatch.engine.capture import first_line, lengths_traced, replaced
+from raypatch.engine.graph import CaptureError, Graph, Node, Ref, aten_operation, finished_graph
 from raypatch.engine.layers import Args, owns_weights
 
 # Modules that are given back, and the operation that each is.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from raypatch.engine.capture import Node
+from raypatch.engine.graph import Node
 
 # By the names of functions and of modules' classes: along how many axes they go.
 MAX_POOLS = {

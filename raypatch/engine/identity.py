@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from raypatch.engine.capture import Graph, Ref
+from raypatch.engine.graph import Graph, Ref
 
 ADDRESS = re.compile(" at 0x[0-9a-f]+")
 

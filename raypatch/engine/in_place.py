@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
-from raypatch.engine.capture import AtenOperation, Node, Ref
+from raypatch.engine.graph import AtenOperation, Node, Ref
 from raypatch.engine.local_rules import LOCAL_RULES, channelwise, pointwise
 from raypatch.engine.overwriting import OPERATORS
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from raypatch.engine.capture import Graph
+from raypatch.engine.graph import Graph
 from raypatch.engine.input_axes import inputs_first, place_of, with_inputs_in
 from raypatch.engine.layers import Args, Layer
 from raypatch.engine.narrowing import narrowed

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from raypatch.engine.capture import CaptureError, Graph, Node, Ref, finished_graph, renumbered
+from raypatch.engine.graph import CaptureError, Graph, Node, Ref, finished_graph, renumbered
 from raypatch.engine.layers import Args, holds_tensors, map_tensors
 
 # Methods, attributes and exported operations that tell of a tensor's form, not of its numbers.
@@ -62,7 +62,7 @@ def follow_inputs(graph: Graph, one_input: Args, sample: list[Any]) -> Following
     form: set[int] = set()  # nodes that follow from the inputs' form alone
     for node in graph.nodes:
         i = node.index
-        asked = node.inputs[:1] if node.name in CASTS else node.inputs
+        asked = node.inputs[:1] if node.name in CASTS and node.is_torchs else node.inputs
         seen = [used for used in asked if depends[used]]
         if not holds_tensors(sample[i]) and (_asks_for_form(node) or form.issuperset(seen)):
             form.add(i)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
-from raypatch.engine.capture import Node, Ref, item_between
+from raypatch.engine.graph import Node, Ref, is_ref, item_between
 
 
 class Owners(Protocol):
@@ -30,6 +30,9 @@ class Owners(Protocol):
 
     def of(self, node: int) -> Tensor | None:
         """Owners of an input's elements; None where no patched neuron reaches it."""
+
+    def varies(self, node: int) -> bool:
+        """Whether an input is a tensor that may differ between the network's inputs."""
 
     def argument(self, node: int) -> Any:
         """A stand-in to run the operation on: owners, -1 where there are none; sizes and
@@ -149,15 +152,11 @@ def attribute(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
 )  # fmt: skip
 def movement(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     """Elements only change places: the owners move in the same way."""
-    moved = {leaf.node for leaf in tree_flatten(node.args[:1], is_leaf=_is_ref)[0] if _is_ref(leaf)}
-    others = [i for i in node.inputs if i not in moved and owners.of(i) is not None]
+    moved = {leaf.node for leaf in tree_flatten(node.args[:1], is_leaf=is_ref)[0] if is_ref(leaf)}
+    others = [i for i in node.inputs if i not in moved and owners.varies(i)]
     if others and not node.name.endswith("_as"):
-        return None  # where to is what a patch changes
+        return None  # where to differs from input to input
     return node.call(owners.argument)
-
-
-def _is_ref(leaf: Any) -> bool:
-    return isinstance(leaf, Ref)
 
 
 @local(*(getattr(nn.modules.padding, name) for name in PADDING_MODULES), *_named(["pad"]))

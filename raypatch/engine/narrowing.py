@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from raypatch.engine.capture import Graph, Node, Ref, finished_graph
+from raypatch.engine.graph import Graph, Node, Ref, finished_graph
 from raypatch.engine.local_rules import LOCAL_RULES, movement, pointwise
 from raypatch.engine.sources import Places
 

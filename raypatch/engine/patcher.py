@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raypatch.engine.arguments import count_inputs, described, form_of, in_parts, inputs_between
-from raypatch.engine.capture import CaptureError, Graph
+from raypatch.engine.graph import CaptureError, Graph
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.layers import Args, Layer, as_args, map_tensors, owns_weights
 from raypatch.engine.patch_run import Definition, Engine, Limits, PatchRun

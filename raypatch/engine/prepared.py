@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine import dense_ops
-from raypatch.engine.capture import CaptureError, Graph, Node
+from raypatch.engine.graph import CaptureError, Graph, Node
 from raypatch.engine.input_axes import (
     entries_at,
     entries_first,
@@ -144,7 +144,7 @@ class Prepared:
             patch = patch if per_input(axis) is None else inputs_at(axis, patch)
         fulls: dict[int, Any] = {entry: patch}
         chain: dict[int, Sparse] = {}
-        for index, ownership in self.structure.chain(entry).items():
+        for index, ownership in self.structure.chains.after(entry).items():
             if index != entry:
                 fulls[index] = self.structure.nodes[index].call(
                     lambda i: fulls[i] if i in fulls else self.base_values[i]
@@ -161,14 +161,14 @@ class Prepared:
         if entry not in self._active:
             chain = self.chain(entry)
             active: Tensor | None = None
-            for end in self.structure.chain_ends(entry):
+            for end in self.structure.chains.ends(entry):
                 if end not in chain:  # a tuple: not looked into
                     neurons = chain[entry].of.neurons
                     active = self.baseline.new_ones(neurons, self.n_inputs, dtype=torch.bool)
                     break
                 active = chain[end].active if active is None else active | chain[end].active
             assert active is not None
-            ends = [chain[end].delta for end in self.structure.chain_ends(entry) if end in chain]
+            ends = [chain[end].delta for end in self.structure.chains.ends(entry) if end in chain]
             sums = [delta.sum().isfinite().view(1) for delta in ends if delta.is_floating_point()]
             counts = torch.cat([active.sum(1), *sums]).cpu()
             self._finite[entry] = bool(counts[len(active) :].all())
@@ -192,7 +192,7 @@ class Prepared:
         program, gathered = self.program(group), 0
         for entry, layer in program.patched.items():
             if (chosen := group.index[layer]) is not None:
-                gathered += chosen.shape[1] * self.structure.widest(entry)
+                gathered += chosen.shape[1] * self.structure.chains.widest(entry)
         return (program.row_elements + 2 * gathered) * self.baseline.element_size()
 
     def evaluate(self, group: Group, out: Tensor, batch_rows: int) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raypatch.engine.capture import Node
 from raypatch.engine.dense_ops import Weights
+from raypatch.engine.graph import Node
 
 
 class Scratch:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raypatch.engine.capture import Node
+from raypatch.engine.graph import Node
 from raypatch.engine.plan import Selection
 from raypatch.engine.values import Batch, Sparse
 

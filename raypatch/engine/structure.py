@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from raypatch.definitions import OUTPUT_LOGITS
-from raypatch.engine.capture import CaptureError, Graph, Node
+from raypatch.engine.chains import Chains
 from raypatch.engine.faster import faster
+from raypatch.engine.graph import CaptureError, Graph, Node
 from raypatch.engine.in_place import Memory, writes_into
-from raypatch.engine.input_axes import follow_inputs, inputs_first, per_input, place_of, shape_of
+from raypatch.engine.input_axes import follow_inputs, per_input, shape_of
 from raypatch.engine.layers import Args, Layer, holds_tensors
 from raypatch.engine.local_rules import LOCAL_RULES, pointwise
 from raypatch.engine.narrowing import Values
 from raypatch.engine.plan import ALL, Signature
 from raypatch.engine.spread_rules import SPREAD_RULES, SpreadRule
-from raypatch.engine.values import Ownership
 
 # Operations whose results are of a size that values decide: always, and where they take masks.
 SIZED_BY_VALUES = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
@@ -134,16 +134,17 @@ class Structure:
         if missing:
             raise CaptureError(f"layer {missing[0]!r} is not a node of the captured graph")
         self._refuse_selections_by_values()
+        neurons = {entry: self._neuron_axis(entry) for entry in self.layer_of}
+        self.chains = Chains(graph.nodes, sample, self.readers, following, neurons)
         self.memory = Memory(graph.nodes, sample, self.readers)
         self._operations = [self._on_rows(node) for node in graph.nodes]
-        self._chains: dict[int, dict[int, Ownership | None]] = {}
         self._programs: dict[tuple[Signature, bool], Program] = {}
         self._sizes: dict[int, dict[int, Any]] = {}
         self._overwritings: dict[int, list[tuple[set[int], Node]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is planned on demand."""
-        planned = ("_chains", "_programs", "_sizes", "_overwritings")
+        planned = ("_programs", "_sizes", "_overwritings")
         return {**self.__dict__, **{name: {} for name in planned}}
 
     def _refuse_selections_by_values(self) -> None:
@@ -173,45 +174,6 @@ class Structure:
             raise CaptureError(f"{node.path}: its first output is taken more than once")
         return takers
 
-    # ------------------------------------------------------------------------ chains
-
-    def chain(self, entry: int) -> dict[int, Ownership | None]:
-        """Nodes that stay sparse after a patch at ``entry`` alone, in order; None for tuples."""
-        if entry not in self._chains:
-            self._chains[entry] = self._build_chain(entry)
-        return self._chains[entry]
-
-    def chain_ends(self, entry: int) -> list[int]:
-        """Nodes of the chain that something outside it reads, or that are the output."""
-        chain = self.chain(entry)
-        return [
-            node
-            for node in chain
-            if node >= self.output or any(reader not in chain for reader in self.readers[node])
-        ]
-
-    def widest(self, entry: int) -> int:
-        """How many features of one input a neuron has where it has most, while it is sparse."""
-        found = [of for of in self.chain(entry).values() if of is not None]
-        return max(of.per_input * of.owner.numel() // of.neurons for of in found)
-
-    def _build_chain(self, entry: int) -> dict[int, Ownership | None]:
-        node = min(entry, self.output)
-        inputs, axis = self.axes[node], self._neuron_axis(entry)
-        value, entries = self.sample[node], per_input(inputs)
-        if entries is None:
-            value, axis = inputs_first(value, inputs), place_of(axis, inputs)
-        view = [1] * value.dim()
-        view[axis] = size = value.shape[axis]
-        owner = torch.arange(size).view(view).expand(value.shape)
-        first = Ownership(owner[0].to(value.device), size, entries or 1)
-        chain: dict[int, Ownership | None] = {entry: first}
-        if entry != self.virtual and entries is not None:
-            tracker = _ChainTracker(self, chain, entry, owner)
-            for later in self.nodes[entry + 1 :]:
-                tracker.visit(later)
-        return chain
-
     def _neuron_axis(self, entry: int) -> int:
         """Along which axis of a layer's value its neurons are."""
         layer = self.layers.get(self.layer_of[entry])
@@ -221,9 +183,7 @@ class Structure:
 
     def for_narrowing(self) -> Values:
         """What :func:`raypatch.engine.narrowing.narrowed` asks of a graph's values."""
-        neurons = {
-            entry: self._neuron_axis(entry) for entry in self.layer_of if entry != self.virtual
-        }
+        neurons = {e: axis for e, axis in self.chains.neuron_axes.items() if e != self.virtual}
         return Values(self.nodes, self.sample, self.axes, neurons)
 
     # --------------------------------------------------------------------- programs
@@ -280,7 +240,7 @@ class Structure:
         entries = {kind.entry for kind in used if kind.name == SPARSE}
         if len(entries) == 1 and all(kind.name in ("base", SPARSE) for kind in used):
             (entry,) = entries
-            if index in self.chain(entry):
+            if index in self.chains.after(entry):
                 return Kind(SPARSE, entry)
         return DENSE
 
@@ -301,7 +261,7 @@ class Structure:
             others = all(kinds[i] == BASE for i in node.inputs if i != sparse[0])
             entries = per_input(self.axes[sparse[0]])
             same = entries is not None and entries == per_input(self.axes[node.index])
-            if others and same and self.chain(entry)[sparse[0]] is not None:
+            if others and same and self.chains.after(entry)[sparse[0]] is not None:
                 spread = Spread(rule, sparse[0], entry)
         value = self.sample[node.inputs[0]] if node.inputs else None
         is_linear = type(node.target) is nn.Linear and value is not None and value.dim() > 1
@@ -370,88 +330,6 @@ class Structure:
             if self.depends[node.index] and not holds_tensors(self.sample[node.index]):
                 found[node.index] = node.call(shaped)
         return found
-
-
-class _ChainTracker:
-    """Follows one layer's patch through local operations; also what local rules may ask."""
-
-    def __init__(
-        self,
-        structure: Structure,
-        chain: dict[int, Ownership | None],
-        entry: int,
-        owner: Tensor,
-    ) -> None:
-        self.structure = structure
-        self.chain = chain
-        self.owners: dict[int, Any] = {entry: owner}
-        self.lost: set[int] = set()
-        first = chain[entry]
-        assert first is not None
-        self.neurons, self.n_first = first.neurons, first.owner.numel()
-
-    def of(self, node: int) -> Tensor | None:
-        return self.owners.get(node)
-
-    def argument(self, node: int) -> Any:
-        if node in self.owners:
-            return self.owners[node]
-        value = self.structure.sample[node]
-        if not isinstance(value, Tensor):
-            return value
-        if self.structure.depends[node]:
-            return torch.full(value.shape, -1)
-        return torch.full(value.shape, -1) if value.is_floating_point() else value.cpu()
-
-    def visit(self, node: Node) -> None:
-        """Add a node to the chain if the patch reaches it and stays sparse."""
-        if not self.structure.depends[node.index]:
-            return
-        if any(i in self.lost for i in node.inputs):
-            self.lost.add(node.index)
-            return
-        value = self.structure.sample[node.index]
-        if not any(i in self.owners for i in node.inputs) or not holds_tensors(value):
-            return  # base, or a size, which no patch changes
-        counts = {per_input(axis) for axis in tree_flatten(self.structure.axes[node.index])[0]}
-        entries = counts.pop() if len(counts) == 1 else None
-        owners = None if entries is None else self._owners(node, value)
-        if entries is None or owners is None:
-            self.lost.add(node.index)
-            return
-        if isinstance(value, Tensor) and self._is_lopsided(owners[0]):
-            self.lost.add(node.index)
-            return
-        self.owners[node.index] = owners
-        self.chain[node.index] = None
-        if isinstance(value, Tensor):
-            of = Ownership(owners[0].to(value.device), self.neurons, entries)
-            self.chain[node.index] = of
-
-    def _is_lopsided(self, owner: Tensor) -> bool:
-        """Whether few neurons own so much that a table of all, each with as many features, would
-        be far larger than the value."""
-        counts = torch.bincount(owner[owner >= 0], minlength=self.neurons)
-        return self.neurons * int(counts.max()) > 2 * max(owner.numel(), self.n_first)
-
-    def _owners(self, node: Node, value: Any) -> Any:
-        rule = LOCAL_RULES.get(node.key)
-        if rule is None:
-            return None
-        first = value if isinstance(value, Tensor) else tree_flatten(value)[0][0]
-        shape = tuple(first.shape) if isinstance(first, Tensor) else ()
-        try:
-            owners = rule(node, self, shape)
-        except (RuntimeError, TypeError, IndexError, ValueError):
-            return None  # an unusual form of the operation: dense is always right
-        if isinstance(value, Tensor):
-            good = isinstance(owners, Tensor) and owners.shape == shape
-            good = good and owners.dtype == torch.int64 and bool((owners == owners[:1]).all())
-            return owners.clone() if good else None
-        same = isinstance(owners, (tuple, list)) and len(owners) == len(value)
-        if same and all(o.shape == v.shape for o, v in zip(owners, value)):
-            return tuple(owners)
-        return None
 
 
 def _numel(value: Any) -> int:

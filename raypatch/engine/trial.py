@@ -12,9 +12,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments
 from raypatch.engine.arguments import count_inputs, described, in_parts, inputs_between
-from raypatch.engine.capture import CaptureError, capture, first_line
+from raypatch.engine.capture import capture, first_line
 from raypatch.engine.capture_export import capture_export
 from raypatch.engine.decisions import decides_by_values
+from raypatch.engine.graph import CaptureError
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.layers import (
     Args,

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from raypatch.engine.capture import Graph, Node, Ref, finished_graph
+from raypatch.engine.graph import Graph, Node, Ref, finished_graph
 
 
 def with_modules(graph: Graph) -> Graph:
