@@ -338,5 +338,5 @@ def test_an_entry_that_does_not_change_changes_no_row_unless_another_does():
     check_equal(
         run(experiments), reference_outputs(network, experiments, source, target), torch.float32
     )
-    changed = run._prepare(0).active(run._engine.structure.calls["first"][0])[0]
+    changed = run._prepare(0).changes(run._engine.structure.calls["first"][0]).active
     assert changed.tolist() == [[True, False, True, True]] * 6

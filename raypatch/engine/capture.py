@@ -25,7 +25,7 @@ from raypatch.engine.graph import (
     is_ref,
     item_between,
 )
-from raypatch.engine.layers import Args, map_tensors, owns_weights
+from raypatch.engine.layers import Args, as_in_forward, map_tensors, owns_weights
 from raypatch.engine.overwriting import OverwritingError, Proxy, out_of_place, overwritten
 from raypatch.engine.transformers import FORWARDS
 
@@ -40,7 +40,7 @@ def capture(network: nn.Module, args: Args) -> Graph:
     for looked_into in (True, False):
         tracer = _Tracer(looked_into)
         try:
-            with lengths_traced(network):
+            with lengths_traced(network), as_in_forward(network, args):
                 traced = tracer.trace(network, concrete_args=_defaults(network, len(args)))
             overwrites = overwritten(traced, network, map_tensors(Tensor.clone, args))
             nodes, output = _nodes(traced, network, overwrites, len(args))
@@ -105,7 +105,7 @@ def lengths_traced(network: nn.Module) -> Iterator[None]:
 
 
 def _length(value: Any) -> Any:
-    if isinstance(value, Proxy):
+    if isinstance(value, fx.Proxy):
         return value.tracer.create_proxy("call_function", len, (value,), {})
     has_axes = isinstance(value, Tensor) and value.dim() > 0
     return value.shape[0] if has_axes else len(value)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
+from threading import RLock
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from raypatch.engine.capture import first_line, lengths_traced, replaced
 from raypatch.engine.graph import CaptureError, Graph, Node, Ref, aten_operation, finished_graph
-from raypatch.engine.layers import Args, owns_weights
+from raypatch.engine.layers import Args, as_in_forward, owns_weights
 
 # Modules that are given back, and the operation that each is.
 KINDS: dict[type | None, str] = {
@@ -46,7 +47,7 @@ def capture_export(network: nn.Module, args: Args) -> Graph:
         return {0: Dim.AUTO} if isinstance(value, torch.Tensor) else None
 
     try:
-        with _silence(), torch.no_grad(), lengths_traced(network):
+        with _silence(), torch.no_grad(), lengths_traced(network), as_in_forward(network, args):
             program = export(network, args, dynamic_shapes=tuple(map(free, args)), strict=False)
             traced = exported_graph_module(program)
     except Exception as error:  # user code runs under the exporter: anything may be raised
@@ -65,9 +66,14 @@ def exported_graph_module(program: Any) -> Any:
         return program.run_decompositions({}).module()
 
 
+# What is silenced is the whole process's: of two threads, the second would put back nothing.
+_silencing = RLock()
+
+
 @contextmanager
 def _silence() -> Iterator[None]:
     """The exporter prints whole graphs where it fails; its one-line reason is kept instead."""
+    _silencing.acquire()
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -76,6 +82,7 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+        _silencing.release()
 
 
 def _inside_layers(traced: Any, network: nn.Module) -> dict[tuple[str, str], dict[fx.Node, None]]:

@@ -42,9 +42,10 @@ EXTREMES = {"max": largest, "min": smallest}
 
 def faster(node: Node, readers: Iterable[Node], value: Any) -> Node:
     """The node, or one with the same results in less time; ``value`` is what it gives."""
-    tensor = value[0] if isinstance(value, tuple) else value
+    tensor = value[0] if isinstance(value, tuple) and value else value
     is_here = isinstance(tensor, Tensor) and tensor.device.type == "cpu"
-    if not is_here or not tensor.is_floating_point() or not node.is_torchs:
+    is_plain = bool(node.args) and node.is_torchs
+    if not is_here or not tensor.is_floating_point() or not is_plain:
         return node
     if isinstance(value, Tensor):
         windows = _windows(node) if node.name in MAX_POOLS else None

@@ -14,9 +14,10 @@ from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from raypatch.engine.layers import widened
+from raypatch.engine.layers import float64_is_default, widened
 
 
 class CaptureError(Exception):
@@ -64,6 +65,7 @@ class Node:
     # Path of the module that is called, where one is; a layer's name if it owns weights.
     path: str | None = None
     users: int = 0
+    is_wide: bool = False  # what it makes without a type is float64
 
     # Indices of the nodes whose values are needed, in the order of the arguments; and
     # whether arguments are values and references only, with nothing nested.
@@ -104,6 +106,12 @@ class Node:
             return argument
         if self.op == "constant":
             return self.target
+        if self.is_wide:
+            with float64_is_default():
+                return self._called(value_of)
+        return self._called(value_of)
+
+    def _called(self, value_of: Callable[[int], Any]) -> Any:
         if self.flat:
             args: Any = [value_of(a.node) if type(a) is Ref else a for a in self.args]
             kwargs: Any = {
@@ -132,20 +140,35 @@ class Graph:
     how: str  # "torch.fx" or "torch.export"
     unread: frozenset[str]  # paths of modules whose outputs the network's does not depend on
 
-    def widen(self) -> None:
-        """Let casts to float32 be casts to float64."""
+    def widen(self, args: tuple[Any, ...]) -> None:
+        """Let casts to float32 be casts to float64, and so what is made of no float numbers;
+        ``args`` are such as it will get."""
+        values: list[Any] = []
         for node in self.nodes:
             if node.op == "method" and node.target == "float":
                 node.target = "double"
             node.args, node.kwargs = widened((node.args, node.kwargs))
+            made = self._value(node, values, args)
+            if node.op not in ("input", "constant") and _holds_float32(made):
+                node.is_wide = True
+                made = self._value(node, values, args)
+            values.append(made)
 
     def run(self, args: tuple[Any, ...]) -> list[Any]:
         """Values of all nodes in one plain forward."""
         values: list[Any] = []
         for node in self.nodes:
-            argument = reduce(getitem, node.target, args) if node.op == "input" else None
-            values.append(node.call(values.__getitem__, argument))
+            values.append(self._value(node, values, args))
         return values
+
+    def _value(self, node: Node, values: list[Any], args: tuple[Any, ...]) -> Any:
+        argument = reduce(getitem, node.target, args) if node.op == "input" else None
+        return node.call(values.__getitem__, argument)
+
+
+def _holds_float32(value: Any) -> bool:
+    leaves = tree_flatten(value)[0]
+    return any(isinstance(leaf, Tensor) and leaf.dtype is torch.float32 for leaf in leaves)
 
 
 class Bounds(NamedTuple):

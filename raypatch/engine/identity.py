@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from raypatch.engine.graph import Graph, Ref
+from raypatch.engine.apart import OneByOne
+from raypatch.engine.graph import Graph, Node, Ref
 
 ADDRESS = re.compile(" at 0x[0-9a-f]+")
 
@@ -29,10 +30,12 @@ def network_digest(network: nn.Module, graph: Graph | None) -> str:
 
 
 def _operations(graph: Graph) -> list[str]:
-    return [
-        f"{node.op} {node.path or _text(node.target)} {tree_map(_text, (node.args, node.kwargs))}"
-        for node in graph.nodes
-    ]
+    return [_operation(node) for node in graph.nodes]
+
+
+def _operation(node: Node) -> str:
+    target = node.path or _text(node.target)
+    return f"{node.op} {target} {tree_map(_text, (node.args, node.kwargs))}"
 
 
 def _module(name: str, module: nn.Module) -> list[str]:
@@ -70,6 +73,8 @@ def _text(value: Any) -> str:
     if isinstance(value, nn.Module):
         weights = [_text(parameter) for parameter in value.parameters()]
         return f"{type(value).__qualname__} {value.extra_repr()} {weights}"
+    if isinstance(value, OneByOne):
+        return f"one by one {_operation(value.node)}"
     name = getattr(value, "__qualname__", None)
     overload = (getattr(value, "name", ""), getattr(value, "overload", ""))
     return str(name or f"{type(value).__qualname__} {overload}")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from raypatch.engine.apart import OneByOne, with_inputs_in
 from raypatch.engine.graph import Graph
-from raypatch.engine.input_axes import inputs_first, place_of, with_inputs_in
+from raypatch.engine.input_axes import inputs_first, place_of
 from raypatch.engine.layers import Args, Layer
 from raypatch.engine.narrowing import narrowed
 from raypatch.engine.prepared import Prepared
@@ -24,13 +25,13 @@ class Incremental:
     """The engine on one captured graph. Not thread-safe: scratch memory is shared."""
 
     def __init__(
-        self, graph: Graph, layers: dict[str, Layer], savings: Savings, one_input: Args
+        self, graph: Graph, layers: dict[str, Layer], savings: Savings, two_inputs: Args
     ) -> None:
         graph = with_modules(graph)
-        structure = Structure(graph, layers, savings, one_input)
+        structure = Structure(graph, layers, savings, two_inputs)
         if structure.apart:
-            graph = with_inputs_in(structure.apart, graph, structure.axes)
-            structure = Structure(graph, layers, savings, one_input)
+            graph = with_inputs_in(structure.apart, graph, structure.following, structure.sample)
+            structure = Structure(graph, layers, savings, two_inputs)
         # Of which layers' calls only some places are computed, along an axis after the inputs'.
         self.kept: dict[tuple[str, int], Places] = {}
         if savings.needed_places and (less := narrowed(graph, structure.for_narrowing())):
@@ -38,7 +39,7 @@ class Incremental:
             for entry in kept.keys() & structure.layer_of.keys():
                 places, inputs = kept[entry], structure.axes[entry]
                 self.kept[structure.layer_at(entry)] = places.along(place_of(places.axis, inputs))
-            structure = Structure(graph, layers, savings, one_input)
+            structure = Structure(graph, layers, savings, two_inputs)
         self.graph = graph
         self.layers = layers
         self.savings = savings
@@ -54,13 +55,15 @@ class Incremental:
             fill = replace(fill, kept=self.kept)
         return Prepared(self.graph, self.structure, self.scratch, source, target, fill)
 
-    def to(self, device: torch.device, one_input: Args) -> None:
+    def to(self, device: torch.device, two_inputs: Args) -> None:
         """Move weights and constants; everything derived is made anew."""
 
         def moved(argument: Any) -> Any:
             return device if isinstance(argument, torch.device) else argument
 
-        for node in self.graph.nodes:
+        own = self.graph.nodes
+        within = [node.target.node for node in own if isinstance(node.target, OneByOne)]
+        for node in [*own, *within]:
             # An export writes down the device that a forward asked its input for.
             node.args, node.kwargs = tree_map(moved, (node.args, node.kwargs))
             if node.op == "module":
@@ -68,7 +71,7 @@ class Incremental:
             elif node.op == "constant" and isinstance(node.target, Tensor):
                 node.target = node.target.to(device)
         self.scratch = Scratch()
-        self.structure = Structure(self.graph, self.layers, self.savings, one_input)
+        self.structure = Structure(self.graph, self.layers, self.savings, two_inputs)
 
     def layer_values(self, args: Args) -> dict[str, list[Tensor]]:
         """Outputs ``[inputs, ...]`` of every layer, one a call, in an unpatched run."""

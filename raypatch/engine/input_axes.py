@@ -1,8 +1,5 @@
 """Along which axis the values of a graph hold the inputs, and which values are the same for all of
-them: sizes, positions and masks made from sizes, and layers that see nothing else.
-
-A network that embeds positions, ``pos(torch.arange(x.shape[1]))``, has a layer whose output holds
-no inputs. Given an axis for them, it is a layer like any other.
+them: sizes, positions and masks made from sizes.
 """
 
 from __future__ import annotations
@@ -14,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from raypatch.engine.graph import CaptureError, Graph, Node, Ref, finished_graph, renumbered
-from raypatch.engine.layers import Args, holds_tensors, map_tensors
+from raypatch.engine.arguments import inputs_between
+from raypatch.engine.graph import Graph, Node
+from raypatch.engine.layers import Args, holds_tensors
 
 # Methods, attributes and exported operations that tell of a tensor's form, not of its numbers.
 ASKS_FOR_FORM = {"size", "dim", "ndimension", "sym_size", "shape", "ndim", "device", "dtype"}
@@ -46,89 +44,77 @@ class Following:
     """How the values of a graph's nodes follow from the inputs.
 
     ``depends``: whether a value may differ from input to input, or by how many there are.
-    ``axes``: along which :data:`Axis` it holds the inputs, None where along none; of several
+    ``numbered``: nodes whose tensors number the inputs, as ``torch.arange(len(x))``.
+    ``axes``: along which :data:`Axis` a value holds the inputs, None where along none; of several
     tensors in one value a structure of the same form.
     """
 
     depends: list[bool]
+    numbered: set[int]
     axes: list[Any]
 
 
-def follow_inputs(graph: Graph, one_input: Args, sample: list[Any]) -> Following:
-    """Found by comparing ``sample``, the values of a run on one input, with those on two."""
-    doubled: Args = map_tensors(lambda x: torch.cat([x, x]) if x.dim() else x, one_input)
-    of_two = graph.run(doubled)
+def follow_inputs(graph: Graph, two_inputs: Args, sample: list[Any]) -> Following:
+    """Found by comparing the values of runs on either of two inputs and on both; ``sample`` are
+    those on the first."""
+    of_second, of_both = graph.run(inputs_between(two_inputs, 1, 2)), graph.run(two_inputs)
     depends: list[bool] = []
     form: set[int] = set()  # nodes that follow from the inputs' form alone
     for node in graph.nodes:
         i = node.index
         asked = node.inputs[:1] if node.name in CASTS and node.is_torchs else node.inputs
         seen = [used for used in asked if depends[used]]
-        if not holds_tensors(sample[i]) and (_asks_for_form(node) or form.issuperset(seen)):
+        is_size = not holds_tensors(sample[i])
+        if node.op != "input" and (form.issuperset(seen) or (is_size and _asks_for_form(node))):
             form.add(i)
-        is_fixed = i in form and bool(sample[i] == of_two[i])
+        is_fixed = is_size and i in form and bool(sample[i] == of_both[i])
         depends.append(node.op == "input" or (bool(seen) and not is_fixed))
-    return Following(depends, [tree_map(_input_axis, *pair) for pair in zip(sample, of_two)])
+    axes = [tree_map(_input_axis, *values) for values in zip(sample, of_second, of_both)]
+    numbered = {
+        i
+        for i in form
+        if depends[i]
+        and isinstance(sample[i], Tensor)
+        and not (inputs_first(of_both[i], axes[i]) == inputs_first(sample[i], axes[i])).all()
+    }
+    return Following(depends, numbered, axes)
 
 
-def _input_axis(of_one: Any, of_two: Any) -> Axis:
-    if not isinstance(of_one, Tensor) or of_one.dim() != of_two.dim():
+def _input_axis(of_first: Any, of_second: Any, of_both: Any) -> Axis:
+    if not isinstance(of_first, Tensor) or of_first.dim() != of_both.dim():
         return None
-    different = [
-        i for i, sizes in enumerate(zip(of_one.shape, of_two.shape)) if len(set(sizes)) > 1
-    ]
-    if len(different) != 1:
+    shape, both = of_first.shape, of_both.shape
+    different = [axis for axis, sizes in enumerate(zip(shape, both)) if len(set(sizes)) > 1]
+    if len(different) != 1 or of_second.shape != shape:
         return None
     (axis,) = different
-    size = of_one.shape[axis]
+    size = shape[axis]
     if size == 1:
         return axis
-    # The two inputs are the same, and so is what a right division gives for each.
-    divisors = [n for n in range(1, size + 1) if size % n == 0]
-    for division in (Merged(axis, before, size // before) for before in divisors):
-        if of_two.shape[axis] == 2 * size and _is_repeated(of_one, of_two, division):
-            return division
-    return None
+    if both[axis] != 2 * size:
+        return None
+    found = [Merged(axis, n, size // n) for n in range(1, size + 1) if size % n == 0]
+    errors = [_distance(of_first, of_second, of_both, division) for division in found]
+    # A right division leaves rounding errors, a wrong one what two inputs differ by.
+    least = min(errors)
+    if not least <= 1e-4:
+        return None
+    return next(division for division, e in zip(found, errors) if e <= max(10 * least, 1e-6))
 
 
-def _is_repeated(of_one: Tensor, of_two: Tensor, division: Merged) -> bool:
-    one, two = (division.apart(value).double() for value in (of_one, of_two))
-    scale = max(1.0, float(one.abs().max())) if one.numel() else 1.0
-    return bool(((two - one).abs() <= 1e-4 * scale).all())
+def _distance(of_first: Tensor, of_second: Tensor, of_both: Tensor, division: Merged) -> float:
+    """How far the values of both inputs, so divided, are from those of each, as a share of the
+    largest."""
+    alone = torch.stack([of_first, of_second]).double().nan_to_num()
+    size = max(1.0, float(alone.abs().max())) if alone.numel() else 1.0
+    together = inputs_first(of_both, division).double().nan_to_num()
+    one_by_one = torch.stack([inputs_first(one, division)[0] for one in alone])
+    return float((together - one_by_one).abs().max()) / size if alone.numel() else 0.0
 
 
 def _asks_for_form(node: Node) -> bool:
     asked = node.args[1] if node.target is getattr else node.key
     return asked in ASKS_FOR_FORM if isinstance(asked, str) else asked is len
-
-
-def with_inputs_in(apart: set[int], graph: Graph, axes: list[Any]) -> Graph:
-    """The graph with the values of the nodes ``apart`` repeated for every input.
-
-    Raises CaptureError for one of several outputs, and for one that comes before anything that
-    holds the inputs first.
-    """
-    holders = [i for i, axis in enumerate(axes) if type(axis) is int and axis == 0]
-    nodes: list[Node] = []
-    place: dict[int, int] = {}
-    for node in graph.nodes:
-        number = node.index
-        node.args, node.kwargs = renumbered(node, place)
-        place[number] = node.index = len(nodes)
-        nodes.append(node)
-        if number in apart:
-            if node.path is None or not holders or holders[0] > number:
-                raise CaptureError(f"layer {node.path or node.target!r} sees no input")
-            args = Ref(place[number]), Ref(place[holders[0]])
-            place[number] = len(nodes)
-            nodes.append(Node(len(nodes), "function", for_inputs_of, args, path=node.path))
-            node.path = None
-    return finished_graph(nodes, len(nodes) - 1, graph.how, graph.unread)
-
-
-def for_inputs_of(value: Tensor, holder: Tensor) -> Tensor:
-    """``[inputs, ...]``, each its own memory, for as many inputs as ``holder`` has."""
-    return for_each_input(value, len(holder)).clone(memory_format=torch.contiguous_format)
 
 
 def for_each_input(value: Tensor, n_inputs: int) -> Tensor:

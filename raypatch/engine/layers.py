@@ -83,7 +83,7 @@ def as_in_forward(network: nn.Module, args: Args) -> Iterator[None]:
     gets is."""
     held = [x for x in tree_flatten(args)[0] if isinstance(x, Tensor)]
     if any(x.dtype is torch.float64 for x in (*held, *islice(network.parameters(), 1))):
-        with _float64_is_default(), _Widened():
+        with float64_is_default(), _Widened():
             yield
     else:
         yield
@@ -95,7 +95,7 @@ _default_lock = threading.Lock()
 
 
 @contextmanager
-def _float64_is_default() -> Iterator[None]:
+def float64_is_default() -> Iterator[None]:
     """What a forward makes without a type is float64. The default is the whole process's: the last
     of several threads puts it back."""
     global _in_float64, _before_float64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import RLock
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ from raypatch.engine.trial import (
 from raypatch.errors import InputError, RaypatchError, one_line
 
 DEFAULT_MEMORY_BYTES = 4 << 30
+# Preparing traces networks, by which torch changes how modules are called in the whole process.
+_one_prepares = RLock()
 
 
 class Patcher:
@@ -51,8 +54,9 @@ class Patcher:
 
     ``batch_rows`` (experiments x inputs in one batch) defaults to what suits the cache or the
     GPU's free memory; ``memory_bytes`` bounds what the patcher keeps and computes at a time.
-    Not thread-safe, and while one is captured no other thread may run a network: torch's tracing
-    changes how modules are called in the whole process.
+    Not thread-safe. Several threads may each prepare a patcher of their own, one after the other;
+    while one does, no other thread may run a network: torch's tracing changes how modules are
+    called in the whole process.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class Patcher:
         self._network: nn.Module | None = own_copy(network, self.device, self.dtype)
         self._modules = {name: _why_no_layer(module) for name, module in network.named_modules()}
         self._engine: Engine | None = None
-        self._one_input: Args = ()
+        self._two_inputs: Args = ()
 
     def __repr__(self) -> str:
         layers = f"{len(self.layers)} layers, " if self.layers else ""
@@ -133,7 +137,7 @@ class Patcher:
             order = resample_order(n_inputs, seed).to(self.device)
             source_args = map_tensors(lambda x: x[order], target_args)
         try:
-            with exact_math():
+            with _one_prepares, exact_math():
                 is_new = self._settle_engine(target_args)
                 try:
                     run = self._run(source_args, target_args, n_inputs, kind, source)
@@ -175,9 +179,9 @@ class Patcher:
         """Move the weights to a device; runs prepared before stay where they were."""
         self.device = torch.device(device)
         if self._captured is not None:
-            self._one_input = cast(self._one_input, self.dtype, self.device)
+            self._two_inputs = cast(self._two_inputs, self.dtype, self.device)
             with torch.no_grad():
-                self._captured.to(self.device, self._one_input)
+                self._captured.to(self.device, self._two_inputs)
         elif isinstance(self._engine, Stacked):
             self._engine.network.to(self.device)
         if self._network is not None:
@@ -212,19 +216,19 @@ class Patcher:
         """Choose the engine for inputs of this form when they first come, and where it turns out
         that a captured graph is not the network on all of them; whether it is a new one."""
         is_fit = self._engine is not None and not_captured is None
-        if is_fit and form_of(target) == form_of(self._one_input):
+        if is_fit and form_of(target) == form_of(self._two_inputs):
             return False
         if self._network is None:
             reason = f"; {not_captured}" if not_captured else ""
             raise InputError(
-                f"this copy is for inputs of {described(self._one_input)}, not of "
+                f"this copy is for inputs of {described(self._two_inputs)}, not of "
                 f"{described(target)}; make a Patcher of the network itself{reason}"
             )
         engine, self.path = choose_engine(
             self._network, target, self.dtype, self.savings, not_captured=not_captured
         )
         self.layers = engine.layers
-        self._one_input = inputs_between(trial_inputs(target), 0, 1)
+        self._two_inputs = inputs_between(trial_inputs(target), 0, 2)
         self._engine = engine
         return True
 

@@ -8,7 +8,8 @@ chain ends, and dense operations on the rows that really change from there to th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +61,14 @@ def _true_places(mask: Tensor) -> Tensor:
     return mask.flatten().nonzero().flatten()
 
 
+class Changes(NamedTuple):
+    """What patching each neuron of a layer alone changes."""
+
+    active: Tensor  # [J, N] bool: whether anything at all
+    n_active: Tensor  # [J]: for how many inputs; on the CPU
+    is_finite: bool  # all differences are numbers: infinity minus infinity is none
+
+
 class Prepared:
     """Both unpatched runs and the chains of the layers patched so far.
 
@@ -88,8 +97,7 @@ class Prepared:
         if self.source_values is not None:
             self.source_baseline = self.source_values[-1]
         self._chains: dict[int, dict[int, Sparse]] = {}
-        self._active: dict[int, tuple[Tensor, Tensor]] = {}
-        self._finite: dict[int, bool] = {}
+        self._changes: dict[int, Changes] = {}
         self._sizes: dict[int, Tensor | None] = {}
 
     def _check_inputs_lie_apart(self) -> None:
@@ -155,31 +163,24 @@ class Prepared:
                 chain[index] = Sparse(base, fulls[index], ownership)
         return chain
 
-    def active(self, entry: int) -> tuple[Tensor, Tensor]:
-        """Whether patching the neuron alone changes any end of its chain, ``[J, N]`` bool, and
-        for how many inputs, ``[J]``, on the CPU."""
-        if entry not in self._active:
-            chain = self.chain(entry)
-            active: Tensor | None = None
-            for end in self.structure.chains.ends(entry):
-                if end not in chain:  # a tuple: not looked into
-                    neurons = chain[entry].of.neurons
-                    active = self.baseline.new_ones(neurons, self.n_inputs, dtype=torch.bool)
-                    break
-                active = chain[end].active if active is None else active | chain[end].active
-            assert active is not None
-            ends = [chain[end].delta for end in self.structure.chains.ends(entry) if end in chain]
-            sums = [delta.sum().isfinite().view(1) for delta in ends if delta.is_floating_point()]
-            counts = torch.cat([active.sum(1), *sums]).cpu()
-            self._finite[entry] = bool(counts[len(active) :].all())
-            self._active[entry] = active, counts[: len(active)]
-        return self._active[entry]
+    def changes(self, entry: int) -> Changes:
+        """What patches at ``entry`` change at the ends of its chain."""
+        if entry not in self._changes:
+            self._changes[entry] = self._find_changes(entry)
+        return self._changes[entry]
 
-    def is_finite(self, entry: int) -> bool:
-        """Whether all differences at the ends of the entry's chain are numbers: infinity minus
-        infinity is none."""
-        self.active(entry)
-        return self._finite[entry]
+    def _find_changes(self, entry: int) -> Changes:
+        chain, ends = self.chain(entry), self.structure.chains.ends(entry)
+        known = [chain[end] for end in ends if end in chain]
+        if len(known) < len(ends):  # there is a tuple, which is not looked into
+            neurons = chain[entry].of.neurons
+            rows = self.baseline.new_ones(neurons, self.n_inputs, dtype=torch.bool)
+        else:
+            rows = reduce(torch.logical_or, (end.active for end in known))
+        deltas = [end.delta for end in known if end.delta.is_floating_point()]
+        # One copy off the device for all.
+        found = torch.cat([rows.sum(1), *(d.sum().isfinite().view(1) for d in deltas)]).cpu()
+        return Changes(rows, found[: len(rows)], bool(found[len(rows) :].all()))
 
     # -------------------------------------------------------------------- evaluation
 
@@ -254,7 +255,7 @@ class Prepared:
             return None
         total: Tensor | None = None
         for entry, layer in entries:
-            chosen, (active, n_active) = index[layer], self.active(entry)
+            chosen, (active, n_active, _) = index[layer], self.changes(entry)
             if chosen.shape[1] == 1 and len(entries) == 1:
                 # The counts are here, and so are the group's own numbers.
                 here = group.index[layer] or chosen
@@ -287,7 +288,7 @@ class Prepared:
 
     def _compute(self, step: Step, program: Program, batch: Batch, dense: dict[int, Any]) -> Any:
         node = step.node
-        if step.spread is not None and self.is_finite(step.spread.entry):
+        if step.spread is not None and self.changes(step.spread.entry).is_finite:
             sparse = self.chain(step.spread.entry)[step.spread.node]
             index = batch.index[program.patched[step.spread.entry]]
             structured = step.spread.rule(self, node, sparse, index, batch)
@@ -334,14 +335,19 @@ class Prepared:
         kind = program.kinds[index]
         if kind.name == SPARSE:
             sparse = self.chain(kind.entry).get(index)
-            if sparse is None:
-                raise CaptureError("a tuple of sparse values is read as a whole")
+            if sparse is None:  # a tuple
+                node = self.structure.nodes[index]
+                return node.call(lambda i: self._rows(i, program, batch, dense))
             rows = batch.densify(sparse, batch.index[program.patched[kind.entry]])
             return entries_at(self.structure.axes[index], rows)
         held = self.source_values if kind == SOURCE else self.base_values
         value = held[index]  # type: ignore[index]
         if not self.structure.depends[index]:
             return value
+        if index in self.structure.following.numbered:  # made anew for as many rows as there are
+            node = self.structure.nodes[index]
+            dense[index] = node.call(lambda i: self._rows(i, program, batch, dense))
+            return dense[index]
         if isinstance(value, Tensor):
             return batch.spread(value, self.structure.axes[index])
         sizes = self.structure.sizes(batch.n_rows)

@@ -42,8 +42,9 @@ def zero_fill(layer: str, call: int, activation: Tensor) -> Tensor:
 
 def noise_fill(layer: str, call: int, activation: Tensor) -> Tensor:
     """For trials: the activation with seeded noise along its last axis, the same for every input,
-    wherever inputs lie among the other axes, if anywhere."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{layer} {call}".encode()))
+    wherever inputs lie among the other axes, if anywhere, and for every call: a graph does not hold
+    the calls that nobody reads."""
+    generator = torch.Generator().manual_seed(zlib.crc32(layer.encode()))
     return activation + torch.randn(activation.shape[-1:], generator=generator).to(activation)
 
 

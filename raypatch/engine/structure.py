@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from raypatch.definitions import OUTPUT_LOGITS
+from raypatch.engine.arguments import inputs_between
 from raypatch.engine.chains import Chains
 from raypatch.engine.faster import faster
 from raypatch.engine.graph import CaptureError, Graph, Node
@@ -102,19 +103,20 @@ class Structure:
     """
 
     def __init__(
-        self, graph: Graph, layers: dict[str, Layer], savings: Savings, one_input: Args
+        self, graph: Graph, layers: dict[str, Layer], savings: Savings, two_inputs: Args
     ) -> None:
         self.nodes = graph.nodes
         self.layers = layers
         self.savings = savings
-        self.sample = sample = graph.run(one_input)
+        self.sample = sample = graph.run(inputs_between(two_inputs, 0, 1))
         leaves = [v for v in tree_flatten(sample)[0] if isinstance(v, Tensor)]
         self.sample_bytes = sum(v.numel() * v.element_size() for v in leaves)
         self.output = len(graph.nodes) - 1
         # The pseudo-layer output_logits is patched after the last node.
         self.virtual = len(graph.nodes)
         self.calls: dict[str, list[int]] = {OUTPUT_LOGITS: [self.virtual]}
-        following = follow_inputs(graph, one_input, sample)
+        following = follow_inputs(graph, two_inputs, sample)
+        self.following = following
         self.depends, self.axes = following.depends, following.axes
         self.readers: dict[int, list[int]] = {i: [] for i in range(len(graph.nodes))}
         for node in graph.nodes:

@@ -103,8 +103,8 @@ def _build(
         with torch.no_grad():
             graph = capture(network, probe) if how == "torch.fx" else capture_export(network, probe)
             if dtype is torch.float64:
-                graph.widen()
-            return Incremental(graph, layers, savings, inputs_between(probe, 0, 1))
+                graph.widen(probe)
+            return Incremental(graph, layers, savings, inputs_between(probe, 0, 2))
     except CaptureError:
         raise
     except Exception as error:  # anything a strange network may do when it is taken apart

@@ -27,21 +27,19 @@ class _Fixed:
 
     def __init__(self, nodes: list[Node]) -> None:
         self._nodes = nodes
-        self._known: dict[int, bool] = {}
+        self._fixed: set[int] = set()
         self._values: dict[int, Any] = {}
-
-    def is_fixed(self, index: int) -> bool:
-        if index not in self._known:
-            node = self._nodes[index]
+        for node in nodes:
             computed = node.op in ("function", "method") and node.is_torchs and bool(node.inputs)
-            self._known[index] = node.op == "constant" or (
-                computed and all(map(self.is_fixed, node.inputs))
-            )
-        return self._known[index]
+            if node.op == "constant" or (computed and self._fixed.issuperset(node.inputs)):
+                self._fixed.add(node.index)
+
+    def __contains__(self, argument: Any) -> bool:
+        return isinstance(argument, Ref) and argument.node in self._fixed
 
     def tensor(self, argument: Any) -> Tensor | None:
         """An argument's value where it is such a tensor."""
-        if not isinstance(argument, Ref) or not self.is_fixed(argument.node):
+        if argument not in self:
             return None
         value = self._value(argument.node)
         return value.detach() if isinstance(value, Tensor) else None
@@ -62,14 +60,15 @@ def _as_module(node: Node, fixed: _Fixed) -> Node:
     if found is None:
         return node
     value, module = found
-    if not isinstance(value, Ref) or fixed.is_fixed(value.node):
+    if not isinstance(value, Ref) or value in fixed:
         return node
     return replace(node, op="module", target=module.eval(), args=(value,), kwargs={})
 
 
 def _linear(node: Node, fixed: _Fixed) -> tuple[Any, nn.Module] | None:
     weight = node.option(1, "weight")
-    return _layer(node.args[0], fixed, fixed.tensor(weight), node.option(2, "bias"))
+    value, bias = node.option(0, "input"), node.option(2, "bias")
+    return _layer(value, fixed, fixed.tensor(weight), bias)
 
 
 def _product(node: Node, fixed: _Fixed) -> tuple[Any, nn.Module] | None:
@@ -110,7 +109,7 @@ def _convolution(node: Node, fixed: _Fixed) -> tuple[Any, nn.Module] | None:
     kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n_axes - 1]
     size = weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:])
     layer = kind(*size, bias=given is not None, device="meta", **options)
-    return node.args[0], _filled(layer, weight, given)
+    return node.option(0, "input"), _filled(layer, weight, given)
 
 
 def _plain(option: Any) -> Any:

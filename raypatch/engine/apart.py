@@ -1,0 +1,199 @@
+"""Layers that see no input, as those that embed positions, ``pos(torch.arange(x.shape[1]))``: given
+an axis for the inputs, they are layers like any other.
+
+What follows from them and from no input is then held for every input, along a new axis 0. Where it
+meets what follows from the inputs, element-wise operations go on as they are, and all others on the
+values for one input at a time, as the network's author wrote them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from raypatch.engine.graph import CaptureError, Graph, Node, Ref, finished_graph, renumbered
+from raypatch.engine.input_axes import (
+    Axis,
+    Following,
+    Merged,
+    for_each_input,
+    inputs_at,
+    inputs_first,
+)
+from raypatch.engine.layers import holds_tensors
+from raypatch.engine.local_rules import LOCAL_RULES, pointwise
+
+
+class NewAxis:
+    """The axis 0 that a value gets for the inputs, before its own."""
+
+
+# None where a value is the same for all inputs.
+Place = Union[Axis, NewAxis]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class OneByOne:
+    """An operation on the values for one input at a time.
+
+    ``node``'s references count the arguments; ``places`` tells where each holds the inputs, and
+    ``result`` where the result does.
+    """
+
+    node: Node
+    places: tuple[Place, ...]
+    result: Place
+
+    def __repr__(self) -> str:
+        return f"{self.node.name}, one input at a time"
+
+    def __call__(self, *values: Any) -> Any:
+        rows = [_rows(v, place) for v, place in zip(values, self.places) if place is not None]
+
+        def of_one(*row: Tensor) -> Any:
+            given = iter(row)
+            all_ = [v if p is None else next(given) for v, p in zip(values, self.places)]
+            return self.node.call(all_.__getitem__)
+
+        return _in_place(torch.vmap(of_one)(*rows), self.result)
+
+
+def _rows(value: Tensor, place: Place) -> Tensor:
+    """``[inputs, ...]``, each row of the form of the value for one input."""
+    if isinstance(place, NewAxis) or place is None:
+        return value
+    rows = inputs_first(value, place)
+    if isinstance(place, Merged):
+        return rows.flatten(place.axis + 1, place.axis + 2)
+    return rows.unsqueeze(place + 1)
+
+
+def _in_place(rows: Tensor, place: Place) -> Tensor:
+    """What :func:`_rows` has taken apart."""
+    if isinstance(place, NewAxis) or place is None:
+        return rows
+    if isinstance(place, Merged):
+        return inputs_at(place, torch.unflatten(rows, place.axis + 1, (place.before, place.after)))
+    return inputs_at(place, rows.squeeze(place + 1))
+
+
+def _place_for(value: Tensor) -> Place:
+    """Where a value that is the same for all inputs is to hold them: along an axis of its own that
+    seems to be meant for them, if there is one."""
+    return 0 if value.shape[:1] == (1,) else NewAxis()
+
+
+def for_inputs_of(value: Tensor, holder: Tensor) -> Tensor:
+    """``[inputs, ...]``, each its own memory, for as many inputs as ``holder`` has."""
+    return for_each_input(value, len(holder)).clone(memory_format=torch.contiguous_format)
+
+
+def with_inputs_in(
+    layers: set[int], graph: Graph, following: Following, sample: list[Any]
+) -> Graph:
+    """The graph with the values of the nodes ``layers`` repeated for every input; ``sample`` are
+    all nodes' values for one.
+
+    Raises CaptureError where that is impossible.
+    """
+    return _Rewriting(layers, graph, following, sample).graph()
+
+
+class _Rewriting:
+    def __init__(
+        self, layers: set[int], graph: Graph, following: Following, sample: list[Any]
+    ) -> None:
+        self.layers = layers
+        self.old = graph
+        self.following = following
+        self.sample = sample
+        self.nodes: list[Node] = []
+        self.number: dict[int, int] = {}  # new numbers by old ones
+        # Where values hold the inputs that follow from such layers and from no input.
+        self.repeated: dict[int, Place] = {}
+
+    def graph(self) -> Graph:
+        for node in self.old.nodes:
+            self._take(node)
+        return finished_graph(self.nodes, len(self.nodes) - 1, self.old.how, self.old.unread)
+
+    def _add(self, node: Node) -> int:
+        self.nodes.append(replace(node, index=len(self.nodes)))
+        return len(self.nodes) - 1
+
+    def _take(self, node: Node) -> None:
+        index = node.index
+        if any(i in self.repeated for i in node.inputs):
+            self.number[index] = self._add(self._on_repeated(node))
+            return
+        args, kwargs = renumbered(node, self.number)
+        path = None if index in self.layers else node.path
+        self.number[index] = self._add(replace(node, args=args, kwargs=kwargs, path=path))
+        if index in self.layers:
+            holder = next((i for i, axis in enumerate(self.following.axes) if axis == 0), index)
+            if node.path is None or holder >= index:
+                raise CaptureError(f"layer {node.path or node.name} sees no input")
+            each = Ref(self.number[index]), Ref(self.number[holder])
+            self.number[index] = self._add(Node(0, "function", for_inputs_of, each, path=node.path))
+            self.repeated[index] = _place_for(self.sample[index])
+
+    def _on_repeated(self, node: Node) -> Node:
+        value, depends = self.sample[node.index], self.following.depends[node.index]
+        if not isinstance(value, Tensor):
+            if depends or holds_tensors(value):
+                raise CaptureError(f"{node.name}: it takes a layer that sees no input apart")
+            return Node(0, "constant", value)
+        if not depends:
+            self.repeated[node.index] = _place_for(value)
+        return self._element_wise(node) or self._one_by_one(node)
+
+    def _element_wise(self, node: Node) -> Node | None:
+        """The operation as it is, on arguments whose axes stand below each other."""
+        if LOCAL_RULES.get(node.key) is not pointwise or not node.flat:
+            return None
+        n_axes, number = self.sample[node.index].dim(), dict(self.number)
+        at = self.repeated.get(node.index, self.following.axes[node.index])
+        if at != 0 and not isinstance(at, NewAxis):
+            return None
+        for i in filter(lambda i: isinstance(self.sample[i], Tensor), node.inputs):
+            shape = list(self.sample[i].shape)
+            if i in self.repeated:
+                wanted = [1] * (n_axes - len(shape)) + shape
+                wanted = wanted[1:] if at == 0 else wanted
+                if wanted != (shape[1:] if self.repeated[i] == 0 else shape):
+                    args = Ref(self.number[i]), (-1, *wanted)
+                    number[i] = self._add(Node(0, "function", torch.reshape, args))
+            elif self.following.depends[i] and (
+                self.following.axes[i] != 0 or len(shape) != n_axes
+            ):
+                return None
+        args, kwargs = renumbered(node, number)
+        return replace(node, args=args, kwargs=kwargs)
+
+    def _one_by_one(self, node: Node) -> Node:
+        used = list(dict.fromkeys(node.inputs))
+        places = tuple(self._place(i) for i in used)
+        result = self.repeated.get(node.index, self.following.axes[node.index])
+        if result is None:
+            raise CaptureError(f"{node.name}: it does not keep inputs along one axis")
+        args, kwargs = renumbered(node, {i: place for place, i in enumerate(used)})
+        inner = replace(node, args=args, kwargs=kwargs, index=0, path=None)
+        values = tuple(self._value(i) for i in used)
+        return Node(0, "function", OneByOne(inner, places, result), values, path=node.path)
+
+    def _place(self, i: int) -> Place:
+        if i in self.repeated:
+            return self.repeated[i]
+        if not self.following.depends[i] or not isinstance(self.sample[i], Tensor):
+            return None
+        if self.following.axes[i] is None or i in self.following.numbered:
+            raise CaptureError(f"{self.old.nodes[i].name}: it does not keep inputs along one axis")
+        return self.following.axes[i]
+
+    def _value(self, i: int) -> Any:
+        """A reference; of sizes what they are for one input."""
+        is_size = self.following.depends[i] and not holds_tensors(self.sample[i])
+        return self.sample[i] if is_size else Ref(self.number[i])
