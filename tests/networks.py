@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.layers import find_layers
+from raypatch.engine.patcher import Patcher
+from raypatch.engine.reference import reference_outputs
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 ACTIVATIONS = [
@@ -18,6 +20,15 @@ ACTIVATIONS = [
     nn.SELU, nn.CELU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softsign,
     nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.LogSigmoid, nn.Identity, nn.Dropout, nn.PReLU,
 ]  # fmt: skip
+
+
+class NotTraced:
+    """Mixed into a network: Python that symbolic tracing cannot follow, but an export can."""
+
+    def forward(self, x):
+        if x.dim() < 2:
+            raise ValueError("inputs of one axis or more are expected")
+        return super().forward(x)
 
 
 class Residual(nn.Module):
@@ -372,3 +383,20 @@ def counts_of(network, args):
     counts = {name: layer.neurons for name, layer in find_layers(network, args).items()}
     with torch.no_grad():
         return {**counts, OUTPUT_LOGITS: network(*args).shape[1]}
+
+
+def checked_patcher(network, shape, dtype=torch.float64, kind="pair"):
+    """A patcher of a network with inputs of ``shape`` after its numbers were compared with those of
+    plain hooks, for every neuron alone and some together."""
+    network = network.eval()
+    target, given = torch.randn(4, *shape), torch.randn(4, *shape) if kind == "pair" else None
+    counts = counts_of(network, (target,))
+    first, *_, last = counts
+    experiments = [{name: [i]} for name, n in counts.items() for i in range(n)]
+    experiments += [{name: "all"} for name in counts]
+    experiments += [{first: [0, 2]}, {first: [1, counts[first] // 2], last: [0]}]
+    patcher = Patcher(network, dtype=dtype)
+    outputs = patcher(experiments, given, target, kind=kind)
+    expected = reference_outputs(network, experiments, given, target, kind=kind)
+    check_equal(outputs, expected, dtype)
+    return patcher

@@ -7,7 +7,7 @@ import itertools
 import cloudpickle
 import pytest
 import torch
-from networks import check_equal
+from networks import NotTraced, check_equal
 from torch import nn
 from torch.nn import functional as F
 
@@ -56,17 +56,16 @@ class Pooled(nn.Module):
         return self.last(self.operation(self.second(self.first(x).relu())).flatten(1))
 
 
-class Exported(Pooled):
-    def forward(self, x):
-        if x.dim() != 4:  # symbolic tracing cannot follow
-            raise ValueError
-        return super().forward(x)
+class Exported(NotTraced, Pooled):
+    pass
 
 
 REPLACED = {
     "nn.MaxPool2d": (nn.MaxPool2d(3, 2, 1), max_pool),
     "nn.MaxPool3d": (nn.MaxPool3d((1, 2, 2)), max_pool),
     "F.max_pool2d": (lambda h: F.max_pool2d(h, 2), max_pool),
+    "the input by name": (lambda h: F.max_pool2d(input=h, kernel_size=2), max_pool),
+    "torch.max, all by name": (lambda h: torch.max(input=h, dim=1)[0][:, None], largest),
     "F.max_pool2d, by name": (
         lambda h: F.max_pool2d(h, kernel_size=(2, 3), stride=[1, 2], padding=(0, 1)), max_pool
     ),
@@ -77,6 +76,7 @@ REPLACED = {
     "torch.min": (lambda h: torch.min(h, 2)[0], smallest),
 }  # fmt: skip
 KEPT = {
+    "an empty shape": lambda h: h.reshape(h.shape[:1] + h.shape[4:] + (-1,)),
     "ceil_mode": lambda h: F.max_pool2d(h, 4, 3, ceil_mode=True),
     "dilation": nn.MaxPool2d(2, dilation=2),
     "places are read": lambda h: F.max_pool2d(h, 2, return_indices=True)[1].to(h.dtype),

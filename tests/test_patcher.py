@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -339,3 +340,20 @@ def test_given_activations_equal_those_of_the_run_they_come_from():
         torch.testing.assert_close(found, patcher(experiments, source, target))
     truth = reference_outputs(network, experiments, values, target, kind="given")
     torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["residual", "shape_dependent"])
+def test_several_threads_may_each_prepare_a_patcher(name):
+    """Tracing and exporting change what the whole process shares: calls of modules, stdout."""
+    network, source, target = build(name, 0)
+    stdout, alone, interval = sys.stdout, Patcher(network), sys.getswitchinterval()
+    alone.prepare(source, target)
+    patchers = [Patcher(network) for _ in range(8)]
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda patcher: patcher.prepare(source, target), patchers))
+    finally:
+        sys.setswitchinterval(interval)
+    assert {patcher.path for patcher in patchers} == {alone.path}
+    assert sys.stdout is stdout

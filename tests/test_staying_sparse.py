@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import AS_IF_LARGE, check_equal, counts_of
-from torch import nn
+from networks import AS_IF_LARGE, NotTraced, check_equal, checked_patcher
+from torch import fx, nn
 from torch.nn import functional as F
 
 from raypatch.engine.patcher import Patcher
@@ -33,11 +33,8 @@ class Between(nn.Module):
         return self.last(mixed) + other
 
 
-class Exported(Between):
-    def forward(self, x):
-        if x.dim() < 2:  # symbolic tracing cannot follow
-            raise ValueError
-        return super().forward(x)
+class Exported(NotTraced, Between):
+    pass
 
 
 def _attended(net, h, other):
@@ -149,21 +146,9 @@ CASES = {
 }
 
 
-def _checked(build, dtype, kind="pair"):
-    """The patcher of a network after its numbers were compared with those of plain hooks."""
+def _checked(build, kind="pair"):
     torch.manual_seed(3)
-    network, shape = build()
-    network = network.eval()
-    source, target = torch.randn(4, *shape), torch.randn(4, *shape)
-    counts = counts_of(network, (target,))
-    experiments = [{name: [i]} for name, n in counts.items() for i in range(n)]
-    experiments += [{"first": [0, 2]}, {"first": "all"}, {"first": [1, 4], "last": [0]}]
-    patcher = Patcher(network, dtype=dtype)
-    given = source if kind == "pair" else None
-    outputs = patcher(experiments, given, target, kind=kind)
-    expected = reference_outputs(network, experiments, given, target, kind=kind)
-    check_equal(outputs, expected, dtype)
-    return patcher
+    return checked_patcher(*build(), kind=kind)
 
 
 def _stays_sparse(patcher):
@@ -176,35 +161,49 @@ def _stays_sparse(patcher):
 @pytest.mark.parametrize("kind", ["pair", "zero"])
 @pytest.mark.parametrize("name", CASES)
 def test_what_mixes_no_neurons_keeps_a_patch_sparse_and_its_numbers(name, kind):
-    patcher = _checked(CASES[name], torch.float64, kind)
+    patcher = _checked(CASES[name], kind)
     assert patcher.path.startswith("incremental") and _stays_sparse(patcher)
     assert ("torch.export" in patcher.path) == name.startswith("exported")
 
 
 @pytest.mark.parametrize("name", MIXING_NEURONS)
 def test_what_mixes_neurons_makes_it_dense(name):
-    patcher = _checked(lambda: _on_sequence(MIXING_NEURONS[name]), torch.float64)
+    patcher = _checked(lambda: _on_sequence(MIXING_NEURONS[name]))
     assert patcher.path.startswith("incremental") and not _stays_sparse(patcher)
 
 
 def test_a_convolution_with_some_channels_a_group_makes_it_dense():
     module = nn.Conv2d(6, 6, 3, groups=3)
-    patcher = _checked(
-        lambda: _on_map(lambda net, h, other: net.module(h), module=module), torch.float64
-    )
+    patcher = _checked(lambda: _on_map(lambda net, h, other: net.module(h), module=module))
     assert not _stays_sparse(patcher)
 
 
-def test_differences_that_are_exactly_zero_stay_so():
+@pytest.mark.parametrize("seed", range(10))
+def test_differences_that_are_exactly_zero_stay_so(seed):
     """A comparison with zero turns the last bit of an average into a whole number."""
 
     def operation(net, h, other):
         h = h - h.mean(1, keepdim=True)
         return torch.where(h > 0, h, net.constant[:, :1])
 
-    for seed in range(10):
-        torch.manual_seed(seed)
-        _checked(lambda: _on_sequence(operation), torch.float64, "zero")
+    torch.manual_seed(seed)
+    network, shape = _on_sequence(operation)
+    target = torch.randn(4, *shape)
+    experiments = [{"first": [i]} for i in range(6)] + [{"first": "all"}]
+    outputs = Patcher(network, dtype=torch.float64)(experiments, None, target, kind="zero")
+    expected = reference_outputs(network, experiments, None, target, kind="zero")
+    check_equal(outputs, expected, torch.float64)
+
+
+@fx.wrap
+def _best_of(found):
+    """Reads values and their places together."""
+    return found.values + found.indices
+
+
+def test_several_sparse_results_can_be_read_as_one():
+    patcher = _checked(lambda: _on_sequence(lambda net, h, other: _best_of(h.max(1))))
+    assert patcher.path == "incremental (torch.fx)" and not _stays_sparse(patcher)
 
 
 @pytest.mark.parametrize("infinite", ["source", "target"])
@@ -240,7 +239,7 @@ def test_one_neuron_that_comes_to_own_everything_takes_no_table_of_all():
         return torch.sigmoid(net.module(h[:, 0, :1])) + other.sum((1, 2))[:, None]
 
     network, shape = _on_sequence(operation, module=gate)
-    patcher = _checked(lambda: (network, shape), torch.float64)
+    patcher = checked_patcher(network, shape)
     structure = patcher._engine.structure
     chain = structure.chains.after(structure.calls["first"][0])
     assert max(of.positions.numel() for of in chain.values()) <= 2 * 5 * 6
@@ -305,13 +304,13 @@ def test_patches_of_inputs_with_entries_equal_plain_hooks(name, kind, large, mon
     def build():
         return Entries({**OF_ENTRIES, **OF_ENTRIES_APART}[name]), (3, 5, 4)
 
-    patcher = _checked(build, torch.float64, kind)
+    patcher = _checked(build, kind)
     assert patcher.path == "incremental (torch.fx)"
 
 
 @pytest.mark.parametrize("name", OF_ENTRIES)
 def test_a_patch_stays_sparse_where_inputs_share_an_axis(name):
-    patcher = _checked(lambda: (Entries(OF_ENTRIES[name]), (3, 5, 4)), torch.float64)
+    patcher = _checked(lambda: (Entries(OF_ENTRIES[name]), (3, 5, 4)))
     structure = patcher._engine.structure
     reader = "conv" if name == "a convolution" else "second"
     node = next(node for node in structure.nodes if node.path == reader)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import check_equal, counts_of
+from networks import NotTraced, checked_patcher
 from torch import nn
 from torch.nn import functional as F
 
 from raypatch.engine.identity import network_digest
 from raypatch.engine.patcher import Patcher
-from raypatch.engine.reference import reference_outputs
 
 
 class Noisy(nn.Module):
@@ -57,6 +56,7 @@ LINEAR = {
     "matmul": lambda own, x: torch.matmul(x, own.weight.t()),
     "mm": lambda own, x: x.mm(own.weight.transpose(0, 1)),
     "addmm": lambda own, x: torch.addmm(own.bias, x, own.weight.t()),
+    "by names": lambda own, x: F.linear(input=x, weight=own.weight, bias=own.bias),
     "halved": lambda own, x: F.linear(x, (own.weight + own.weight.abs()) / 2, own.bias * 2),
 }  # fmt: skip
 KEPT = {
@@ -75,7 +75,7 @@ class Network(nn.Module):
         return self.last(torch.relu(self.second(torch.tanh(self.first(x)))))
 
 
-class Functional(nn.Module):
+class OwnWeights(nn.Module):
     """No layer of its own at all but the first: weights that the network holds itself."""
 
     def __init__(self):
@@ -84,21 +84,11 @@ class Functional(nn.Module):
         self.weight = nn.Parameter(torch.randn(8, 8) / 3)
 
     def forward(self, x):
-        if x.dim() != 2:  # symbolic tracing cannot follow
-            raise ValueError
         return self.last(torch.relu(torch.tanh(self.first(x)) @ self.weight))
 
 
-def _checked(network, shape=(6,)):
-    """The patcher of a network after its numbers were compared with those of plain hooks."""
-    source, target = torch.randn(4, *shape), torch.randn(4, *shape)
-    counts = counts_of(network, (target,))
-    experiments = [{name: [i]} for name, n in counts.items() for i in range(n)]
-    experiments += [{"first": [0, 2]}, {"first": "all", "last": [1]}]
-    patcher = Patcher(network, dtype=torch.float64)
-    outputs = patcher(experiments, source, target)
-    check_equal(outputs, reference_outputs(network, experiments, source, target), torch.float64)
-    return patcher
+class Functional(NotTraced, OwnWeights):
+    pass
 
 
 def _low_rank(patcher):
@@ -110,7 +100,7 @@ def _low_rank(patcher):
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_layer_of_the_users_own_is_updated_as_a_linear_layer_is(name):
     torch.manual_seed(0)
-    patcher = _checked(Network(lambda: Written(LINEAR[name], 8, 8)).eval())
+    patcher = checked_patcher(Network(lambda: Written(LINEAR[name], 8, 8)), (6,))
     assert patcher.path == "incremental (torch.fx)" and _low_rank(patcher) == [nn.Linear]
     assert list(patcher.layers) == ["first", "second", "last"]
     assert patcher.layers["second"].kind == "Written"
@@ -119,13 +109,13 @@ def test_a_layer_of_the_users_own_is_updated_as_a_linear_layer_is(name):
 @pytest.mark.parametrize("kind", [Noisy, Masked])
 def test_noisy_and_masked_layers_are_updated_as_a_linear_layer_is(kind):
     torch.manual_seed(0)
-    patcher = _checked(Network(lambda: kind(8, 8)).eval())
+    patcher = checked_patcher(Network(lambda: kind(8, 8)), (6,))
     assert patcher.path == "incremental (torch.fx)" and _low_rank(patcher) == [nn.Linear]
 
 
 def test_a_product_with_the_networks_own_weight_is_one_too_also_exported():
     torch.manual_seed(0)
-    patcher = _checked(Functional().eval())
+    patcher = checked_patcher(Functional(), (6,))
     assert patcher.path.startswith("incremental (torch.export")
     assert _low_rank(patcher) == [nn.Linear]
 
@@ -151,14 +141,14 @@ def test_a_convolution_written_out_is_updated_as_a_convolution_is(form):
 
     network = Maps().eval()
     network(torch.zeros(1, 2, 9))
-    patcher = _checked(network, (2, 9))
+    patcher = checked_patcher(network, (2, 9))
     assert patcher.path == "incremental (torch.fx)" and _low_rank(patcher) == [nn.Conv1d]
 
 
 @pytest.mark.parametrize("name", KEPT)
 def test_other_forms_run_as_they_are(name):
     torch.manual_seed(0)
-    patcher = _checked(Network(lambda: Written(KEPT[name], 8, 8)).eval())
+    patcher = checked_patcher(Network(lambda: Written(KEPT[name], 8, 8)), (6,))
     assert patcher.path == "incremental (torch.fx)"
 
 
@@ -169,7 +159,7 @@ def test_a_layer_that_cannot_be_looked_into_is_one_operation():
         return F.linear(x, own.weight, own.bias)
 
     torch.manual_seed(0)
-    patcher = _checked(Network(lambda: Written(form, 8, 8)).eval())
+    patcher = checked_patcher(Network(lambda: Written(form, 8, 8)), (6,))
     assert patcher.path == "incremental (torch.fx)" and _low_rank(patcher) == []
 
 

@@ -92,9 +92,11 @@ class _Tracer(fx.Tracer):
 def lengths_traced(network: nn.Module) -> Iterator[None]:
     """Let the network's own code ask for the ``len`` of a value: Python wants that to be a number,
     whatever traces it."""
-    homes = [getattr(type(module).forward, "__globals__", {}) for module in network.modules()]
-    own = {id(home): home for home in homes if not home.get("__name__", "").startswith("torch.")}
-    changed = [home for home in own.values() if "len" not in home]
+    kinds = {kind for module in network.modules() for kind in type(module).__mro__}
+    code = [part for kind in kinds for part in vars(kind).values() if inspect.isfunction(part)]
+    own = [part for part in code if str(part.__module__).split(".")[0] != "torch"]
+    homes = {id(part.__globals__): part.__globals__ for part in own}
+    changed = [home for home in homes.values() if "len" not in home]
     for home in changed:
         home["len"] = _length
     try:

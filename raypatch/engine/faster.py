@@ -29,12 +29,12 @@ class Extreme(NamedTuple):
     indices: None = None
 
 
-def largest(x: Tensor, dim: int, keepdim: bool = False) -> Extreme:
-    return Extreme(x.amax(dim, keepdim))
+def largest(x: Tensor, dim: int, keepdim: bool | None) -> Extreme:
+    return Extreme(x.amax(dim, bool(keepdim)))
 
 
-def smallest(x: Tensor, dim: int, keepdim: bool = False) -> Extreme:
-    return Extreme(x.amin(dim, keepdim))
+def smallest(x: Tensor, dim: int, keepdim: bool | None) -> Extreme:
+    return Extreme(x.amin(dim, bool(keepdim)))
 
 
 EXTREMES = {"max": largest, "min": smallest}
@@ -44,19 +44,19 @@ def faster(node: Node, readers: Iterable[Node], value: Any) -> Node:
     """The node, or one with the same results in less time; ``value`` is what it gives."""
     tensor = value[0] if isinstance(value, tuple) and value else value
     is_here = isinstance(tensor, Tensor) and tensor.device.type == "cpu"
-    is_plain = bool(node.args) and node.is_torchs
-    if not is_here or not tensor.is_floating_point() or not is_plain:
+    if not is_here or not tensor.is_floating_point() or not node.is_torchs:
         return node
     if isinstance(value, Tensor):
         windows = _windows(node) if node.name in MAX_POOLS else None
         if windows is None:
             return node
-        args = node.args[0], *windows
+        args = node.option(0, "input"), *windows
         return replace(node, op="function", target=max_pool, args=args, kwargs={})
     along_axis = node.name in EXTREMES and type(node.option(1, "dim")) is int
-    if along_axis and all(map(_takes_first, readers)):
-        return replace(node, op="function", target=EXTREMES[node.name])
-    return node
+    if not along_axis or not all(map(_takes_first, readers)):
+        return node
+    args = tuple(node.option(place, n) for place, n in enumerate(("input", "dim", "keepdim")))
+    return replace(node, op="function", target=EXTREMES[node.name], args=args, kwargs={})
 
 
 def _takes_first(reader: Node) -> bool:

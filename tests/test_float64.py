@@ -1,0 +1,54 @@
+"""In float64 a network is computed in float64 throughout, also what says no type or another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import NotTraced, checked_patcher
+from torch import nn
+
+
+class Made(nn.Module):
+    """``operation`` makes numbers that are of no float type before."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.lstm, self.operation = nn.LSTM(6, 6, batch_first=True), operation
+
+    def forward(self, x):
+        return self.last(self.operation(self, torch.relu(self.first(x)), x)).mean(1)
+
+
+class MadeNotTraced(NotTraced, Made):
+    pass
+
+
+MADE = {
+    "a state": lambda net, h, x: net.lstm(
+        h, (torch.zeros(1, x.shape[0], 6), torch.zeros(1, x.shape[0], 6))
+    )[0],
+    "a share": lambda net, h, x: h * ((h > 0).sum(-1, keepdim=True) / 3),
+    "a root": lambda net, h, x: h * (x > 0).sum((1, 2), keepdim=True).sqrt(),
+    "positions": lambda net, h, x: h * (torch.arange(5) / 7)[:, None],
+    "numbers": lambda net, h, x: h * torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.7]),
+    "a range": lambda net, h, x: h * torch.linspace(0, 1, 6),
+    "named float32": lambda net, h, x: h * torch.full((6,), 0.1, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("how", ["fx", "export"])
+@pytest.mark.parametrize("name", MADE)
+def test_numbers_that_a_forward_makes_are_float64(name, how):
+    torch.manual_seed(0)
+    network = (Made if how == "fx" else MadeNotTraced)(MADE[name])
+    assert checked_patcher(network, (5, 4)).path.startswith(f"incremental (torch.{how}")
+    assert torch.get_default_dtype() is torch.float32
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_in_float32_they_stay_float32(name):
+    torch.manual_seed(0)
+    patcher = checked_patcher(Made(MADE[name]), (5, 4), torch.float32)
+    assert patcher.path == "incremental (torch.fx)"
+    assert not any(node.is_wide for node in patcher.graph.nodes)
