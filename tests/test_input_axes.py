@@ -103,6 +103,9 @@ NUMBERED = {
     "of places and neurons": lambda net, h, x: h[
         torch.arange(x.shape[0])[:, None], 1, torch.tensor([[0, 3, 2, 1, 5, 4]])
     ],
+    "of entries": lambda net, h, x: h.flatten(0, 1)[
+        torch.arange(x.shape[0] * 5).view(-1, 5).flip(1).flatten()
+    ].view(-1, 5, 6)[:, 1],
     "a step of its own": lambda net, h, x: h[torch.arange(x.shape[0]) + 0, 2],
 }
 

@@ -75,7 +75,7 @@ def follow_inputs(graph: Graph, two_inputs: Args, sample: list[Any]) -> Followin
         for i in form
         if depends[i]
         and isinstance(sample[i], Tensor)
-        and not (inputs_first(of_both[i], axes[i]) == inputs_first(sample[i], axes[i])).all()
+        and (axes[i] is None or _distance(sample[i], sample[i], of_both[i], axes[i]) > 0)
     }
     return Following(depends, numbered, axes)
 
@@ -102,14 +102,16 @@ def _input_axis(of_first: Any, of_second: Any, of_both: Any) -> Axis:
     return next(division for division, e in zip(found, errors) if e <= max(10 * least, 1e-6))
 
 
-def _distance(of_first: Tensor, of_second: Tensor, of_both: Tensor, division: Merged) -> float:
-    """How far the values of both inputs, so divided, are from those of each, as a share of the
-    largest."""
-    alone = torch.stack([of_first, of_second]).double().nan_to_num()
-    size = max(1.0, float(alone.abs().max())) if alone.numel() else 1.0
-    together = inputs_first(of_both, division).double().nan_to_num()
-    one_by_one = torch.stack([inputs_first(one, division)[0] for one in alone])
-    return float((together - one_by_one).abs().max()) / size if alone.numel() else 0.0
+def _distance(of_first: Tensor, of_second: Tensor, of_both: Tensor, axis: Axis) -> float:
+    """How far values of two inputs that lie along an axis are from those of either alone, as a
+    share of the largest."""
+    if not of_first.numel():
+        return 0.0
+    alone, together = torch.stack([of_first, of_second]).double(), of_both.double()
+    size = max(1.0, float(alone.nan_to_num().abs().max()))
+    found = inputs_first(together, axis).nan_to_num()
+    wanted = torch.stack([inputs_first(one, axis)[0] for one in alone]).nan_to_num()
+    return float((found - wanted).abs().max()) / size
 
 
 def _asks_for_form(node: Node) -> bool:

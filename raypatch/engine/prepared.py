@@ -106,6 +106,8 @@ class Prepared:
         for node, value in zip(structure.nodes, self.base_values):
             if not structure.depends[node.index] or not isinstance(value, Tensor):
                 continue
+            if node.index in structure.following.numbered:
+                continue
             axis = structure.axes[node.index]
             shape = shape_of(structure.sample[node.index], axis, self.n_inputs)
             if axis is None or list(value.shape) != shape:
@@ -344,15 +346,11 @@ class Prepared:
         value = held[index]  # type: ignore[index]
         if not self.structure.depends[index]:
             return value
-        if index in self.structure.following.numbered:  # made anew for as many rows as there are
-            node = self.structure.nodes[index]
-            dense[index] = node.call(lambda i: self._rows(i, program, batch, dense))
-            return dense[index]
-        if isinstance(value, Tensor):
-            return batch.spread(value, self.structure.axes[index])
         sizes = self.structure.sizes(batch.n_rows)
         if index in sizes:
             return sizes[index]
+        if isinstance(value, Tensor):
+            return batch.spread(value, self.structure.axes[index])
         return tree_map(
             lambda v, axis: v if axis is None else batch.spread(v, axis),
             value,

@@ -311,7 +311,8 @@ class Structure:
     # ------------------------------------------------------------------------- sizes
 
     def sizes(self, n_rows: int) -> dict[int, Any]:
-        """Values of the nodes that are no tensors (sizes, shapes) for a batch of ``n_rows``."""
+        """Values of the nodes that are no tensors (sizes, shapes) or number the inputs, for a batch
+        of ``n_rows``."""
         if n_rows not in self._sizes:
             if len(self._sizes) > 64:
                 self._sizes.clear()
@@ -329,7 +330,8 @@ class Structure:
             return torch.empty(shape, device="meta", dtype=value.dtype)
 
         for node in self.nodes:
-            if self.depends[node.index] and not holds_tensors(self.sample[node.index]):
+            is_size = self.depends[node.index] and not holds_tensors(self.sample[node.index])
+            if is_size or node.index in self.following.numbered:
                 found[node.index] = node.call(shaped)
         return found
 
