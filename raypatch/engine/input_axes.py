@@ -70,13 +70,16 @@ def follow_inputs(graph: Graph, two_inputs: Args, sample: list[Any]) -> Followin
         is_fixed = is_size and i in form and bool(sample[i] == of_both[i])
         depends.append(node.op == "input" or (bool(seen) and not is_fixed))
     axes = [tree_map(_input_axis, *values) for values in zip(sample, of_second, of_both)]
-    numbered = {
-        i
-        for i in form
-        if depends[i]
-        and isinstance(sample[i], Tensor)
-        and (axes[i] is None or _distance(sample[i], sample[i], of_both[i], axes[i]) > 0)
-    }
+    counted = {i for i in form if depends[i] and isinstance(sample[i], Tensor)}
+    numbered: set[int] = set()
+    for node in reversed(graph.nodes):
+        i, axis = node.index, axes[node.index]
+        if i not in counted:
+            continue
+        if axis is None or _distance(sample[i], sample[i], of_both[i], axis) > 0:
+            numbered.add(i)
+        if i in numbered:
+            numbered.update(counted.intersection(node.inputs))  # it is made of these
     return Following(depends, numbered, axes)
 
 
@@ -107,11 +110,10 @@ def _distance(of_first: Tensor, of_second: Tensor, of_both: Tensor, axis: Axis) 
     share of the largest."""
     if not of_first.numel():
         return 0.0
-    alone, together = torch.stack([of_first, of_second]).double(), of_both.double()
-    size = max(1.0, float(alone.nan_to_num().abs().max()))
-    found = inputs_first(together, axis).nan_to_num()
-    wanted = torch.stack([inputs_first(one, axis)[0] for one in alone]).nan_to_num()
-    return float((found - wanted).abs().max()) / size
+    found = inputs_first(of_both, axis)
+    wanted = torch.stack([inputs_first(one, axis)[0] for one in (of_first, of_second)])
+    found, wanted = (x.double().nan_to_num(0.0, 0.0, 0.0) for x in (found, wanted))
+    return float((found - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
 
 
 def _asks_for_form(node: Node) -> bool:
