@@ -140,6 +140,7 @@ class Job:
         )
         self.outputs_by_side = self._baselines()
         self.backend.wait_started()
+        self.interruption.catch()
         self.identity = self._identity()
         self.fingerprint = sweep.fingerprint(self.identity)
         recovery.held_receipts(self.store, self.identity, overwrite=config.overwrite)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from raypatch.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
@@ -19,7 +22,16 @@ class Interruption:
     def __bool__(self) -> bool:
         return self.signal_number is not None
 
+    def catch(self) -> None:
+        """Handle the signals; again once Ray has started, which puts a handler of its own before
+        this one. Outside the main thread they stay as they are."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self.handle)
+
     def handle(self, number: int, _: Any) -> None:
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)  # Ray's handler has the process aborted after three seconds
         if self.signal_number is not None:
             raise Interrupted(
                 "stopped at once; committed results are kept, run the same command again to resume",
@@ -30,14 +42,10 @@ class Interruption:
 
 @contextmanager
 def signals_caught() -> Iterator[Interruption]:
-    """Turn signals into an orderly end; outside the main thread they stay as they are."""
+    """Turn signals into an orderly end."""
     interruption = Interruption()
-    held: dict[int, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            held[number] = signal.signal(number, interruption.handle)
-    except ValueError:  # not the main thread
-        held = {}
+    held = {number: signal.getsignal(number) for number in SIGNALS}
+    interruption.catch()
     try:
         yield interruption
     except SystemError as error:
@@ -45,5 +53,7 @@ def signals_caught() -> Iterator[Interruption]:
             raise error.__cause__ from None
         raise
     finally:
-        for held_number, handler in held.items():
-            signal.signal(held_number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in held.items():
+                if handler is not None:  # else it was not set by Python
+                    signal.signal(number, handler)

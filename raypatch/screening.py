@@ -108,10 +108,10 @@ def _attributed(
             if gradient is None:  # not on the path to the outputs
                 continue
             change = ((before - activation) * gradient).detach().double()
-            if len(target) == 1:
-                by_neuron = change.movedim(layers[name].axis, 0)[None]
-            else:
-                by_neuron = change.movedim(layers[name].axis, 1)
+            axis = layers[name].axis_of(change)
+            by_neuron = (
+                change.movedim(axis, 0)[None] if len(target) == 1 else change.movedim(axis, 1)
+            )
             total += by_neuron.reshape(*total.shape, -1).sum(2).numpy()
         found[name] = total
     return found

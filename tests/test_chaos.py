@@ -130,3 +130,27 @@ def test_a_terminated_driver_keeps_what_it_has_and_its_code_says_so(sweep, tmp_p
     assert "run the same command again to resume" in err
     assert subprocess.run(command(definition, out), check=False, timeout=120).returncode == 0
     assert state_of(out) == expected
+
+
+ENDING = """
+import os, signal, time
+from raypatch.actors import PoolOptions, RayBackend
+from raypatch.interruption import signals_caught
+
+options = PoolOptions(num_actors=1, device="cpu")
+with signals_caught() as interruption, RayBackend(options) as backend:
+    backend.wait_started()
+    {again}
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(4)
+    print("signal", interruption.signal_number)
+"""
+
+
+@pytest.mark.parametrize("again", ["pass", "interruption.catch()"])
+def test_an_orderly_end_may_take_longer_than_rays_own_handler_allows(again):
+    """Ray's has the process aborted after three seconds, and prints where it was."""
+    code = [sys.executable, "-c", ENDING.format(again=again)]
+    ended = subprocess.run(code, check=False, timeout=100, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "signal 15\n"), ended.stderr
+    assert ("*** SIGTERM" in ended.stderr) == (again == "pass")

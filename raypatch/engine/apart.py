@@ -8,11 +8,13 @@ values for one input at a time, as the network's author wrote them.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any, Union
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from raypatch.engine.graph import CaptureError, Graph, Node, Ref, finished_graph, renumbered
 from raypatch.engine.input_axes import (
@@ -31,7 +33,7 @@ class NewAxis:
     """The axis 0 that a value gets for the inputs, before its own."""
 
 
-# None where a value is the same for all inputs.
+# None where a value is the same for all inputs; of several tensors a structure of the same form.
 Place = Union[Axis, NewAxis]
 
 
@@ -45,44 +47,55 @@ class OneByOne:
 
     node: Node
     places: tuple[Place, ...]
-    result: Place
+    result: Any
 
     def __repr__(self) -> str:
         return f"{self.node.name}, one input at a time"
 
     def __call__(self, *values: Any) -> Any:
         rows = [_rows(v, place) for v, place in zip(values, self.places) if place is not None]
+        forms = []
 
-        def of_one(*row: Tensor) -> Any:
+        def of_one(*row: Tensor) -> list[Tensor]:
             given = iter(row)
             all_ = [v if p is None else next(given) for v, p in zip(values, self.places)]
-            return self.node.call(all_.__getitem__)
+            leaves, form = tree_flatten(self.node.call(all_.__getitem__))
+            forms.append(form)
+            return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-        return _in_place(torch.vmap(of_one)(*rows), self.result)
+        try:
+            found = iter(torch.vmap(of_one)(*rows))
+        except (RuntimeError, ValueError):  # what torch has no such rule for
+            found = map(torch.stack, zip(*(of_one(*row) for row in zip(*rows))))
+        places = tree_flatten(self.result)[0]
+        leaves = [None if place is None else _in_place(next(found), place) for place in places]
+        return tree_unflatten(leaves, forms[0])
 
 
 def _rows(value: Tensor, place: Place) -> Tensor:
     """``[inputs, ...]``, each row of the form of the value for one input."""
-    if isinstance(place, NewAxis) or place is None:
+    if isinstance(place, NewAxis):
         return value
     rows = inputs_first(value, place)
     if isinstance(place, Merged):
         return rows.flatten(place.axis + 1, place.axis + 2)
-    return rows.unsqueeze(place + 1)
+    return rows.unsqueeze((place or 0) + 1)
 
 
 def _in_place(rows: Tensor, place: Place) -> Tensor:
     """What :func:`_rows` has taken apart."""
-    if isinstance(place, NewAxis) or place is None:
+    if isinstance(place, NewAxis):
         return rows
     if isinstance(place, Merged):
         return inputs_at(place, torch.unflatten(rows, place.axis + 1, (place.before, place.after)))
-    return inputs_at(place, rows.squeeze(place + 1))
+    return inputs_at(place, rows.squeeze((place or 0) + 1))
 
 
-def _place_for(value: Tensor) -> Place:
+def _place_for(value: Any) -> Place:
     """Where a value that is the same for all inputs is to hold them: along an axis of its own that
     seems to be meant for them, if there is one."""
+    if not isinstance(value, Tensor):
+        return None
     return 0 if value.shape[:1] == (1,) else NewAxis()
 
 
@@ -113,7 +126,7 @@ class _Rewriting:
         self.nodes: list[Node] = []
         self.number: dict[int, int] = {}  # new numbers by old ones
         # Where values hold the inputs that follow from such layers and from no input.
-        self.repeated: dict[int, Place] = {}
+        self.repeated: dict[int, Any] = {}
 
     def graph(self) -> Graph:
         for node in self.old.nodes:
@@ -142,17 +155,27 @@ class _Rewriting:
 
     def _on_repeated(self, node: Node) -> Node:
         value, depends = self.sample[node.index], self.following.depends[node.index]
-        if not isinstance(value, Tensor):
-            if depends or holds_tensors(value):
+        if not holds_tensors(value):
+            if depends:
                 raise CaptureError(f"{node.name}: it takes a layer that sees no input apart")
             return Node(0, "constant", value)
         if not depends:
-            self.repeated[node.index] = _place_for(value)
-        return self._element_wise(node) or self._one_by_one(node)
+            self.repeated[node.index] = tree_map(_place_for, value)
+        return self._taken(node) or self._element_wise(node) or self._one_by_one(node)
+
+    def _taken(self, node: Node) -> Node | None:
+        """One of several results, as it is."""
+        held = self.repeated.get(node.inputs[0])
+        if not isinstance(held, (tuple, list)) or node.target not in (operator.getitem, getattr):
+            return None
+        self.repeated[node.index] = node.target(held, node.args[1])
+        args, kwargs = renumbered(node, self.number)
+        return replace(node, args=args, kwargs=kwargs)
 
     def _element_wise(self, node: Node) -> Node | None:
         """The operation as it is, on arguments whose axes stand below each other."""
-        if LOCAL_RULES.get(node.key) is not pointwise or not node.flat:
+        is_tensor = isinstance(self.sample[node.index], Tensor)
+        if LOCAL_RULES.get(node.key) is not pointwise or not node.flat or not is_tensor:
             return None
         n_axes, number = self.sample[node.index].dim(), dict(self.number)
         at = self.repeated.get(node.index, self.following.axes[node.index])
@@ -177,7 +200,7 @@ class _Rewriting:
         used = list(dict.fromkeys(node.inputs))
         places = tuple(self._place(i) for i in used)
         result = self.repeated.get(node.index, self.following.axes[node.index])
-        if result is None:
+        if isinstance(self.sample[node.index], Tensor) and result is None:
             raise CaptureError(f"{node.name}: it does not keep inputs along one axis")
         args, kwargs = renumbered(node, {i: place for place, i in enumerate(used)})
         inner = replace(node, args=args, kwargs=kwargs, index=0, path=None)
@@ -185,9 +208,12 @@ class _Rewriting:
         return Node(0, "function", OneByOne(inner, places, result), values, path=node.path)
 
     def _place(self, i: int) -> Place:
-        if i in self.repeated:
-            return self.repeated[i]
-        if not self.following.depends[i] or not isinstance(self.sample[i], Tensor):
+        held = self.repeated.get(i)
+        if isinstance(held, (tuple, list)):
+            raise CaptureError(f"{self.old.nodes[i].name}: its results are read together")
+        if held is not None:
+            return held
+        if not self.following.depends[i] or not holds_tensors(self.sample[i]):
             return None
         if self.following.axes[i] is None or i in self.following.numbered:
             raise CaptureError(f"{self.old.nodes[i].name}: it does not keep inputs along one axis")

@@ -37,10 +37,11 @@ def capture(network: nn.Module, args: Args) -> Graph:
     copy.
     """
     reason = ""
-    for looked_into in (True, False):
-        tracer = _Tracer(looked_into)
+    # Buffers as values of the graph can be cut to a traced length, but not decide anything.
+    for looked_into, proxy_buffers in ((True, True), (True, False), (False, True), (False, False)):
+        tracer = _Tracer(looked_into, proxy_buffers)
         try:
-            with lengths_traced(network), as_in_forward(network, args):
+            with lengths_traced(network), _sizes_traced(), as_in_forward(network, args):
                 traced = tracer.trace(network, concrete_args=_defaults(network, len(args)))
             overwrites = overwritten(traced, network, map_tensors(Tensor.clone, args))
             nodes, output = _nodes(traced, network, overwrites, len(args))
@@ -49,17 +50,19 @@ def capture(network: nn.Module, args: Args) -> Graph:
             reason = str(error)
         except Exception as error:  # user code runs under symbolic values: anything may be raised
             reason = f"torch.fx: {first_line(error)}"
-        if not tracer.own_layers:
+        if not (proxy_buffers or tracer.own_layers):
             break  # nothing would be another way
     raise CaptureError(reason)
 
 
 class _Tracer(fx.Tracer):
-    """Layers of the user's own are ``looked_into``, or else are one operation each."""
+    """Layers of the user's own are ``looked_into``, or else are one operation each; buffers are
+    values of the graph, or else what they hold now."""
 
-    def __init__(self, looked_into: bool) -> None:
+    def __init__(self, looked_into: bool, proxy_buffers: bool) -> None:
         super().__init__()
         self.looked_into = looked_into
+        self.proxy_buffer_attributes = proxy_buffers
         self.own_layers = False  # whether there are any
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
@@ -111,6 +114,29 @@ def _length(value: Any) -> Any:
         return value.tracer.create_proxy("call_function", len, (value,), {})
     has_axes = isinstance(value, Tensor) and value.dim() > 0
     return value.shape[0] if has_axes else len(value)
+
+
+@contextmanager
+def _sizes_traced() -> Iterator[None]:
+    """Let torch make tensors of sizes that are traced, ``torch.zeros(len(x), 8)``."""
+
+    def traced(make: Any) -> Any:
+        def made(*sizes: Any, **options: Any) -> Any:
+            first = sizes[0] if sizes else None
+            if not isinstance(first, fx.Proxy):
+                return make(*sizes, **options)
+            return first.tracer.create_proxy("call_function", make, (sizes,), options)
+
+        return made
+
+    before = {name: getattr(torch, name) for name in ("zeros", "ones", "empty")}
+    for name, make in before.items():
+        setattr(torch, name, traced(make))
+    try:
+        yield
+    finally:
+        for name, make in before.items():
+            setattr(torch, name, make)
 
 
 def _has_layers(module: nn.Module) -> bool:

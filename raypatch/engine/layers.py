@@ -24,7 +24,7 @@ Hook = Callable[[int, Tensor], "Tensor | None"]
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with weights. Its neurons lie along ``axis`` of its output."""
+    """A module with weights. Its neurons lie along ``axis`` of its first call's output."""
 
     name: str
     neurons: int
@@ -32,10 +32,10 @@ class Layer:
     kind: str
     output_shape: tuple[int, ...]  # of one input, without the batch dimension
 
-    @property
-    def is_last_axis(self) -> bool:
-        """Whether its neurons lie along the last axis."""
-        return self.axis == len(self.output_shape)
+    def axis_of(self, output: Tensor) -> int:
+        """Along which axis of what one call of it gives its neurons lie: a linear layer may be
+        called with values of more axes than the first time."""
+        return output.dim() - 1 if self.axis == len(self.output_shape) else self.axis
 
 
 def owns_weights(module: nn.Module) -> bool:

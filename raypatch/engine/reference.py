@@ -120,7 +120,7 @@ def _one_experiment(
             new = values[name][call]
             if isinstance(neurons, str):
                 return new.clone()
-            axis = layers[name].axis if name in layers else output.dim() - 1
+            axis = layers[name].axis_of(output) if name in layers else output.dim() - 1
             at = torch.tensor(neurons)
             return output.clone().index_copy_(axis, at, new.index_select(axis, at))
 

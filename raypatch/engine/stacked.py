@@ -119,7 +119,7 @@ class StackedPrepared:
 
     def _axis(self, name: str, output: Tensor) -> int:
         layer = self.engine.layers.get(name)
-        return output.dim() - 1 if layer is None or layer.is_last_axis else layer.axis
+        return output.dim() - 1 if layer is None else layer.axis_of(output)
 
 
 def _patched(

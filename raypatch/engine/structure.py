@@ -178,10 +178,8 @@ class Structure:
 
     def _neuron_axis(self, entry: int) -> int:
         """Along which axis of a layer's value its neurons are."""
-        layer = self.layers.get(self.layer_of[entry])
-        if layer is not None and not layer.is_last_axis:
-            return layer.axis
-        return int(self.sample[min(entry, self.output)].dim()) - 1
+        layer, value = self.layers.get(self.layer_of[entry]), self.sample[min(entry, self.output)]
+        return int(value.dim()) - 1 if layer is None else layer.axis_of(value)
 
     def for_narrowing(self) -> Values:
         """What :func:`raypatch.engine.narrowing.narrowed` asks of a graph's values."""
