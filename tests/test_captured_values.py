@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from raypatch.engine.identity import _operations
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.reference import reference_outputs
 from raypatch.errors import InputError
@@ -438,3 +439,38 @@ def test_images_of_bytes_are_patched_in_any_type(dtype):
     tolerance = 1e-5 if dtype is torch.float32 else 1e-10
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
     assert patcher.path == "incremental (torch.fx)"
+
+
+class Mixed(nn.Module):
+    """A layer of the user's own that tracing cannot look into, on what sees no input."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.first, self.last, self.scale = nn.Linear(4, 6), nn.Linear(6, 2), scale
+        self.places, self.mix = nn.Embedding(5, 6), Mixer()
+
+    def forward(self, x):
+        h, steps = self.first(x), self.places(torch.arange(x.shape[1]))
+        return self.last(self.mix(steps, h, self.scale)).mean(1)
+
+
+class Mixer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(6))
+
+    def forward(self, steps, h, scale):
+        if h.shape[-1] != 6:
+            raise ValueError
+        return h + scale * (steps @ self.weight)
+
+
+def test_what_is_run_one_input_at_a_time_belongs_to_a_networks_digest():
+    digests = set()
+    for scale in (1.0, 2.0):
+        torch.manual_seed(0)
+        patcher = Patcher(Mixed(scale).eval())
+        patcher.prepare(torch.randn(3, 5, 4), torch.randn(3, 5, 4))
+        assert patcher.path == "incremental (torch.fx)"
+        digests.add(tuple(_operations(patcher.graph)))
+    assert len(digests) == 2

@@ -25,7 +25,7 @@ class Apart(nn.Module):
         self.mask = nn.Parameter(torch.randn(1, 2, 2, 2))
         self.conv, self.deconv = nn.Conv2d(2, 4, 2), nn.Conv2d(4, 6, 2, padding=1)
         self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-        self.operation = operation
+        self.lstm, self.operation = nn.LSTM(6, 6, batch_first=True), operation
 
     def forward(self, x):
         h = self.operation(self, self.first(x), x.shape[0])
@@ -67,6 +67,17 @@ APART = {
     "maps": lambda net, h, n: h[:, :4] + net.deconv(torch.relu(net.conv(net.mask)))
     .flatten(2)
     .mT,
+    "of several results": lambda net, h, n: h + _embedded(net).max(0)[0] * _embedded(net).chunk(2, 1)[1].repeat(1, 2),
+    "attention to themselves": lambda net, h, n: (
+        h + net.attention(_embedded(net)[None], _embedded(net)[None], _embedded(net)[None])[0]
+    ),
+    "a state": lambda net, h, n: net.lstm(
+        h, (_embedded(net)[:1].expand(1, n, 6).clone(), _embedded(net)[1:2].expand(1, n, 6).clone())
+    )[0],
+    "without a batching rule": lambda net, h, n: h + net.lstm(_embedded(net)[None])[0],
+    "of more axes the second time": lambda net, h, n: torch.cat(
+        [net.second(_embedded(net))[None].expand(n, -1, -1), net.second(h)], 1
+    ),
     "queries": lambda net, h, n: net.attention(_embedded(net)[:3].expand(n, -1, -1), h, h)[0],
 }  # fmt: skip
 
@@ -107,6 +118,16 @@ NUMBERED = {
         torch.arange(x.shape[0] * 5).view(-1, 5).flip(1).flatten()
     ].view(-1, 5, 6)[:, 1],
     "counted": lambda net, h, x: h[torch.ones(x.shape[0]).cumsum(0).long() - 1, 3],
+    "by gather": lambda net, h, x: h.gather(
+        1, ((x[:, 0, :1] > 0).long() + 3)[..., None].expand(-1, 1, 6)
+    )[:, 0],
+    "of all steps": lambda net, h, x: h.reshape(-1, 6)[
+        torch.arange(x.shape[0]) * 5 + (x[:, 0, 0] > 0).long()
+    ],
+    "cast": lambda net, h, x: h[torch.arange(len(x)).to(x.long()[:, 0, 0]), 1],
+    "a mesh": lambda net, h, x: h[
+        torch.meshgrid(torch.arange(len(x)), torch.arange(2), indexing="ij")
+    ].sum(1),
     "a step of its own": lambda net, h, x: h[torch.arange(x.shape[0]) + 0, 2],
 }
 
@@ -140,7 +161,75 @@ def test_an_index_that_only_later_inputs_move_is_no_place_of_a_neuron():
     check_equal(outputs, reference_outputs(network, experiments, source, target), torch.float64)
 
 
+def test_a_step_chosen_for_each_input_leaves_a_patch_sparse():
+    for name in ("the last of each", "by gather"):
+        torch.manual_seed(0)
+        patcher = checked_patcher(Numbered(NUMBERED[name]), (5, 4))
+        structure = patcher._engine.structure
+        last = next(node for node in structure.nodes if node.path == "last")
+        assert last.inputs[0] in structure.chains.after(structure.calls["first"][0])
+
+
 # ------------------------------------------------------------- inputs that share an axis
+
+
+class Masked(nn.Module):
+    """Padded places are left out, with the places before the inputs or two halves after each
+    other."""
+
+    def __init__(self, halves):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.halves = halves
+
+    def forward(self, x):
+        n, size = x.shape[:2]
+        mask = (x.abs().sum(-1, keepdim=True) > 0).to(x.dtype)
+        if self.halves:
+            h, mask = torch.cat([x, x.flip(1)]), torch.cat([mask, mask.flip(1)])
+            h = torch.relu(self.second(torch.relu(self.first(h))) * mask).sum(1)
+            return self.last(h[:n] - h[n:])
+        h, mask = (v.transpose(0, 1).reshape(size * n, -1) for v in (self.first(x), mask))
+        return self.last(torch.relu(self.second(torch.relu(h)) * mask)).view(size, n, 2).mean(0)
+
+
+@pytest.mark.parametrize("kind", ["pair", "mean"])
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("halves", [True, False])
+def test_inputs_are_told_apart_by_those_that_differ(halves, side, kind):
+    """The first ones have no padding, so that any order of the mask fits them."""
+    torch.manual_seed(0)
+    network = Masked(halves).eval()
+    source, target = torch.randn(8, 5, 3), torch.randn(8, 5, 3)
+    for i in range(3, 8):
+        (source if side == "source" else target)[i, i - 3 :] = 0
+    experiments = [{layer: [i]} for layer in ("first", "second") for i in range(6)]
+    given = source if kind == "pair" else None
+    patcher = Patcher(network, dtype=torch.float64)
+    outputs = patcher(experiments, given, target, kind=kind)
+    expected = reference_outputs(network, experiments, given, target, kind=kind)
+    check_equal(outputs, expected, torch.float64)
+    assert patcher.path == PATHS["fx"]
+
+
+def test_targets_that_are_all_the_same_are_told_apart_by_their_sources():
+    torch.manual_seed(0)
+    network, experiments = Masked(False).eval(), [{"first": [i]} for i in range(6)]
+    source, target = torch.randn(4, 5, 3), torch.zeros(4, 5, 3)
+    patcher = Patcher(network, dtype=torch.float64)
+    outputs = patcher(experiments, source, target)
+    check_equal(outputs, reference_outputs(network, experiments, source, target), torch.float64)
+    assert patcher.path == PATHS["fx"]
+
+
+def test_where_all_inputs_were_the_same_others_are_captured_anew():
+    torch.manual_seed(0)
+    patcher = Patcher(Masked(False).eval())
+    zeros = torch.zeros(4, 5, 3)
+    patcher.prepare(zeros, zeros)
+    assert patcher.path.startswith("single")
+    patcher.prepare(torch.randn(4, 5, 3), zeros)
+    assert patcher.path == PATHS["fx"]
 
 
 class Quantiles(nn.Module):

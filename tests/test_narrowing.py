@@ -160,14 +160,17 @@ def test_whatever_is_read_of_the_steps_the_numbers_are_those_of_plain_hooks(read
     assert bool(patcher._engine.kept) == is_less
 
 
-def test_what_tells_its_size_is_left_whole():
+@pytest.mark.parametrize(
+    "size, is_less", [(lambda h: h.shape[1], True), (lambda h: h.numel() / h.shape[0], False)]
+)
+def test_only_what_tells_a_size_that_depends_on_the_inputs_is_left_whole(size, is_less):
     class Scaled(Encoder):
         def read(self, h):
-            return h[:, self.at] / h.shape[1]
+            return h[:, self.at] / size(h)
 
     torch.manual_seed(0)
     patcher = compared(Scaled().eval())
-    assert patcher.path == "incremental (torch.fx)" and not patcher._engine.kept
+    assert patcher.path == "incremental (torch.fx)" and bool(patcher._engine.kept) == is_less
 
 
 class Attends(nn.Module):

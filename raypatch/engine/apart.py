@@ -28,7 +28,11 @@ from raypatch.engine.input_axes import (
 from raypatch.engine.layers import holds_tensors
 from raypatch.engine.local_rules import LOCAL_RULES, pointwise
 
+# It would warn, past Python's own streams, of every operation that vmap runs row by row.
+torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
 
+
+@dataclass(frozen=True)
 class NewAxis:
     """The axis 0 that a value gets for the inputs, before its own."""
 
@@ -203,7 +207,7 @@ class _Rewriting:
         if isinstance(self.sample[node.index], Tensor) and result is None:
             raise CaptureError(f"{node.name}: it does not keep inputs along one axis")
         args, kwargs = renumbered(node, {i: place for place, i in enumerate(used)})
-        inner = replace(node, args=args, kwargs=kwargs, index=0, path=None)
+        inner = replace(node, args=args, kwargs=kwargs, index=0)
         values = tuple(self._value(i) for i in used)
         return Node(0, "function", OneByOne(inner, places, result), values, path=node.path)
 
@@ -215,9 +219,10 @@ class _Rewriting:
             return held
         if not self.following.depends[i] or not holds_tensors(self.sample[i]):
             return None
-        if self.following.axes[i] is None or i in self.following.numbered:
+        axis = self.following.axes[i]
+        if not isinstance(axis, (int, Merged)) or i in self.following.numbered:
             raise CaptureError(f"{self.old.nodes[i].name}: it does not keep inputs along one axis")
-        return self.following.axes[i]
+        return axis
 
     def _value(self, i: int) -> Any:
         """A reference; of sizes what they are for one input."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map
 
 from raypatch.engine.layers import Args, map_tensors
 from raypatch.errors import InputError
@@ -57,6 +58,22 @@ def inputs_between(args: Args, first: int, last: int) -> Args:
     """Inputs ``first`` to ``last`` (exclusive)."""
     sliced: Args = map_tensors(lambda x: x[first:last] if x.dim() else x, args)
     return sliced
+
+
+def together(some: Args, others: Args) -> Args:
+    """The inputs of both, one after the other; what is no tensor of inputs as in ``some``."""
+    joined: Args = tree_map(
+        lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.dim() else a, some, others
+    )
+    return joined
+
+
+def first_unlike(args: Args) -> int | None:
+    """The first input that is not as the very first in every tensor; None where all are."""
+    unlike = torch.zeros(count_inputs(args), dtype=torch.bool)
+    for leaf in _leaves(args):
+        unlike |= (leaf != leaf[:1]).flatten(1).any(1).cpu()
+    return int(unlike.nonzero()[0]) if bool(unlike.any()) else None
 
 
 def in_parts(args: Args, n_inputs: int, size: int) -> list[Args]:

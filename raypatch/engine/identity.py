@@ -35,6 +35,8 @@ def _operations(graph: Graph) -> list[str]:
 
 def _operation(node: Node) -> str:
     target = node.path or _text(node.target)
+    if isinstance(node.target, OneByOne):  # of a layer more than its path
+        target = _text(node.target)
     return f"{node.op} {target} {tree_map(_text, (node.args, node.kwargs))}"
 
 
@@ -74,7 +76,7 @@ def _text(value: Any) -> str:
         weights = [_text(parameter) for parameter in value.parameters()]
         return f"{type(value).__qualname__} {value.extra_repr()} {weights}"
     if isinstance(value, OneByOne):
-        return f"one by one {_operation(value.node)}"
+        return f"one by one {_operation(value.node)} {value.places} {value.result}"
     name = getattr(value, "__qualname__", None)
     overload = (getattr(value, "name", ""), getattr(value, "overload", ""))
     return str(name or f"{type(value).__qualname__} {overload}")

@@ -16,6 +16,7 @@ from raypatch.engine.layers import Args, Layer
 from raypatch.engine.narrowing import narrowed
 from raypatch.engine.prepared import Prepared
 from raypatch.engine.scratch import Scratch
+from raypatch.engine.sizes import with_sizes
 from raypatch.engine.sources import Fill, GivenFill, Places
 from raypatch.engine.structure import Savings, Structure
 from raypatch.engine.written_out import with_modules
@@ -25,21 +26,23 @@ class Incremental:
     """The engine on one captured graph. Not thread-safe: scratch memory is shared."""
 
     def __init__(
-        self, graph: Graph, layers: dict[str, Layer], savings: Savings, two_inputs: Args
+        self, graph: Graph, layers: dict[str, Layer], savings: Savings, inputs: Args
     ) -> None:
         graph = with_modules(graph)
-        structure = Structure(graph, layers, savings, two_inputs)
+        structure = Structure(graph, layers, savings, inputs)
+        graph = with_sizes(graph, structure.following, structure.sample)
+        structure = Structure(graph, layers, savings, inputs)
         if structure.apart:
             graph = with_inputs_in(structure.apart, graph, structure.following, structure.sample)
-            structure = Structure(graph, layers, savings, two_inputs)
+            structure = Structure(graph, layers, savings, inputs)
         # Of which layers' calls only some places are computed, along an axis after the inputs'.
         self.kept: dict[tuple[str, int], Places] = {}
         if savings.needed_places and (less := narrowed(graph, structure.for_narrowing())):
             graph, kept = less
             for entry in kept.keys() & structure.layer_of.keys():
-                places, inputs = kept[entry], structure.axes[entry]
-                self.kept[structure.layer_at(entry)] = places.along(place_of(places.axis, inputs))
-            structure = Structure(graph, layers, savings, two_inputs)
+                places, axis = kept[entry], structure.axes[entry]
+                self.kept[structure.layer_at(entry)] = places.along(place_of(places.axis, axis))
+            structure = Structure(graph, layers, savings, inputs)
         self.graph = graph
         self.layers = layers
         self.savings = savings
@@ -55,7 +58,7 @@ class Incremental:
             fill = replace(fill, kept=self.kept)
         return Prepared(self.graph, self.structure, self.scratch, source, target, fill)
 
-    def to(self, device: torch.device, two_inputs: Args) -> None:
+    def to(self, device: torch.device, inputs: Args) -> None:
         """Move weights and constants; everything derived is made anew."""
 
         def moved(argument: Any) -> Any:
@@ -71,7 +74,7 @@ class Incremental:
             elif node.op == "constant" and isinstance(node.target, Tensor):
                 node.target = node.target.to(device)
         self.scratch = Scratch()
-        self.structure = Structure(self.graph, self.layers, self.savings, two_inputs)
+        self.structure = Structure(self.graph, self.layers, self.savings, inputs)
 
     def layer_values(self, args: Args) -> dict[str, list[Tensor]]:
         """Outputs ``[inputs, ...]`` of every layer, one a call, in an unpatched run."""

@@ -5,14 +5,14 @@ them: sizes, positions and masks made from sizes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from raypatch.engine.arguments import inputs_between
-from raypatch.engine.graph import Graph, Node
+from raypatch.engine.arguments import count_inputs, inputs_between, together
+from raypatch.engine.graph import CaptureError, Graph, Node
 from raypatch.engine.layers import Args, holds_tensors
 
 # Methods, attributes and exported operations that tell of a tensor's form, not of its numbers.
@@ -39,25 +39,61 @@ class Merged:
 Axis = Union[int, Merged, None]
 
 
+class AxisUnsettled(CaptureError):
+    """The inputs that an axis was found by do not tell which of its entries are an input's; these
+    ``inputs`` do."""
+
+    def __init__(self, inputs: Args) -> None:
+        super().__init__("which entries of an axis are an input's could not be told")
+        self.inputs = inputs
+
+
 @dataclass(frozen=True)
 class Following:
     """How the values of a graph's nodes follow from the inputs.
 
     ``depends``: whether a value may differ from input to input, or by how many there are.
-    ``numbered``: nodes whose tensors number the inputs, as ``torch.arange(len(x))``.
+    ``numbered``: nodes whose tensors number the inputs, as ``torch.arange(len(x))``, and what is
+    made of these and of inputs until it is the same for an input wherever it stands.
     ``axes``: along which :data:`Axis` a value holds the inputs, None where along none; of several
     tensors in one value a structure of the same form.
+    ``possible``: axes by which the values could lie where there are several, by node.
     """
 
     depends: list[bool]
     numbered: set[int]
     axes: list[Any]
+    possible: dict[int, list[Merged]]
+
+    def check(self, args: Args, values: list[Any], sample: list[Any]) -> None:
+        """Raises AxisUnsettled where ``values`` of a run on ``args`` are not the same whichever of
+        several possible axes hold the inputs."""
+        for index, axes in self.possible.items():
+            found = [inputs_first(values[index], axis).flatten(1) for axis in axes]
+            if all(_is_same(one, found[0]).all() for one in found):
+                continue
+            told: Args | None = None
+            for axis, rows in zip(axes, found):
+                # If this is the axis, these inputs differ from the one that it was found by.
+                own = inputs_first(sample[index], axis).flatten(1)
+                if not (same := _is_same(rows, own).all(1)).all():
+                    at = int(same.logical_not().nonzero()[0])
+                    one = inputs_between(args, at, at + 1)
+                    told = one if told is None else together(told, one)
+            if told is not None:
+                raise AxisUnsettled(told)
 
 
-def follow_inputs(graph: Graph, two_inputs: Args, sample: list[Any]) -> Following:
-    """Found by comparing the values of runs on either of two inputs and on both; ``sample`` are
-    those on the first."""
-    of_second, of_both = graph.run(inputs_between(two_inputs, 1, 2)), graph.run(two_inputs)
+def _is_same(some: Tensor, others: Tensor) -> Tensor:
+    return (some == others) | ((some != some) & (others != others))
+
+
+def follow_inputs(graph: Graph, inputs: Args, sample: list[Any]) -> Following:
+    """Found by comparing the values of runs on each of two or more inputs and on all of them;
+    ``sample`` are those on the first."""
+    others = range(1, count_inputs(inputs))
+    each = [sample, *(graph.run(inputs_between(inputs, i, i + 1)) for i in others)]
+    runs = [Values(list(one), of_all) for *one, of_all in zip(*each, graph.run(inputs))]
     depends: list[bool] = []
     form: set[int] = set()  # nodes that follow from the inputs' form alone
     for node in graph.nodes:
@@ -67,53 +103,98 @@ def follow_inputs(graph: Graph, two_inputs: Args, sample: list[Any]) -> Followin
         is_size = not holds_tensors(sample[i])
         if node.op != "input" and (form.issuperset(seen) or (is_size and _asks_for_form(node))):
             form.add(i)
-        is_fixed = is_size and i in form and bool(sample[i] == of_both[i])
+        is_fixed = is_size and i in form and bool(sample[i] == runs[i].of_all)
         depends.append(node.op == "input" or (bool(seen) and not is_fixed))
-    axes = [tree_map(_input_axis, *values) for values in zip(sample, of_second, of_both)]
-    counted = {i for i in form if depends[i] and isinstance(sample[i], Tensor)}
-    numbered: set[int] = set()
+    leaves = [values.leaves() for values in runs]
+    axes = [
+        tree_unflatten([_input_axis(leaf) for leaf in some], tree_flatten(values)[1])
+        for some, values in zip(leaves, sample)
+    ]
+    possible = {
+        i: found
+        for i, some in enumerate(leaves)
+        if isinstance(sample[i], Tensor) and len(found := _divisions(some[0])) > 1
+    }
+    numbered = _numbered(graph, {i for i in form if depends[i]}, leaves, axes)
+    return Following(depends, numbered, axes, possible)
+
+
+class Values(NamedTuple):
+    """A node's values in runs on each of some inputs, and on all of them."""
+
+    of_each: list[Any]
+    of_all: Any
+
+    def leaves(self) -> list[Values]:
+        """Of each of several tensors in one value."""
+        parts = zip(*(tree_flatten(value)[0] for value in (self.of_all, *self.of_each)))
+        return [Values(of_each, of_all) for of_all, *of_each in parts]
+
+    def distance(self, axis: Axis) -> float:
+        """How far what lies along an axis for each input is from its value alone, as a share of the
+        largest."""
+        if not self.of_all.numel():
+            return 0.0
+        alone = torch.stack([inputs_first(one, axis)[0] for one in self.of_each])
+        found, alone = (
+            x.double().nan_to_num(0.0, 0.0, 0.0) for x in (inputs_first(self.of_all, axis), alone)
+        )
+        return float((found - alone).abs().max()) / max(1.0, float(alone.abs().max()))
+
+
+def _numbered(
+    graph: Graph, form: set[int], leaves: list[list[Values]], axes: list[Any]
+) -> set[int]:
+    def is_apart(index: int) -> bool:
+        return any(
+            axis is None or values.distance(axis) > 1e-4
+            for values, axis in zip(leaves[index], tree_flatten(axes[index])[0])
+            if isinstance(values.of_all, Tensor)
+        )
+
+    found = {i for i in form if is_apart(i)}
+    for node in graph.nodes:
+        if node.index not in form and found.intersection(node.inputs) and is_apart(node.index):
+            found.add(node.index)
     for node in reversed(graph.nodes):
-        i, axis = node.index, axes[node.index]
-        if i not in counted:
-            continue
-        if axis is None or _distance(sample[i], sample[i], of_both[i], axis) > 0:
-            numbered.add(i)
-        if i in numbered:
-            numbered.update(counted.intersection(node.inputs))  # it is made of these
-    return Following(depends, numbered, axes)
+        if node.index in found:  # it is made of these
+            tensors = (i for i in form.intersection(node.inputs) if leaves[i])
+            found.update(i for i in tensors if isinstance(leaves[i][0].of_all, Tensor))
+    return found
 
 
-def _input_axis(of_first: Any, of_second: Any, of_both: Any) -> Axis:
-    if not isinstance(of_first, Tensor) or of_first.dim() != of_both.dim():
-        return None
-    shape, both = of_first.shape, of_both.shape
-    different = [axis for axis, sizes in enumerate(zip(shape, both)) if len(set(sizes)) > 1]
-    if len(different) != 1 or of_second.shape != shape:
-        return None
-    (axis,) = different
-    size = shape[axis]
-    if size == 1:
-        return axis
-    if both[axis] != 2 * size:
-        return None
+def _divisions(values: Values) -> list[Merged]:
+    """How an axis that holds the inputs and something else may be divided."""
+    axis = _changing_axis(values)
+    first = values.of_each[0]
+    size = 1 if axis is None else first.shape[axis]
+    if axis is None or size == 1 or values.of_all.shape[axis] != len(values.of_each) * size:
+        return []
     found = [Merged(axis, n, size // n) for n in range(1, size + 1) if size % n == 0]
-    errors = [_distance(of_first, of_second, of_both, division) for division in found]
-    # A right division leaves rounding errors, a wrong one what two inputs differ by.
+    errors = [values.distance(division) for division in found]
+    # A right division leaves rounding errors, a wrong one what the inputs differ by.
     least = min(errors)
     if not least <= 1e-4:
+        return []
+    return [division for division, e in zip(found, errors) if e <= max(10 * least, 1e-6)]
+
+
+def _changing_axis(values: Values) -> int | None:
+    first, *others = values.of_each
+    if not isinstance(first, Tensor) or first.dim() != values.of_all.dim():
         return None
-    return next(division for division, e in zip(found, errors) if e <= max(10 * least, 1e-6))
+    if any(other.shape != first.shape for other in others):
+        return None
+    sizes = enumerate(zip(first.shape, values.of_all.shape))
+    different = [axis for axis, (one, all_) in sizes if one != all_]
+    return different[0] if len(different) == 1 else None
 
 
-def _distance(of_first: Tensor, of_second: Tensor, of_both: Tensor, axis: Axis) -> float:
-    """How far values of two inputs that lie along an axis are from those of either alone, as a
-    share of the largest."""
-    if not of_first.numel():
-        return 0.0
-    found = inputs_first(of_both, axis)
-    wanted = torch.stack([inputs_first(one, axis)[0] for one in (of_first, of_second)])
-    found, wanted = (x.double().nan_to_num(0.0, 0.0, 0.0) for x in (found, wanted))
-    return float((found - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
+def _input_axis(values: Values) -> Axis:
+    axis = _changing_axis(values)
+    if axis is None or values.of_each[0].shape[axis] == 1:
+        return axis
+    return next(iter(_divisions(values)), None)
 
 
 def _asks_for_form(node: Node) -> bool:

@@ -154,9 +154,48 @@ def movement(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     """Elements only change places: the owners move in the same way."""
     moved = {leaf.node for leaf in tree_flatten(node.args[:1], is_leaf=is_ref)[0] if is_ref(leaf)}
     others = [i for i in node.inputs if i not in moved and owners.varies(i)]
-    if others and not node.name.endswith("_as"):
-        return None  # where to differs from input to input
-    return node.call(owners.argument)
+    if not others or node.name.endswith("_as"):
+        return node.call(owners.argument)
+    # Where to differs from input to input. It must not depend on a patch, nor tell neurons apart:
+    # along one axis they lie, and along that the first place is not the last.
+    if any(owners.of(i) is not None for i in others):
+        return None
+    given = [owner for i in moved if isinstance(owner := owners.of(i), Tensor)]
+    if any(sum(_varies_along(owner, axis) for axis in range(owner.dim())) > 1 for owner in given):
+        return None
+
+    def with_index(place: int) -> Any:
+        """The owners where every such index says the same place."""
+        return node.call(
+            lambda i: (
+                torch.full_like(owners.argument(i), place) if i in others else owners.argument(i)
+            )
+        )
+
+    first, last = with_index(0), with_index(-1)
+    same = isinstance(first, Tensor) and first.shape == last.shape and bool((first == last).all())
+    return first if same else None
+
+
+def _varies_along(owner: Tensor, axis: int) -> bool:
+    return bool((owner != owner.narrow(axis, 0, 1)).any())
+
+
+@local(*_named(["gather", "take_along_dim"]))
+def gathered(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
+    """Elements of the same place along all axes but one."""
+    owner, axis, index = owners.of(node.inputs[0]), node.option(1, "dim"), node.option(2, "index")
+    if node.name == "take_along_dim":
+        axis, index = node.option(2, "dim"), node.option(1, "indices")
+    is_plain = isinstance(index, Ref) and type(axis) is int and owners.of(index.node) is None
+    if owner is None or not is_plain or owner.dim() != len(shape):
+        return None
+    shared = _shared(owner, [axis])
+    if shared is None:
+        return None
+    for other in range(len(shape)):
+        shared = shared if other == axis % len(shape) else shared.narrow(other, 0, shape[other])
+    return shared.expand(shape)
 
 
 @local(*(getattr(nn.modules.padding, name) for name in PADDING_MODULES), *_named(["pad"]))

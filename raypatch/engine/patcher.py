@@ -9,9 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raypatch.engine.arguments import count_inputs, described, form_of, in_parts, inputs_between
+from raypatch.engine.arguments import (
+    count_inputs,
+    described,
+    first_unlike,
+    form_of,
+    in_parts,
+    inputs_between,
+)
 from raypatch.engine.graph import CaptureError, Graph
 from raypatch.engine.incremental import Incremental
+from raypatch.engine.input_axes import AxisUnsettled
 from raypatch.engine.layers import Args, Layer, as_args, map_tensors, owns_weights
 from raypatch.engine.patch_run import Definition, Engine, Limits, PatchRun
 from raypatch.engine.precision import exact_math
@@ -37,6 +45,8 @@ from raypatch.engine.trial import (
 from raypatch.errors import InputError, RaypatchError, one_line
 
 DEFAULT_MEMORY_BYTES = 4 << 30
+# How often a graph is captured anew for inputs that tell more.
+RECAPTURES = 4
 # Preparing traces networks, by which torch changes how modules are called in the whole process.
 _one_prepares = RLock()
 
@@ -87,7 +97,8 @@ class Patcher:
         self._network: nn.Module | None = own_copy(network, self.device, self.dtype)
         self._modules = {name: _why_no_layer(module) for name, module in network.named_modules()}
         self._engine: Engine | None = None
-        self._two_inputs: Args = ()
+        self._probe: Args = ()
+        self._told = False
 
     def __repr__(self) -> str:
         layers = f"{len(self.layers)} layers, " if self.layers else ""
@@ -138,21 +149,44 @@ class Patcher:
             source_args = map_tensors(lambda x: x[order], target_args)
         try:
             with _one_prepares, exact_math():
-                is_new = self._settle_engine(target_args)
-                try:
-                    run = self._run(source_args, target_args, n_inputs, kind, source)
-                    if self._network is not None and self._needs_check(is_new):
-                        check_unpatched(self._network, run, source_args, target_args)
-                except CaptureError as reason:
-                    self._settle_engine(target_args, not_captured=str(reason))
-                    run = self._run(source_args, target_args, n_inputs, kind, source)
-                return run
+                return self._checked_run(source_args, target_args, n_inputs, kind, source)
         except Exception as error:
             # A network may take the inputs of a trial and fail on others.
             if self._network is not None and not isinstance(error, RaypatchError):
                 for args in filter(None, (target_args, source_args)):
                     network_output(self._network, args)
             raise
+
+    def _checked_run(
+        self,
+        source_args: Args | None,
+        target_args: Args,
+        n_inputs: int,
+        kind: SourceKind,
+        given: Any,
+    ) -> PatchRun:
+        """A run by the fastest engine that fits these inputs; others may have been met before."""
+        arguments = source_args, target_args, n_inputs, kind, given
+        telling = None
+        if source_args is not None and first_unlike(target_args) is None:
+            telling = inputs_between(source_args, 0, 1)  # targets are all the same
+        is_new, reason = self._settle_engine(target_args, telling=telling), ""
+        for _ in range(RECAPTURES):
+            try:
+                run = self._run(*arguments)
+                if self._network is not None and self._needs_check(is_new):
+                    check_unpatched(self._network, run, source_args, target_args)
+                return run
+            except AxisUnsettled as unsettled:
+                reason = str(unsettled)
+                if self._network is None:
+                    break
+                is_new = self._settle_engine(target_args, telling=unsettled.inputs, anew=True)
+            except CaptureError as error:
+                reason = str(error)
+                break
+        self._settle_engine(target_args, not_captured=reason)
+        return self._run(*arguments)
 
     def _run(
         self,
@@ -179,9 +213,9 @@ class Patcher:
         """Move the weights to a device; runs prepared before stay where they were."""
         self.device = torch.device(device)
         if self._captured is not None:
-            self._two_inputs = cast(self._two_inputs, self.dtype, self.device)
+            self._probe = cast(self._probe, self.dtype, self.device)
             with torch.no_grad():
-                self._captured.to(self.device, self._two_inputs)
+                self._captured.to(self.device, self._probe)
         elif isinstance(self._engine, Stacked):
             self._engine.network.to(self.device)
         if self._network is not None:
@@ -212,23 +246,39 @@ class Patcher:
         graph = self.graph
         return graph is not None and (is_new or graph.how == "torch.export")
 
-    def _settle_engine(self, target: Args, *, not_captured: str | None = None) -> bool:
-        """Choose the engine for inputs of this form when they first come, and where it turns out
-        that a captured graph is not the network on all of them; whether it is a new one."""
-        is_fit = self._engine is not None and not_captured is None
-        if is_fit and form_of(target) == form_of(self._two_inputs):
+    def _settle_engine(
+        self,
+        target: Args,
+        *,
+        telling: Args | None = None,
+        anew: bool = False,
+        not_captured: str | None = None,
+    ) -> bool:
+        """Choose the engine for inputs of this form when they first come, ``anew`` where others
+        tell more, and where it turns out that a captured graph is not the network on all of them;
+        whether it is a new one. ``telling`` are inputs that must be looked at."""
+        is_fit = self._engine is not None and not anew and not_captured is None
+        if (
+            is_fit
+            and form_of(target) == form_of(self._probe)
+            and (
+                # Inputs that are all the same tell little: of others it may be captured after all.
+                self._told or (telling is None and first_unlike(target) is None)
+            )
+        ):
             return False
         if self._network is None:
             reason = f"; {not_captured}" if not_captured else ""
             raise InputError(
-                f"this copy is for inputs of {described(self._two_inputs)}, not of "
+                f"this copy is for inputs of {described(self._probe)}, not of "
                 f"{described(target)}; make a Patcher of the network itself{reason}"
             )
+        probe = trial_inputs(target, telling)
         engine, self.path = choose_engine(
-            self._network, target, self.dtype, self.savings, not_captured=not_captured
+            self._network, probe, self.dtype, self.savings, not_captured=not_captured
         )
         self.layers = engine.layers
-        self._two_inputs = inputs_between(trial_inputs(target), 0, 2)
+        self._probe, self._told = probe, first_unlike(probe) is not None
         self._engine = engine
         return True
 

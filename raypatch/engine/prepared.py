@@ -92,9 +92,11 @@ class Prepared:
         self.baseline: Tensor = self.base_values[-1]
         self.n_inputs = len(self.baseline)
         self._check_inputs_lie_apart()
+        structure.following.check(target, self.base_values, structure.sample)
         self.source_values = None if source is None else graph.run(source)
         self.source_baseline: Tensor | None = None
-        if self.source_values is not None:
+        if source is not None and self.source_values is not None:
+            structure.following.check(source, self.source_values, structure.sample)
             self.source_baseline = self.source_values[-1]
         self._chains: dict[int, dict[int, Sparse]] = {}
         self._changes: dict[int, Changes] = {}
@@ -346,11 +348,15 @@ class Prepared:
         value = held[index]  # type: ignore[index]
         if not self.structure.depends[index]:
             return value
+        if index in self.structure.following.numbered:  # made anew for as many rows as there are
+            node = self.structure.nodes[index]
+            dense[index] = node.call(lambda i: self._rows(i, program, batch, dense))
+            return dense[index]
+        if isinstance(value, Tensor):
+            return batch.spread(value, self.structure.axes[index])
         sizes = self.structure.sizes(batch.n_rows)
         if index in sizes:
             return sizes[index]
-        if isinstance(value, Tensor):
-            return batch.spread(value, self.structure.axes[index])
         return tree_map(
             lambda v, axis: v if axis is None else batch.spread(v, axis),
             value,

@@ -62,6 +62,21 @@ def reference_outputs(
     elif kind == "resample":
         order = resample_order(len(own[OUTPUT_LOGITS][0]), seed)
         values = record_activations(network, tuple(x[order] for x in target), names)
+    elif kind == "given" and any(
+        source[name].numel() != calls[0].numel() for name, calls in own.items() if name in source
+    ):
+        # Of layers that see no input: each input is patched by itself.
+        n_inputs, given = len(own[OUTPUT_LOGITS][0]), list(experiments)
+        return torch.cat(
+            [
+                reference_outputs(
+                    network, given, _of_one(source, n_inputs, i), inputs_between(target, i, i + 1),
+                    kind="given", dtype=dtype,
+                )
+                for i in range(n_inputs)
+            ],
+            1,
+        )  # fmt: skip
     elif kind == "given":
         values = {
             name: [source[name].to(dtype).reshape(calls[0].shape) if name in source else calls[0]]
@@ -87,6 +102,10 @@ def reference_outputs(
     return torch.stack(
         [_one_experiment(network, layers, experiment, values, target) for experiment in experiments]
     )
+
+
+def _of_one(source: dict[str, Tensor], n_inputs: int, i: int) -> dict[str, Tensor]:
+    return {name: v[i : i + 1] if len(v) == n_inputs else v for name, v in source.items()}
 
 
 def _means(network: nn.Module, alone: list[Args], names: list[str]) -> dict[str, list[Tensor]]:

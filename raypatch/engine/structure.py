@@ -103,19 +103,19 @@ class Structure:
     """
 
     def __init__(
-        self, graph: Graph, layers: dict[str, Layer], savings: Savings, two_inputs: Args
+        self, graph: Graph, layers: dict[str, Layer], savings: Savings, inputs: Args
     ) -> None:
         self.nodes = graph.nodes
         self.layers = layers
         self.savings = savings
-        self.sample = sample = graph.run(inputs_between(two_inputs, 0, 1))
+        self.sample = sample = graph.run(inputs_between(inputs, 0, 1))
         leaves = [v for v in tree_flatten(sample)[0] if isinstance(v, Tensor)]
         self.sample_bytes = sum(v.numel() * v.element_size() for v in leaves)
         self.output = len(graph.nodes) - 1
         # The pseudo-layer output_logits is patched after the last node.
         self.virtual = len(graph.nodes)
         self.calls: dict[str, list[int]] = {OUTPUT_LOGITS: [self.virtual]}
-        following = follow_inputs(graph, two_inputs, sample)
+        following = follow_inputs(graph, inputs, sample)
         self.following = following
         self.depends, self.axes = following.depends, following.axes
         self.readers: dict[int, list[int]] = {i: [] for i in range(len(graph.nodes))}
@@ -309,8 +309,7 @@ class Structure:
     # ------------------------------------------------------------------------- sizes
 
     def sizes(self, n_rows: int) -> dict[int, Any]:
-        """Values of the nodes that are no tensors (sizes, shapes) or number the inputs, for a batch
-        of ``n_rows``."""
+        """Values of the nodes that are no tensors (sizes, shapes) for a batch of ``n_rows``."""
         if n_rows not in self._sizes:
             if len(self._sizes) > 64:
                 self._sizes.clear()
@@ -328,8 +327,7 @@ class Structure:
             return torch.empty(shape, device="meta", dtype=value.dtype)
 
         for node in self.nodes:
-            is_size = self.depends[node.index] and not holds_tensors(self.sample[node.index])
-            if is_size or node.index in self.following.numbered:
+            if self.depends[node.index] and not holds_tensors(self.sample[node.index]):
                 found[node.index] = node.call(shaped)
         return found
 

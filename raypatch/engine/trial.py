@@ -11,7 +11,14 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments
-from raypatch.engine.arguments import count_inputs, described, in_parts, inputs_between
+from raypatch.engine.arguments import (
+    count_inputs,
+    described,
+    first_unlike,
+    in_parts,
+    inputs_between,
+    together,
+)
 from raypatch.engine.capture import capture, first_line
 from raypatch.engine.capture_export import capture_export
 from raypatch.engine.decisions import decides_by_values
@@ -40,17 +47,16 @@ TRIAL_BYTES = 1 << 40
 
 def choose_engine(
     network: nn.Module,
-    target: Args,
+    probe: Args,
     dtype: torch.dtype,
     savings: Savings,
     *,
     not_captured: str | None = None,
 ) -> tuple[Engine, str]:
-    """The engine for a network on inputs like ``target``, and how it evaluates and why.
+    """The engine for a network, and how it evaluates and why; ``probe`` are :func:`trial_inputs`.
 
     ``not_captured`` is a reason, found elsewhere, why no captured graph will do.
     """
-    probe = trial_inputs(target)
     output = network_output(network, probe)
     if not isinstance(output, Tensor) or output.dim() != 2:
         shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -104,7 +110,7 @@ def _build(
             graph = capture(network, probe) if how == "torch.fx" else capture_export(network, probe)
             if dtype is torch.float64:
                 graph.widen(probe)
-            return Incremental(graph, layers, savings, inputs_between(probe, 0, 2))
+            return Incremental(graph, layers, savings, probe)
     except CaptureError:
         raise
     except Exception as error:  # anything a strange network may do when it is taken apart
@@ -188,14 +194,19 @@ def _experiments(layers: dict[str, Layer]) -> Experiments:
     return Experiments.from_list(trials)
 
 
-def trial_inputs(args: Args) -> Args:
-    """Two or three inputs for a trial; a single one is joined by its half."""
-    if count_inputs(args) > 1:
-        return inputs_between(args, 0, 3)
-    halved: Args = map_tensors(
-        lambda x: torch.cat([x, (x / 2).to(x.dtype)]) if x.dim() else x, args
-    )
-    return halved
+def trial_inputs(args: Args, telling: Args | None = None) -> Args:
+    """Two or three inputs for a trial, the second unlike the first where one of ``args`` is; a
+    single one is joined by its half. ``telling`` are inputs that come first."""
+    if telling is not None:
+        return together(telling, inputs_between(args, 0, 2))
+    n_inputs, first = count_inputs(args), inputs_between(args, 0, 1)
+    if n_inputs == 1:
+        return together(first, map_tensors(lambda x: (x / 2).to(x.dtype), first))
+    other = first_unlike(args) or 1
+    following = inputs_between(args, other, other + 2)
+    if n_inputs > 2 and other + 2 > n_inputs:
+        following = together(following, inputs_between(args, 1, 2))
+    return together(first, following)
 
 
 def own_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

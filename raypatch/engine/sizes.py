@@ -1,0 +1,51 @@
+"""Sizes that are the same for all inputs, ``x.shape[1]``, as the numbers that they are: a captured
+graph is for one form of inputs."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from raypatch.engine.graph import Bounds, Graph, Node, Ref, finished_graph, is_ref, item_between
+from raypatch.engine.input_axes import Following
+
+SIZES = (int, float, torch.Size, torch.dtype, torch.device)
+
+
+def with_sizes(graph: Graph, following: Following, sample: list[Any]) -> Graph:
+    """The graph with numbers for such sizes; ``sample`` are all nodes' values for one input."""
+    fixed = {
+        i: value
+        for i, value in enumerate(sample)
+        if not following.depends[i] and isinstance(value, SIZES)
+    }
+
+    def settled(leaf: Any) -> Any:
+        return fixed.get(leaf.node, leaf) if isinstance(leaf, Ref) else leaf
+
+    nodes = []
+    for node in graph.nodes:
+        args, kwargs = tree_map(settled, (node.args, node.kwargs), is_leaf=is_ref)
+        nodes.append(_with_slices(replace(node, args=args, kwargs=kwargs)))
+    return finished_graph(nodes, len(nodes) - 1, graph.how, graph.unread)
+
+
+def _with_slices(node: Node) -> Node:
+    """An index of known bounds, as Python has it."""
+    if node.target is not item_between:
+        return node
+
+    def as_slice(leaf: Any) -> Any:
+        if isinstance(leaf, Bounds) and not any(map(is_ref, leaf)):
+            return slice(*leaf)
+        return leaf
+
+    index = tree_map(as_slice, node.args[1], is_leaf=lambda leaf: isinstance(leaf, Bounds))
+    each = index if type(index) is tuple else (index,)
+    is_plain = not any(isinstance(one, Bounds) for one in each)
+    target = operator.getitem if is_plain else item_between
+    return replace(node, target=target, args=(node.args[0], index))
