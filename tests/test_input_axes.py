@@ -111,6 +111,9 @@ NUMBERED = {
     "of neurons": lambda net, h, x: h[:, 0][torch.arange(x.shape[0]), (x[:, 0, 0] > 0).long() - 1][
         :, None
     ].expand(-1, 6),
+    "of neurons there and back": lambda net, h, x: (
+        torch.cat([h, h.flip(2)], 2)[:, 0][torch.arange(len(x)), (x[:, 0, 0] > 0).long() * 3]
+    )[:, None].expand(-1, 6),
     "of places and neurons": lambda net, h, x: h[
         torch.arange(x.shape[0])[:, None], 1, torch.tensor([[0, 3, 2, 1, 5, 4]])
     ],
@@ -150,10 +153,11 @@ def test_places_chosen_by_the_number_of_an_input_are_those_of_its_row(name, how)
     assert checked_patcher(network, (5, 4)).path.startswith(PATHS[how])
 
 
-def test_an_index_that_only_later_inputs_move_is_no_place_of_a_neuron():
-    """The inputs of the trial all choose the last neuron."""
+@pytest.mark.parametrize("name", ["of neurons", "of neurons there and back"])
+def test_an_index_that_only_later_inputs_move_is_no_place_of_a_neuron(name):
+    """The inputs of the trial all choose the same neuron."""
     torch.manual_seed(0)
-    network = Numbered(NUMBERED["of neurons"]).eval()
+    network = Numbered(NUMBERED[name]).eval()
     source, target = torch.randn(6, 5, 4), torch.randn(6, 5, 4)
     source[:, 0, 0], target[:, 0, 0] = -1, torch.tensor([-1.0, -1, -1, 1, 1, 1])
     experiments = [{"first": [i]} for i in range(6)]

@@ -70,10 +70,11 @@ def together(some: Args, others: Args) -> Args:
 
 def first_unlike(args: Args) -> int | None:
     """The first input that is not as the very first in every tensor; None where all are."""
-    unlike = torch.zeros(count_inputs(args), dtype=torch.bool)
-    for leaf in _leaves(args):
-        unlike |= (leaf != leaf[:1]).flatten(1).any(1).cpu()
-    return int(unlike.nonzero()[0]) if bool(unlike.any()) else None
+    leaves = _leaves(args)
+    for i in range(1, count_inputs(args)):  # as a rule the second
+        if any(not torch.equal(leaf[i], leaf[0]) for leaf in leaves):
+            return i
+    return None
 
 
 def in_parts(args: Args, n_inputs: int, size: int) -> list[Args]:

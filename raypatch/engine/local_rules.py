@@ -156,29 +156,32 @@ def movement(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     others = [i for i in node.inputs if i not in moved and owners.varies(i)]
     if not others or node.name.endswith("_as"):
         return node.call(owners.argument)
-    # Where to differs from input to input. It must not depend on a patch, nor tell neurons apart:
-    # along one axis they lie, and along that the first place is not the last.
+    # Where to differs from input to input: a patch must have no say in it, and along the one axis
+    # where neurons differ, whichever place such an index says must be the same.
     if any(owners.of(i) is not None for i in others):
         return None
-    given = [owner for i in moved if isinstance(owner := owners.of(i), Tensor)]
-    if any(sum(_varies_along(owner, axis) for axis in range(owner.dim())) > 1 for owner in given):
-        return None
+    places = {i: _places(owner) for i in moved if isinstance(owner := owners.of(i), Tensor)}
 
-    def with_index(place: int) -> Any:
-        """The owners where every such index says the same place."""
-        return node.call(
-            lambda i: (
-                torch.full_like(owners.argument(i), place) if i in others else owners.argument(i)
-            )
-        )
+    def with_index(place: int, held: dict[int, Any]) -> Any:
+        index = {i: torch.full_like(owners.argument(i), place) for i in others}
+        given = {**index, **held}
+        return node.call(lambda i: given[i] if i in given else owners.argument(i))
 
-    first, last = with_index(0), with_index(-1)
-    same = isinstance(first, Tensor) and first.shape == last.shape and bool((first == last).all())
-    return first if same else None
+    first, last = with_index(0, places), with_index(-1, places)
+    same = first.shape == last.shape and bool((first == last).all())
+    return with_index(0, {}) if same else None
 
 
-def _varies_along(owner: Tensor, axis: int) -> bool:
-    return bool((owner != owner.narrow(axis, 0, 1)).any())
+def _places(owner: Tensor) -> Tensor:
+    """Numbers of the places along the one axis where owners differ; ValueError for several."""
+    varying = [i for i in range(owner.dim()) if bool((owner != owner.narrow(i, 0, 1)).any())]
+    if len(varying) > 1:
+        raise ValueError("neurons lie along several axes")
+    view = [1] * owner.dim()
+    for axis in varying:
+        view[axis] = -1
+    size = owner.shape[varying[0]] if varying else 1
+    return torch.arange(size).view(view).expand(owner.shape)
 
 
 @local(*_named(["gather", "take_along_dim"]))
