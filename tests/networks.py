@@ -385,11 +385,25 @@ def counts_of(network, args):
         return {**counts, OUTPUT_LOGITS: network(*args).shape[1]}
 
 
+PATHS = {"fx": "incremental (torch.fx)", "export": "incremental (torch.export"}
+
+
+def captured_by(how, kind, *args):
+    """A network that is captured in one of the ways of ``PATHS``."""
+    torch.manual_seed(0)
+    kinds = {"fx": kind, "export": type("NotTracedKind", (NotTraced, kind), {})}
+    return kinds[how](*args)
+
+
 def checked_patcher(network, shape, dtype=torch.float64, kind="pair"):
     """A patcher of a network with inputs of ``shape`` after its numbers were compared with those of
     plain hooks, for every neuron alone and some together."""
-    network = network.eval()
-    target, given = torch.randn(4, *shape), torch.randn(4, *shape) if kind == "pair" else None
+    return checked_on(network, torch.randn(4, *shape), torch.randn(4, *shape), dtype, kind)
+
+
+def checked_on(network, source, target, dtype=torch.float64, kind="pair"):
+    """The same on given inputs."""
+    network, given = network.eval(), source if kind == "pair" else None
     counts = counts_of(network, (target,))
     first, *_, last = counts
     experiments = [{name: [i]} for name, n in counts.items() for i in range(n)]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from raypatch.engine.identity import _operations
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.reference import reference_outputs
-from raypatch.errors import InputError
 
 EXPERIMENTS = [{"a": [i]} for i in range(8)] + [{"a": "all"}, {"b": [0]}]
 
@@ -228,19 +224,6 @@ def test_middle_layers_of_deep_networks_are_tried_too():
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_results_are_plain_float32_within_autocast_and_inference_mode():
-    torch.manual_seed(0)
-    network, source, target = Two(), torch.randn(5, 6), torch.randn(5, 6)
-    patcher = Patcher(network)
-    with torch.autocast("cpu"):
-        lowered = patcher(EXPERIMENTS, source, target)
-    with torch.inference_mode():
-        inside = patcher(EXPERIMENTS, source, target)
-    outside = patcher(EXPERIMENTS, source, target)
-    assert lowered.dtype is torch.float32
-    assert torch.equal(lowered, outside) and torch.equal(inside, outside)
-
-
 class Padded(nn.Module):
     def __init__(self):
         super().__init__()
@@ -262,50 +245,6 @@ def test_an_encoder_with_padding_is_that_of_training():
     run = Patcher(network).prepare(target=(x, padding), kind="zero")
     with torch.enable_grad():  # without, torch would leave padded places zero
         torch.testing.assert_close(run.baseline, network(x, padding).detach())
-
-
-def test_threads_leave_the_default_type_as_it_was():
-    torch.manual_seed(0)
-    x = torch.randn(4, 6)
-    patchers = [Patcher(Decides(), dtype=torch.float64) for _ in range(3)]
-    for patcher in patchers:  # torch cannot trace in several threads
-        patcher.prepare(x, x.flip(0))
-
-    def work(patcher: Patcher) -> None:
-        for _ in range(5):
-            patcher(EXPERIMENTS, x, x.flip(0))
-
-    threads = [threading.Thread(target=work, args=(patcher,)) for patcher in patchers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert torch.get_default_dtype() is torch.float32
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_compiled_network_is_the_one_that_it_wraps():
-    torch.manual_seed(0)
-    network, x = Two(), torch.randn(4, 6)
-    found = Patcher(torch.compile(network, backend="eager"))(EXPERIMENTS, x, x.flip(0))
-    assert torch.equal(found, Patcher(network)(EXPERIMENTS, x, x.flip(0)))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_networks_that_cannot_be_copied_are_refused():
-    with pytest.raises(InputError, match="is a ScriptModule; give the nn.Module"):
-        Patcher(torch.jit.trace(Two(), torch.randn(2, 6)))
-    with pytest.raises(InputError, match="lazy layers of unknown size"):
-        Patcher(nn.Sequential(nn.LazyLinear(3)))
-
-
-def test_outputs_that_are_no_float_numbers_are_refused():
-    class Acts(Two):
-        def forward(self, x):
-            return super().forward(x) > 0
-
-    with pytest.raises(InputError, match=r"gives torch.bool; patching needs logits"):
-        Patcher(Acts())([{"a": [0]}], torch.randn(3, 6), torch.randn(3, 6))
 
 
 class Extractor(nn.Module):
@@ -379,48 +318,6 @@ def test_nested_inputs_are_captured_by_export_in_any_order_of_their_names():
     assert patcher.path.startswith("incremental (torch.export")
 
 
-class Iqn(nn.Module):
-    """A quantile network: every input several times, beside an embedding that sees none."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.tau, self.b = nn.Linear(4, 8), nn.Linear(6, 8), nn.Linear(8, 3)
-        self.register_buffer("taus", torch.linspace(0.1, 0.9, 5))
-
-    def forward(self, x):
-        n_inputs = x.shape[0]
-        taus = self.taus.repeat(n_inputs, 1).view(n_inputs * 5, 1)
-        embedded = torch.relu(self.tau(torch.cos(taus * torch.arange(1, 7))))
-        h = torch.relu(self.a(x)).repeat_interleave(5, 0) * embedded
-        return self.b(torch.relu(h)).view(n_inputs, 5, 3).mean(1)
-
-
-@pytest.mark.parametrize("n_inputs", [1, 4])
-def test_inputs_that_share_an_axis_with_something_else_are_told_apart(n_inputs):
-    torch.manual_seed(0)
-    network, source, target = Iqn(), torch.randn(n_inputs, 4), torch.randn(n_inputs, 4)
-    difference, path = compared(network, source, target)
-    assert difference <= 1e-12 and path == "incremental (torch.fx)"
-    experiments = [{"tau": [1]}, {"b": [0], "tau": "all"}]
-    found = Patcher(network)(experiments, target=target, kind="mean")
-    expected = reference_outputs(network, experiments, None, target, kind="mean")
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_mean_of_inputs_that_hooks_cannot_tell_apart_is_refused():
-    class Chosen(Iqn):
-        def forward(self, x):
-            on = x > 0
-            clipped = torch.zeros_like(x)
-            clipped[on] = x[on]  # not captured
-            return super().forward(clipped)
-
-    with pytest.raises(
-        InputError, match=r"'mean': 'tau' holds inputs and something else along one"
-    ):
-        Patcher(Chosen())([{"b": [0]}], target=torch.randn(4, 4), kind="mean")
-
-
 class Bytes(Two):
     def forward(self, x):
         h = self.a(x.float() / 255)
@@ -439,38 +336,3 @@ def test_images_of_bytes_are_patched_in_any_type(dtype):
     tolerance = 1e-5 if dtype is torch.float32 else 1e-10
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
     assert patcher.path == "incremental (torch.fx)"
-
-
-class Mixed(nn.Module):
-    """A layer of the user's own that tracing cannot look into, on what sees no input."""
-
-    def __init__(self, scale):
-        super().__init__()
-        self.first, self.last, self.scale = nn.Linear(4, 6), nn.Linear(6, 2), scale
-        self.places, self.mix = nn.Embedding(5, 6), Mixer()
-
-    def forward(self, x):
-        h, steps = self.first(x), self.places(torch.arange(x.shape[1]))
-        return self.last(self.mix(steps, h, self.scale)).mean(1)
-
-
-class Mixer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.eye(6))
-
-    def forward(self, steps, h, scale):
-        if h.shape[-1] != 6:
-            raise ValueError
-        return h + scale * (steps @ self.weight)
-
-
-def test_what_is_run_one_input_at_a_time_belongs_to_a_networks_digest():
-    digests = set()
-    for scale in (1.0, 2.0):
-        torch.manual_seed(0)
-        patcher = Patcher(Mixed(scale).eval())
-        patcher.prepare(torch.randn(3, 5, 4), torch.randn(3, 5, 4))
-        assert patcher.path == "incremental (torch.fx)"
-        digests.add(tuple(_operations(patcher.graph)))
-    assert len(digests) == 2

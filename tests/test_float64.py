@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import NotTraced, checked_patcher
+from networks import PATHS, captured_by, checked_patcher
 from torch import nn
 
 
@@ -20,10 +20,6 @@ class Made(nn.Module):
         return self.last(self.operation(self, torch.relu(self.first(x)), x)).mean(1)
 
 
-class MadeNotTraced(NotTraced, Made):
-    pass
-
-
 MADE = {
     "a state": lambda net, h, x: net.lstm(
         h, (torch.zeros(1, x.shape[0], 6), torch.zeros(1, x.shape[0], 6))
@@ -37,12 +33,11 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize("how", ["fx", "export"])
+@pytest.mark.parametrize("how", PATHS)
 @pytest.mark.parametrize("name", MADE)
 def test_numbers_that_a_forward_makes_are_float64(name, how):
-    torch.manual_seed(0)
-    network = (Made if how == "fx" else MadeNotTraced)(MADE[name])
-    assert checked_patcher(network, (5, 4)).path.startswith(f"incremental (torch.{how}")
+    network = captured_by(how, Made, MADE[name])
+    assert checked_patcher(network, (5, 4)).path.startswith(PATHS[how])
     assert torch.get_default_dtype() is torch.float32
 
 

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from raypatch.engine.graph import CaptureError, Graph, Node, Ref, finished_graph, renumbered
 from raypatch.engine.input_axes import (
-    Axis,
     Following,
     Merged,
     for_each_input,
@@ -29,7 +28,8 @@ from raypatch.engine.layers import holds_tensors
 from raypatch.engine.local_rules import LOCAL_RULES, pointwise
 
 # It would warn, past Python's own streams, of every operation that vmap runs row by row.
-torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+if quiet := getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", None):
+    quiet(False)
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,21 @@ class NewAxis:
     """The axis 0 that a value gets for the inputs, before its own."""
 
 
-# None where a value is the same for all inputs; of several tensors a structure of the same form.
-Place = Union[Axis, NewAxis]
+# Where a value holds the inputs.
+Place = Union[int, Merged, NewAxis]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OneByOne:
     """An operation on the values for one input at a time.
 
-    ``node``'s references count the arguments; ``places`` tells where each holds the inputs, and
-    ``result`` where the result does.
+    ``node``'s references count the arguments; ``places`` tells where each holds the inputs, None
+    where it is the same for all, and ``result`` where the result does, of several tensors a
+    structure of the same form.
     """
 
     node: Node
-    places: tuple[Place, ...]
+    places: tuple[Place | None, ...]
     result: Any
 
     def __repr__(self) -> str:
@@ -83,7 +84,7 @@ def _rows(value: Tensor, place: Place) -> Tensor:
     rows = inputs_first(value, place)
     if isinstance(place, Merged):
         return rows.flatten(place.axis + 1, place.axis + 2)
-    return rows.unsqueeze((place or 0) + 1)
+    return rows.unsqueeze(place + 1)
 
 
 def _in_place(rows: Tensor, place: Place) -> Tensor:
@@ -92,10 +93,10 @@ def _in_place(rows: Tensor, place: Place) -> Tensor:
         return rows
     if isinstance(place, Merged):
         return inputs_at(place, torch.unflatten(rows, place.axis + 1, (place.before, place.after)))
-    return inputs_at(place, rows.squeeze((place or 0) + 1))
+    return inputs_at(place, rows.squeeze(place + 1))
 
 
-def _place_for(value: Any) -> Place:
+def _place_for(value: Any) -> Place | None:
     """Where a value that is the same for all inputs is to hold them: along an axis of its own that
     seems to be meant for them, if there is one."""
     if not isinstance(value, Tensor):
@@ -129,7 +130,8 @@ class _Rewriting:
         self.sample = sample
         self.nodes: list[Node] = []
         self.number: dict[int, int] = {}  # new numbers by old ones
-        # Where values hold the inputs that follow from such layers and from no input.
+        # Where values hold the inputs that follow from such layers and from no input; of several
+        # tensors a structure of the same form.
         self.repeated: dict[int, Any] = {}
 
     def graph(self) -> Graph:
@@ -211,7 +213,7 @@ class _Rewriting:
         values = tuple(self._value(i) for i in used)
         return Node(0, "function", OneByOne(inner, places, result), values, path=node.path)
 
-    def _place(self, i: int) -> Place:
+    def _place(self, i: int) -> Place | None:
         held = self.repeated.get(i)
         if isinstance(held, (tuple, list)):
             raise CaptureError(f"{self.old.nodes[i].name}: its results are read together")

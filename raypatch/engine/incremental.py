@@ -30,8 +30,9 @@ class Incremental:
     ) -> None:
         graph = with_modules(graph)
         structure = Structure(graph, layers, savings, inputs)
-        graph = with_sizes(graph, structure.following, structure.sample)
-        structure = Structure(graph, layers, savings, inputs)
+        settled = with_sizes(graph, structure.following, structure.sample)
+        if settled is not None:
+            graph, structure = settled, Structure(settled, layers, savings, inputs)
         if structure.apart:
             graph = with_inputs_in(structure.apart, graph, structure.following, structure.sample)
             structure = Structure(graph, layers, savings, inputs)

@@ -5,6 +5,7 @@ them: sizes, positions and masks made from sizes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple, Union
 
 import torch
@@ -67,25 +68,34 @@ class Following:
 
     def check(self, args: Args, values: list[Any], sample: list[Any]) -> None:
         """Raises AxisUnsettled where ``values`` of a run on ``args`` are not the same whichever of
-        several possible axes hold the inputs."""
+        several possible axes hold the inputs; ``sample`` are those for the first of the inputs that
+        the axes were found by."""
         for index, axes in self.possible.items():
             found = [inputs_first(values[index], axis).flatten(1) for axis in axes]
-            if all(_is_same(one, found[0]).all() for one in found):
+            if not any(_unlike(rows, found[0]).any() for rows in found[1:]):
                 continue
-            told: Args | None = None
+            told: list[Args] = []
             for axis, rows in zip(axes, found):
-                # If this is the axis, these inputs differ from the one that it was found by.
-                own = inputs_first(sample[index], axis).flatten(1)
-                if not (same := _is_same(rows, own).all(1)).all():
-                    at = int(same.logical_not().nonzero()[0])
-                    one = inputs_between(args, at, at + 1)
-                    told = one if told is None else together(told, one)
-            if told is not None:
-                raise AxisUnsettled(told)
+                # If this is the axis, here is an input unlike the one that it was found by.
+                unlike = _unlike(rows, inputs_first(sample[index], axis).flatten(1))
+                told += [inputs_between(args, i, i + 1) for i in unlike.nonzero().flatten()[:1]]
+            if told:
+                raise AxisUnsettled(reduce(together, told))
 
 
-def _is_same(some: Tensor, others: Tensor) -> Tensor:
-    return (some == others) | ((some != some) & (others != others))
+def _unlike(rows: Tensor, others: Tensor) -> Tensor:
+    """``[inputs]``: where rows ``[inputs, ...]`` differ by more than rounding."""
+    rounding = 64 * torch.finfo(rows.dtype).eps if rows.is_floating_point() else 0.0
+    return (_differences(rows, others) > rounding).any(1)
+
+
+def _differences(found: Tensor, wanted: Tensor) -> Tensor:
+    """As shares of the largest number; what is infinite or none is like itself alone."""
+    found, wanted = found.double(), wanted.double()
+    finite = wanted.nan_to_num(0.0, 0.0, 0.0)
+    size = max(1.0, float(finite.abs().max())) if wanted.numel() else 1.0
+    found, wanted = (x.nan_to_num(3 * size, 2 * size, -2 * size) for x in (found, wanted))
+    return (found - wanted).abs() / size
 
 
 def follow_inputs(graph: Graph, inputs: Args, sample: list[Any]) -> Following:
@@ -93,7 +103,7 @@ def follow_inputs(graph: Graph, inputs: Args, sample: list[Any]) -> Following:
     ``sample`` are those on the first."""
     others = range(1, count_inputs(inputs))
     each = [sample, *(graph.run(inputs_between(inputs, i, i + 1)) for i in others)]
-    runs = [Values(list(one), of_all) for *one, of_all in zip(*each, graph.run(inputs))]
+    runs = [RunValues(list(one), of_all) for *one, of_all in zip(*each, graph.run(inputs))]
     depends: list[bool] = []
     form: set[int] = set()  # nodes that follow from the inputs' form alone
     for node in graph.nodes:
@@ -119,16 +129,16 @@ def follow_inputs(graph: Graph, inputs: Args, sample: list[Any]) -> Following:
     return Following(depends, numbered, axes, possible)
 
 
-class Values(NamedTuple):
+class RunValues(NamedTuple):
     """A node's values in runs on each of some inputs, and on all of them."""
 
     of_each: list[Any]
     of_all: Any
 
-    def leaves(self) -> list[Values]:
+    def leaves(self) -> list[RunValues]:
         """Of each of several tensors in one value."""
         parts = zip(*(tree_flatten(value)[0] for value in (self.of_all, *self.of_each)))
-        return [Values(of_each, of_all) for of_all, *of_each in parts]
+        return [RunValues(of_each, of_all) for of_all, *of_each in parts]
 
     def distance(self, axis: Axis) -> float:
         """How far what lies along an axis for each input is from its value alone, as a share of the
@@ -136,14 +146,11 @@ class Values(NamedTuple):
         if not self.of_all.numel():
             return 0.0
         alone = torch.stack([inputs_first(one, axis)[0] for one in self.of_each])
-        found, alone = (
-            x.double().nan_to_num(0.0, 0.0, 0.0) for x in (inputs_first(self.of_all, axis), alone)
-        )
-        return float((found - alone).abs().max()) / max(1.0, float(alone.abs().max()))
+        return float(_differences(inputs_first(self.of_all, axis), alone).max())
 
 
 def _numbered(
-    graph: Graph, form: set[int], leaves: list[list[Values]], axes: list[Any]
+    graph: Graph, form: set[int], leaves: list[list[RunValues]], axes: list[Any]
 ) -> set[int]:
     def is_apart(index: int) -> bool:
         return any(
@@ -163,7 +170,7 @@ def _numbered(
     return found
 
 
-def _divisions(values: Values) -> list[Merged]:
+def _divisions(values: RunValues) -> list[Merged]:
     """How an axis that holds the inputs and something else may be divided."""
     axis = _changing_axis(values)
     first = values.of_each[0]
@@ -179,7 +186,7 @@ def _divisions(values: Values) -> list[Merged]:
     return [division for division, e in zip(found, errors) if e <= max(10 * least, 1e-6)]
 
 
-def _changing_axis(values: Values) -> int | None:
+def _changing_axis(values: RunValues) -> int | None:
     first, *others = values.of_each
     if not isinstance(first, Tensor) or first.dim() != values.of_all.dim():
         return None
@@ -190,7 +197,7 @@ def _changing_axis(values: Values) -> int | None:
     return different[0] if len(different) == 1 else None
 
 
-def _input_axis(values: Values) -> Axis:
+def _input_axis(values: RunValues) -> Axis:
     axis = _changing_axis(values)
     if axis is None or values.of_each[0].shape[axis] == 1:
         return axis

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from threading import RLock
 from typing import Any
 
@@ -149,7 +150,8 @@ class Patcher:
             source_args = map_tensors(lambda x: x[order], target_args)
         try:
             with _one_prepares, exact_math():
-                return self._checked_run(source_args, target_args, n_inputs, kind, source)
+                make = partial(self._run, source_args, target_args, n_inputs, kind, source)
+                return self._checked_run(make, source_args, target_args)
         except Exception as error:
             # A network may take the inputs of a trial and fail on others.
             if self._network is not None and not isinstance(error, RaypatchError):
@@ -158,22 +160,16 @@ class Patcher:
             raise
 
     def _checked_run(
-        self,
-        source_args: Args | None,
-        target_args: Args,
-        n_inputs: int,
-        kind: SourceKind,
-        given: Any,
+        self, make: Callable[[], PatchRun], source_args: Args | None, target_args: Args
     ) -> PatchRun:
-        """A run by the fastest engine that fits these inputs; others may have been met before."""
-        arguments = source_args, target_args, n_inputs, kind, given
+        """What ``make`` gives with the fastest engine that fits these inputs."""
         telling = None
         if source_args is not None and first_unlike(target_args) is None:
             telling = inputs_between(source_args, 0, 1)  # targets are all the same
         is_new, reason = self._settle_engine(target_args, telling=telling), ""
         for _ in range(RECAPTURES):
             try:
-                run = self._run(*arguments)
+                run = make()
                 if self._network is not None and self._needs_check(is_new):
                     check_unpatched(self._network, run, source_args, target_args)
                 return run
@@ -186,7 +182,7 @@ class Patcher:
                 reason = str(error)
                 break
         self._settle_engine(target_args, not_captured=reason)
-        return self._run(*arguments)
+        return make()
 
     def _run(
         self,
@@ -257,15 +253,10 @@ class Patcher:
         """Choose the engine for inputs of this form when they first come, ``anew`` where others
         tell more, and where it turns out that a captured graph is not the network on all of them;
         whether it is a new one. ``telling`` are inputs that must be looked at."""
-        is_fit = self._engine is not None and not anew and not_captured is None
-        if (
-            is_fit
-            and form_of(target) == form_of(self._probe)
-            and (
-                # Inputs that are all the same tell little: of others it may be captured after all.
-                self._told or (telling is None and first_unlike(target) is None)
-            )
-        ):
+        fits = self._engine is not None and form_of(target) == form_of(self._probe)
+        # Inputs that are all the same tell little: of others it may be captured after all.
+        fits = fits and (self._told or (telling is None and first_unlike(target) is None))
+        if fits and not anew and not_captured is None:
             return False
         if self._network is None:
             reason = f"; {not_captured}" if not_captured else ""

@@ -16,13 +16,16 @@ from raypatch.engine.input_axes import Following
 SIZES = (int, float, torch.Size, torch.dtype, torch.device)
 
 
-def with_sizes(graph: Graph, following: Following, sample: list[Any]) -> Graph:
-    """The graph with numbers for such sizes; ``sample`` are all nodes' values for one input."""
+def with_sizes(graph: Graph, following: Following, sample: list[Any]) -> Graph | None:
+    """The graph with numbers for such sizes, None where it has none; ``sample`` are all nodes'
+    values for one input."""
     fixed = {
         i: value
         for i, value in enumerate(sample)
         if not following.depends[i] and isinstance(value, SIZES)
     }
+    if not fixed:
+        return None
 
     def settled(leaf: Any) -> Any:
         return fixed.get(leaf.node, leaf) if isinstance(leaf, Ref) else leaf

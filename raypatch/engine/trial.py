@@ -199,14 +199,12 @@ def trial_inputs(args: Args, telling: Args | None = None) -> Args:
     single one is joined by its half. ``telling`` are inputs that come first."""
     if telling is not None:
         return together(telling, inputs_between(args, 0, 2))
-    n_inputs, first = count_inputs(args), inputs_between(args, 0, 1)
+    n_inputs = count_inputs(args)
     if n_inputs == 1:
-        return together(first, map_tensors(lambda x: (x / 2).to(x.dtype), first))
-    other = first_unlike(args) or 1
-    following = inputs_between(args, other, other + 2)
-    if n_inputs > 2 and other + 2 > n_inputs:
-        following = together(following, inputs_between(args, 1, 2))
-    return together(first, following)
+        return together(args, map_tensors(lambda x: (x / 2).to(x.dtype), args))
+    order = list(dict.fromkeys([0, first_unlike(args) or 1, *range(n_inputs)][:5]))[:3]
+    chosen: Args = map_tensors(lambda x: x[order] if x.dim() else x, args)
+    return chosen
 
 
 def own_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
