@@ -279,6 +279,7 @@ def test_a_network_without_one_row_of_outputs_an_input_is_refused():
     [
         ({"zero": (4, 8)}, "no activations of '0'.*it holds zero"),
         ({"0": (4, 7)}, r"activations of '0' are \[4, 7\], the layer's are \[4, 8\]"),
+        ({"0": (5, 8)}, r"activations of '0' are \[5, 8\], the layer's are \[4, 8\]"),
         ({"0": (8, 4)}, r"activations of '0' are .*, the layer's are \[4, 8\]"),
     ],
 )

@@ -199,7 +199,7 @@ class Patcher:
         elif kind == "mean":
             fill = self._means(target_args, n_inputs)
         elif kind == "given":
-            fill = GivenFill(given)
+            fill = GivenFill(given, n_inputs)
         return PatchRun(
             self._engine, self._limits, source_args, target_args, fill,
             deduplicate=self.savings.deduplicate, modules=self._modules,

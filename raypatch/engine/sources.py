@@ -63,13 +63,17 @@ class Places:
 
 @dataclass(frozen=True)
 class GivenFill:
-    """Activations recorded elsewhere: ``values`` holds ``[inputs, ...]`` a layer.
+    """Activations recorded elsewhere: ``values`` holds ``[inputs, ...]`` a layer, of which those
+    from ``first`` to ``last`` are patched in.
 
     A layer without values gives NaN until :meth:`check` refuses it. Of layers' calls in ``kept``
     the engine computes these places only.
     """
 
     values: Mapping[str, Tensor]
+    n_inputs: int
+    first: int = 0
+    last: int | None = None
     kept: Mapping[tuple[str, int], Places] = field(default_factory=dict)
 
     def check(self, layers: set[str]) -> None:
@@ -82,20 +86,19 @@ class GivenFill:
 
     def part(self, first: int, last: int) -> GivenFill:
         """The values of inputs ``first`` to ``last``."""
-        values = {name: value[first:last] for name, value in self.values.items()}
-        return replace(self, values=values)
+        return replace(self, first=first, last=last)
 
     def __call__(self, layer: str, call: int, activation: Tensor) -> Tensor:
         if layer not in self.values:
             return torch.full_like(activation, torch.nan)
-        given, shape = self.values[layer], list(activation.shape)
-        places = self.kept.get((layer, call))
+        whole, shape = self.values[layer], list(activation.shape)
+        given, places = whole[self.first : self.last], self.kept.get((layer, call))
         if places is not None:
             shape[places.axis] = places.size
-        if given.numel() != prod(shape) or len(given) != len(activation):
+        if len(whole) != self.n_inputs or given.numel() != prod(shape) or len(given) != shape[0]:
             raise InputError(
-                f"source of kind 'given': activations of {layer!r} are {list(given.shape)}, the "
-                f"layer's are {shape}"
+                f"source of kind 'given': activations of {layer!r} are {list(whole.shape)}, the "
+                f"layer's are {[self.n_inputs, *shape[1:]]}"
             )
         given = given.to(activation).reshape(shape)
         if places is None:
