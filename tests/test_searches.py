@@ -118,6 +118,15 @@ def test_another_searchs_directory_is_refused_with_what_differs(command, tmp_pat
     assert command(*words, "--metric", "logit_difference_norm", "--overwrite").code == 0
 
 
+def test_a_shorter_search_in_a_longer_ones_directory_says_where_its_coalition_is(command, tmp_path):
+    words = ("coalition", "--agent_path", LAVA, "--output_dir", tmp_path / "c", "--candidates", 2)
+    words += ("--metric", "kl_divergence", "--max_size")
+    assert "before" not in command(*words, 3).out
+    shorter = command(*words, 2)
+    assert shorter.code == 0 and "3 neurons, 3 of them found before" in shorter.out
+    assert "its first 2 steps are the coalition of that size" in shorter.out
+
+
 def test_what_a_search_writes_can_be_run(command, run_inline, tmp_path):
     words = ("coalition", "--agent_path", LAVA, "--output_dir", tmp_path / "c", "--max_size", 3)
     ended = command(*words, "--metric", "kl_divergence")

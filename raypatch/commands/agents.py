@@ -94,20 +94,33 @@ def coalition(
     monotone: bool,
     direction: str,
     output_dir: str,
+    max_size: int,
     **given: Any,
 ) -> None:
     """Greedy search for neurons that move the outputs together; resumes where it stopped."""
     from raypatch.coalition import SearchOptions, Step, find_coalition
 
+    shown = []
+
     def show(step: Step) -> None:
+        shown.append(step)
         flips = "" if step.flips is None else f", {step.flips} greedy actions changed"
         click.echo(
             f"{step.size:3}  {step.layer}_neuron_{step.neuron}  {metric} {step.score:.4g}{flips}"
         )
 
     options = SearchOptions(metric, candidates, direction, combine, against, monotone)
-    steps = find_coalition(output_dir=output_dir, options=options, on_step=show, **given)
-    click.echo(f"{len(steps)} neurons; steps, definition and curve in {output_dir}")
+    steps = find_coalition(
+        output_dir=output_dir, options=options, max_size=max_size, on_step=show, **given
+    )
+    held = len(steps) - len(shown)
+    before = f", {held} of them found before" if held else ""
+    click.echo(f"{len(steps)} neurons{before}; steps, definition and curve in {output_dir}")
+    if len(steps) > max_size:
+        click.echo(
+            f"--max_size {max_size}: the search in {output_dir} was longer; its first {max_size} "
+            "steps are the coalition of that size"
+        )
 
 
 @click.command()
