@@ -19,7 +19,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from raypatch import metric_table
 from raypatch.definitions import Experiments
-from raypatch.engine import in_place, prepared
+from raypatch.engine import overwriting, prepared
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.reference import reference_outputs
 from raypatch.metric_table import MetricTable
@@ -113,9 +113,9 @@ def compute(function, args, kwargs):
 
 @contextmanager
 def device_present():
-    storage_of = in_place.storage_of
+    storage_of = overwriting.storage_of
     # The pretended tensors have no storage of their own.
-    with patch.object(in_place, "storage_of", lambda x: storage_of(held(x))), Device():
+    with patch.object(overwriting, "storage_of", lambda x: storage_of(held(x))), Device():
         yield
 
 

@@ -24,7 +24,7 @@ from raypatch.engine.input_axes import (
     inputs_at,
     inputs_first,
 )
-from raypatch.engine.layers import holds_tensors
+from raypatch.engine.layers import tensors_in
 from raypatch.engine.local_rules import LOCAL_RULES, pointwise
 
 # It would warn, past Python's own streams, of every operation that vmap runs row by row.
@@ -161,7 +161,7 @@ class _Rewriting:
 
     def _on_repeated(self, node: Node) -> Node:
         value, depends = self.sample[node.index], self.following.depends[node.index]
-        if not holds_tensors(value):
+        if not tensors_in(value):
             if depends:
                 raise CaptureError(f"{node.name}: it takes a layer that sees no input apart")
             return Node(0, "constant", value)
@@ -219,7 +219,7 @@ class _Rewriting:
             raise CaptureError(f"{self.old.nodes[i].name}: its results are read together")
         if held is not None:
             return held
-        if not self.following.depends[i] or not holds_tensors(self.sample[i]):
+        if not self.following.depends[i] or not tensors_in(self.sample[i]):
             return None
         axis = self.following.axes[i]
         if not isinstance(axis, (int, Merged)) or i in self.following.numbered:
@@ -228,5 +228,5 @@ class _Rewriting:
 
     def _value(self, i: int) -> Any:
         """A reference; of sizes what they are for one input."""
-        is_size = self.following.depends[i] and not holds_tensors(self.sample[i])
+        is_size = self.following.depends[i] and not tensors_in(self.sample[i])
         return self.sample[i] if is_size else Ref(self.number[i])

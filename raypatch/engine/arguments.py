@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map
 
-from raypatch.engine.layers import Args, map_tensors
+from raypatch.engine.layers import Args, map_tensors, tensors_in
 from raypatch.errors import InputError
 
 
 def _leaves(args: Args) -> list[Tensor]:
     plain = all(type(x) is Tensor for x in args)
-    leaves = args if plain else tree_flatten(args)[0]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    return [leaf for leaf in (args if plain else tensors_in(args)) if leaf.dim()]
 
 
 def shapes_of(args: Args) -> list[list[int]]:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from raypatch.engine.graph import Node
 from raypatch.engine.input_axes import Following, entries_first, per_input, place_of
-from raypatch.engine.layers import holds_tensors
+from raypatch.engine.layers import tensors_in
 from raypatch.engine.local_rules import LOCAL_RULES
 from raypatch.engine.values import Ownership
 
@@ -116,7 +116,7 @@ class _Tracker:
             self.lost.add(node.index)
             return
         value = self.chains.sample[node.index]
-        if not any(i in self.owners for i in node.inputs) or not holds_tensors(value):
+        if not any(i in self.owners for i in node.inputs) or not tensors_in(value):
             return  # base, or a size, which no patch changes
         counts = {per_input(axis) for axis in tree_flatten(self.chains.axes[node.index])[0]}
         entries = counts.pop() if len(counts) == 1 else None

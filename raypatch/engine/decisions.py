@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from raypatch.engine.layers import Args, forward
+from raypatch.engine.layers import Args, forward, tensors_in
 
 READS_VALUES = {
     *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.is_nonzero),
@@ -45,8 +45,7 @@ class _Watch(TorchFunctionMode):
         self._following: dict[int, Tensor] = {}  # held, so that no other gets the same id
 
     def follow(self, value: Any) -> None:
-        tensors = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
-        self._following.update({id(tensor): tensor for tensor in tensors})
+        self._following.update({id(tensor): tensor for tensor in tensors_in(value)})
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

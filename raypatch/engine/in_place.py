@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from raypatch.engine.graph import AtenOperation, Node, Ref
 from raypatch.engine.local_rules import LOCAL_RULES, channelwise, pointwise
-from raypatch.engine.overwriting import OPERATORS
+from raypatch.engine.overwriting import OPERATORS, memory_of
 
 COMMUTATIVE = {"add", "mul"}
 # Of the element-wise operations those that copy or not by how a value lies; what always gives its
@@ -108,8 +108,7 @@ class Memory:
         self._places: list[set[int]] = []
         for node in nodes:
             leaves = tree_flatten(sample[node.index])[0]
-            tensors = [t for t in leaves if isinstance(t, Tensor) and t.numel()]
-            places = {storage_of(t) for t in tensors}
+            places = memory_of(sample[node.index])
             if not _makes_memory(node) and not all(isinstance(x, PLAIN) for x in leaves):
                 places = places.union(*(self._places[i] for i in node.inputs))
             self._places.append(places)
@@ -137,11 +136,6 @@ class Memory:
             and all(reader <= at for node in together for reader in self._readers[node])
             and all(self._nodes[node].is_torchs for node in together)
         )
-
-
-def storage_of(tensor: Tensor) -> int:
-    """The same for tensors that share memory."""
-    return tensor.untyped_storage().data_ptr()
 
 
 def _makes_memory(node: Node) -> bool:

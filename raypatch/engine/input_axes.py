@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from raypatch.engine.arguments import count_inputs, inputs_between, together
 from raypatch.engine.graph import CaptureError, Graph, Node
-from raypatch.engine.layers import Args, holds_tensors
+from raypatch.engine.layers import Args, tensors_in
 
 # Methods, attributes and exported operations that tell of a tensor's form, not of its numbers.
 ASKS_FOR_FORM = {"size", "dim", "ndimension", "sym_size", "shape", "ndim", "device", "dtype"}
@@ -110,7 +110,7 @@ def follow_inputs(graph: Graph, inputs: Args, sample: list[Any]) -> Following:
         i = node.index
         asked = node.inputs[:1] if node.name in CASTS and node.is_torchs else node.inputs
         seen = [used for used in asked if depends[used]]
-        is_size = not holds_tensors(sample[i])
+        is_size = not tensors_in(sample[i])
         if node.op != "input" and (form.issuperset(seen) or (is_size and _asks_for_form(node))):
             form.add(i)
         is_fixed = is_size and i in form and bool(sample[i] == runs[i].of_all)

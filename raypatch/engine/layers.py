@@ -81,8 +81,7 @@ def forward(network: nn.Module, args: Args) -> Any:
 def as_in_forward(network: nn.Module, args: Args) -> Iterator[None]:
     """Within, what a forward makes or casts as float32 is float64, where the network or what it
     gets is."""
-    held = [x for x in tree_flatten(args)[0] if isinstance(x, Tensor)]
-    if any(x.dtype is torch.float64 for x in (*held, *islice(network.parameters(), 1))):
+    if any(x.dtype is torch.float64 for x in (*tensors_in(args), *islice(network.parameters(), 1))):
         with float64_is_default(), _Widened():
             yield
     else:
@@ -138,11 +137,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], args: Any) -> Any:
     return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, args)
 
 
-def holds_tensors(value: Any) -> bool:
-    """Whether a value is a tensor or has one in it."""
-    if isinstance(value, Tensor):
-        return True
-    return any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0])
+def tensors_in(value: Any) -> list[Tensor]:
+    """A value that is a tensor, or those that it has in it."""
+    leaves = [value] if isinstance(value, Tensor) else tree_flatten(value)[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def first_tensor(output: Any) -> Tensor:

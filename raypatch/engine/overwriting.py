@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten
 
-from raypatch.engine.layers import as_in_forward
+from raypatch.engine.layers import as_in_forward, tensors_in
 
 # The operators that Python writes with "=", by their function, and the same without.
 OPERATORS: dict[Any, Callable[..., Any]] = {
@@ -87,9 +86,9 @@ def overwritten(traced: fx.Graph, network: nn.Module, args: tuple[Any, ...]) -> 
     for node, changed in watch.changed.items():
         if changed != [node.args[0] if node.args else None]:
             raise OverwritingError(f"{node} overwrites several of its arguments")
-        memory = _memory(watch.env[changed[0]])
+        memory = memory_of(watch.env[changed[0]])
         for other, value in watch.env.items():
-            if other is changed[0] or place[other] >= place[node] or not memory & _memory(value):
+            if other is changed[0] or place[other] >= place[node] or not memory & memory_of(value):
                 continue
             last = max((place[user] for user in other.users), default=-1)
             if last > place[node] or other.op == "get_attr":
@@ -109,7 +108,7 @@ class _Watch(fx.Interpreter):
         given = [
             (used, tensor, tensor._version)
             for used in n.all_input_nodes
-            for tensor in _tensors(self.env[used])
+            for tensor in tensors_in(self.env[used])
         ]
         result = super().run_node(n)
         changed = {used: None for used, tensor, version in given if tensor._version != version}
@@ -118,9 +117,11 @@ class _Watch(fx.Interpreter):
         return result
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+def memory_of(value: Any) -> set[int]:
+    """Where the numbers of a value lie, as what shares memory with it has in common."""
+    return {storage_of(tensor) for tensor in tensors_in(value) if tensor.numel()}
 
 
-def _memory(value: Any) -> set[int]:
-    return {t.untyped_storage().data_ptr() for t in _tensors(value) if t.numel()}
+def storage_of(tensor: Tensor) -> int:
+    """The same for tensors that share memory."""
+    return tensor.untyped_storage().data_ptr()

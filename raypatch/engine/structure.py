@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.arguments import inputs_between
@@ -22,7 +21,7 @@ from raypatch.engine.faster import faster
 from raypatch.engine.graph import CaptureError, Graph, Node
 from raypatch.engine.in_place import Memory, writes_into
 from raypatch.engine.input_axes import follow_inputs, per_input, shape_of
-from raypatch.engine.layers import Args, Layer, holds_tensors
+from raypatch.engine.layers import Args, Layer, tensors_in
 from raypatch.engine.local_rules import LOCAL_RULES, pointwise
 from raypatch.engine.narrowing import Values
 from raypatch.engine.plan import ALL, Signature
@@ -109,8 +108,7 @@ class Structure:
         self.layers = layers
         self.savings = savings
         self.sample = sample = graph.run(inputs_between(inputs, 0, 1))
-        leaves = [v for v in tree_flatten(sample)[0] if isinstance(v, Tensor)]
-        self.sample_bytes = sum(v.numel() * v.element_size() for v in leaves)
+        self.sample_bytes = sum(v.numel() * v.element_size() for v in tensors_in(sample))
         self.output = len(graph.nodes) - 1
         # The pseudo-layer output_logits is patched after the last node.
         self.virtual = len(graph.nodes)
@@ -233,7 +231,7 @@ class Structure:
             return BASE
         used = [kinds[i] for i in self.nodes[index].inputs if self.depends[i]]
         if all(kind == BASE for kind in used):
-            fixed = self.nodes[index].op == "input" or not holds_tensors(self.sample[index])
+            fixed = self.nodes[index].op == "input" or not tensors_in(self.sample[index])
             return BASE if fixed or self.savings.reuse_upstream else DENSE
         if all(kind == SOURCE for kind in used):
             return SOURCE
@@ -327,11 +325,11 @@ class Structure:
             return torch.empty(shape, device="meta", dtype=value.dtype)
 
         for node in self.nodes:
-            if self.depends[node.index] and not holds_tensors(self.sample[node.index]):
+            if self.depends[node.index] and not tensors_in(self.sample[node.index]):
                 found[node.index] = node.call(shaped)
         return found
 
 
 def _numel(value: Any) -> int:
     """Elements of one row, by a value for one input."""
-    return sum(v.numel() for v in tree_flatten(value)[0] if isinstance(v, Tensor))
+    return sum(v.numel() for v in tensors_in(value))
