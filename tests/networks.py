@@ -219,6 +219,22 @@ class Gpt(nn.Module):
         return self.head(h[:, -1])
 
 
+class OwnTensors(nn.Module):
+    """Numbers of its own making, on no device in particular."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.place, self.head = nn.Linear(2, 5), nn.Embedding(3, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        steps = self.embed(x.view(-1, 3, 2)) + self.place(torch.arange(3))
+        state = torch.zeros(len(x), 5)
+        for step in range(3):
+            state = torch.tanh(steps[:, step] + state / 2)
+        last = (x[:, 0] > 0).long()
+        return self.head(state + steps[torch.arange(len(x)), last] * torch.linspace(0, 1, 5))
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
@@ -351,6 +367,7 @@ ZOO = {
     "gpt": (Gpt, [(6,)]),
     "frames": (Frames, [(3, 1, 4, 5)]),
     "heads_merged": (HeadsMerged, [(6,)]),
+    "own_tensors": (OwnTensors, [(6,)]),
     "two_inputs": (TwoInputs, [(6,), (3,)]),
     "untraceable": (Untraceable, [(6,)]),
     "deciding": (Deciding, [(6,)]),

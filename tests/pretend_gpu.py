@@ -38,6 +38,28 @@ INDEXING = {
 }  # fmt: skip
 
 
+
+def lstm_cell(from_input, from_state, state, *biases):
+    i, f, g, o = sum(biases, from_input + from_state).chunk(4, 1)
+    gates = [i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()]
+    state = gates[1] * state + gates[0] * gates[2]
+    return gates[3] * state.tanh(), state, torch.cat(gates, 1)
+
+
+def gru_cell(from_input, from_state, state, *biases):
+    if biases:
+        from_input, from_state = from_input + biases[0], from_state + biases[1]
+    (r, z, n), (r_state, z_state, n_state) = from_input.chunk(3, 1), from_state.chunk(3, 1)
+    r, z = (r + r_state).sigmoid(), (z + z_state).sigmoid()
+    n = (n + r * n_state).tanh()
+    return n + z * (state - n), torch.cat([r, z, n, state, n_state], 1)
+
+
+# What torch computes in one piece on every device but the CPU.
+FUSED = {
+    aten._thnn_fused_lstm_cell.default: lstm_cell, aten._thnn_fused_gru_cell.default: gru_cell,
+}  # fmt: skip
+
 # What a real GPU's host would have waited for.
 waits: list[object] = []
 
@@ -59,6 +81,13 @@ class OnDevice(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, _, args=(), kwargs=None):
         return compute(function, args, kwargs or {})
+
+    def __getitem__(self, index):
+        # Of a list torch itself makes an index, past all dispatching.
+        parts = index if isinstance(index, tuple) else (index,)
+        return super().__getitem__(
+            tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts)
+        )
 
     def numpy(self, *, force=False):
         if not force:
@@ -95,7 +124,8 @@ def compute(function, args, kwargs):
     copied = function in (aten.copy_.default, aten._to_copy.default) and goes_there != bool(there)
     if copied or (there and function in (aten._local_scalar_dense.default, aten.nonzero.default)):
         waits.append(function)
-    result = function(*tree_map(held, args), **tree_map(held, kwargs))
+    on_cpu = FUSED.get(function, function)
+    result = on_cpu(*tree_map(held, args), **tree_map(held, kwargs))
     if function is aten.copy_.default:
         return args[0]
     if function is aten._to_copy.default:

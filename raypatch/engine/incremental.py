@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map
 
 from raypatch.engine.apart import OneByOne, with_inputs_in
@@ -70,6 +71,8 @@ class Incremental:
         for node in [*own, *within]:
             # An export writes down the device that a forward asked its input for.
             node.args, node.kwargs = tree_map(moved, (node.args, node.kwargs))
+            if node.op == "function" and node.target in _device_constructors():
+                node.kwargs.setdefault("device", device)
             if node.op == "module":
                 node.target.to(device)
             elif node.op == "constant" and isinstance(node.target, Tensor):
