@@ -38,7 +38,6 @@ INDEXING = {
 }  # fmt: skip
 
 
-
 def lstm_cell(from_input, from_state, state, *biases):
     i, f, g, o = sum(biases, from_input + from_state).chunk(4, 1)
     gates = [i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()]
@@ -86,7 +85,10 @@ class OnDevice(torch.Tensor):
         # Of a list torch itself makes an index, past all dispatching.
         parts = index if isinstance(index, tuple) else (index,)
         return super().__getitem__(
-            tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts)
+            tuple(
+                torch.tensor(part, device="cpu") if isinstance(part, list) else part
+                for part in parts
+            )
         )
 
     def numpy(self, *, force=False):
@@ -172,6 +174,13 @@ def check(name: str) -> None:
             found = patcher.to(NAME)(experiments, source, target)
             assert isinstance(found, OnDevice)
         check_equal(found.held, expected, torch.float32)
+    if patcher.graph is None or patcher.graph.how != "torch.fx":
+        return  # an export wants tensors of torch's own class
+    with device_present():
+        captured_there = Patcher(network, device=NAME)
+        found = captured_there(experiments[::3], source, target)
+    check_equal(found.held, expected[::3], torch.float32)
+    assert captured_there.path == patcher.path
 
 
 def awkward_logits(n_experiments: int, n_inputs: int, n_outputs: int) -> list[torch.Tensor]:
@@ -258,6 +267,8 @@ def check_worker(save: str) -> None:
 if __name__ == "__main__":
     _setup_privateuseone_for_python_backend(NAME)
     torch.set_num_threads(1)
+    # The pretended tensors are of another class.
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     for name in sys.argv[1:]:
         check(name)
         print(name, "equals plain hooks")

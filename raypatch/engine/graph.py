@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten, tree_map
 
 from raypatch.engine.layers import float64_is_default, widened
@@ -126,6 +127,21 @@ class Node:
         if self.op == "method":
             return getattr(args[0], self.target)(*args[1:], **kwargs)
         return self.target(*args, **kwargs)
+
+    def move(self, device: torch.device) -> None:
+        """Move weights and constants, and what it makes of no inputs."""
+
+        def moved(argument: Any) -> Any:
+            # An export writes down the device that a forward asked its input for.
+            return device if isinstance(argument, torch.device) else argument
+
+        self.args, self.kwargs = tree_map(moved, (self.args, self.kwargs))
+        if self.op == "function" and self.target in _device_constructors():
+            self.kwargs.setdefault("device", device)
+        if self.op == "module":
+            self.target.to(device)
+        elif self.op == "constant" and isinstance(self.target, Tensor):
+            self.target = self.target.to(device)
 
 
 def is_ref(leaf: Any) -> bool:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._device import _device_constructors
-from torch.utils._pytree import tree_map
 
 from raypatch.engine.apart import OneByOne, with_inputs_in
 from raypatch.engine.graph import Graph
@@ -62,21 +59,9 @@ class Incremental:
 
     def to(self, device: torch.device, inputs: Args) -> None:
         """Move weights and constants; everything derived is made anew."""
-
-        def moved(argument: Any) -> Any:
-            return device if isinstance(argument, torch.device) else argument
-
         own = self.graph.nodes
-        within = [node.target.node for node in own if isinstance(node.target, OneByOne)]
-        for node in [*own, *within]:
-            # An export writes down the device that a forward asked its input for.
-            node.args, node.kwargs = tree_map(moved, (node.args, node.kwargs))
-            if node.op == "function" and node.target in _device_constructors():
-                node.kwargs.setdefault("device", device)
-            if node.op == "module":
-                node.target.to(device)
-            elif node.op == "constant" and isinstance(node.target, Tensor):
-                node.target = node.target.to(device)
+        for node in [*own, *(n.target.node for n in own if isinstance(n.target, OneByOne))]:
+            node.move(device)
         self.scratch = Scratch()
         self.structure = Structure(self.graph, self.layers, self.savings, inputs)
 

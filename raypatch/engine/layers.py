@@ -79,12 +79,15 @@ def forward(network: nn.Module, args: Args) -> Any:
 
 @contextmanager
 def as_in_forward(network: nn.Module, args: Args) -> Iterator[None]:
-    """Within, what a forward makes or casts as float32 is float64, where the network or what it
-    gets is."""
-    if any(x.dtype is torch.float64 for x in (*tensors_in(args), *islice(network.parameters(), 1))):
-        with float64_is_default(), _Widened():
-            yield
-    else:
+    """Within, what a forward makes lies where its inputs do; and what it makes or casts as float32
+    is float64, where the network or what it gets is."""
+    held = [*tensors_in(args), *islice(network.parameters(), 1)]
+    with ExitStack() as stack:
+        if held and held[0].device.type != "cpu":
+            stack.enter_context(held[0].device)
+        if any(x.dtype is torch.float64 for x in held):
+            stack.enter_context(float64_is_default())
+            stack.enter_context(_Widened())
         yield
 
 

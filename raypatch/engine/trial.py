@@ -30,6 +30,7 @@ from raypatch.engine.layers import (
     find_layers,
     forward,
     map_tensors,
+    tensors_in,
     without_nested_tensors,
 )
 from raypatch.engine.patch_run import Engine, Limits, PatchRun, is_out_of_memory
@@ -108,6 +109,9 @@ def _build(
     try:
         with torch.no_grad():
             graph = capture(network, probe) if how == "torch.fx" else capture_export(network, probe)
+            if (device := tensors_in(probe)[0].device).type != "cpu":
+                for node in graph.nodes:
+                    node.move(device)
             if dtype is torch.float64:
                 graph.widen(probe)
             return Incremental(graph, layers, savings, probe)
