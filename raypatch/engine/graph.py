@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten, tree_map
 
-from raypatch.engine.layers import float64_is_default, widened
+from raypatch.engine.layers import float64_is_default, tensors_in, widened
 
 
 class CaptureError(Exception):
@@ -165,7 +165,8 @@ class Graph:
                 node.target = "double"
             node.args, node.kwargs = widened((node.args, node.kwargs))
             made = self._value(node, values, args)
-            if node.op not in ("input", "constant") and _holds_float32(made):
+            own = node.op not in ("input", "constant")
+            if own and any(x.dtype is torch.float32 for x in tensors_in(made)):
                 node.is_wide = True
                 made = self._value(node, values, args)
             values.append(made)
@@ -180,11 +181,6 @@ class Graph:
     def _value(self, node: Node, values: list[Any], args: tuple[Any, ...]) -> Any:
         argument = reduce(getitem, node.target, args) if node.op == "input" else None
         return node.call(values.__getitem__, argument)
-
-
-def _holds_float32(value: Any) -> bool:
-    leaves = tree_flatten(value)[0]
-    return any(isinstance(leaf, Tensor) and leaf.dtype is torch.float32 for leaf in leaves)
 
 
 class Bounds(NamedTuple):
