@@ -26,9 +26,7 @@ class NotTraced:
     """Mixed into a network: Python that symbolic tracing cannot follow, but an export can."""
 
     def forward(self, x):
-        if x.dim() < 2:
-            raise ValueError("inputs of one axis or more are expected")
-        return super().forward(x)
+        return super().forward(x[None] if x.dim() < 2 else x)
 
 
 class Residual(nn.Module):
@@ -278,9 +276,7 @@ class ShapeDependent(nn.Module):
         self.a, self.conv, self.b = nn.Linear(6, 8), nn.Conv1d(1, 2, 3, padding=1), nn.Linear(8, 3)
 
     def forward(self, x):
-        if x.dim() != 2:
-            raise ValueError("flat observations only")
-        h = torch.relu_(self.a(x))
+        h = torch.relu_(self.a(x if x.dim() == 2 else x[None]))
         for _ in range(x.shape[1] // 3):
             h = h * 0.9
         h = F.max_pool1d(torch.tanh(self.conv(h.unsqueeze(1))), 2)
@@ -295,8 +291,7 @@ class PooledOutsideTracing(nn.Module):
         self.first, self.last = nn.Conv2d(1, 8, 3), nn.Linear(10, 3)
 
     def forward(self, x):
-        if x.dim() != 4:
-            raise ValueError
+        x = x if x.dim() == 4 else x[None]
         pooled = torch.relu(self.first(x)).mean((2, 3))
         padding = torch.ones(x.shape[0], 2, device=x.device)
         return self.last(torch.cat([pooled, padding], 1))

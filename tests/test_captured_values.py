@@ -298,8 +298,7 @@ class Nested(nn.Module):
 
     def forward(self, parts):
         x, (y,) = parts["x"], parts["more"]
-        if x.dim() != 2:
-            raise ValueError("rows are expected")
+        x = x if x.dim() == 2 else x[None]
         return self.b(torch.relu(self.a(x) - self.other(y)))
 
 

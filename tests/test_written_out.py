@@ -154,8 +154,7 @@ def test_other_forms_run_as_they_are(name):
 
 def test_a_layer_that_cannot_be_looked_into_is_one_operation():
     def form(own, x):
-        if x.shape[1] != 8:  # symbolic tracing cannot follow
-            raise ValueError
+        x = x if x.shape[1] == 8 else x[:, :8]  # symbolic tracing cannot follow
         return F.linear(x, own.weight, own.bias)
 
     torch.manual_seed(0)

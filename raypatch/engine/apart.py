@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from raypatch.engine.graph import CaptureError, Graph, Node, Ref, finished_graph, renumbered
+from raypatch.engine.graph import CaptureError, Graph, Node, Ref, renumbered
 from raypatch.engine.input_axes import (
     Following,
     Merged,
@@ -137,7 +137,7 @@ class _Rewriting:
     def graph(self) -> Graph:
         for node in self.old.nodes:
             self._take(node)
-        return finished_graph(self.nodes, len(self.nodes) - 1, self.old.how, self.old.unread)
+        return self.old.with_nodes(self.nodes)
 
     def _add(self, node: Node) -> int:
         self.nodes.append(replace(node, index=len(self.nodes)))

@@ -25,9 +25,14 @@ from raypatch.engine.graph import (
     is_ref,
     item_between,
 )
+from raypatch.engine.guards import truth_that_goes_on
 from raypatch.engine.layers import Args, as_in_forward, map_tensors, owns_weights
 from raypatch.engine.overwriting import OverwritingError, Proxy, out_of_place, overwritten
 from raypatch.engine.transformers import FORWARDS
+from raypatch.errors import one_line
+
+# Where Python asks a value of the trace for its truth.
+TRACING = {__name__, "torch.fx.proxy", "torch.fx._symbolic_trace"}
 
 
 def capture(network: nn.Module, args: Args) -> Graph:
@@ -45,11 +50,11 @@ def capture(network: nn.Module, args: Args) -> Graph:
                 traced = tracer.trace(network, concrete_args=_defaults(network, len(args)))
             overwrites = overwritten(traced, network, map_tensors(Tensor.clone, args))
             nodes, output = _nodes(traced, network, overwrites, len(args))
-            return finished_graph(nodes, output, "torch.fx")
+            return finished_graph(nodes, output, "torch.fx", guarded=tracer.guarded)
         except CaptureError as error:
             reason = str(error)
         except Exception as error:  # user code runs under symbolic values: anything may be raised
-            reason = f"torch.fx: {first_line(error)}"
+            reason = f"torch.fx: {one_line(error)}"
         if not (proxy_buffers or tracer.own_layers):
             break  # nothing would be another way
     raise CaptureError(reason)
@@ -64,6 +69,7 @@ class _Tracer(fx.Tracer):
         self.looked_into = looked_into
         self.proxy_buffer_attributes = proxy_buffers
         self.own_layers = False  # whether there are any
+        self.guarded = False  # whether there is code that only raises, and what for is not known
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if type(module) in FORWARDS:
@@ -75,6 +81,16 @@ class _Tracer(fx.Tracer):
             return False
         self.own_layers = True
         return not self.looked_into
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        asking = inspect.currentframe()
+        while asking is not None and asking.f_globals.get("__name__") in TRACING:
+            asking = asking.f_back
+        truth = truth_that_goes_on(asking) if asking is not None else None
+        if truth is None:
+            return super().to_bool(obj)
+        self.guarded = True
+        return truth
 
     def proxy(self, node: fx.Node) -> Proxy:
         return Proxy(node, self)
@@ -152,12 +168,6 @@ def _defaults(network: nn.Module, n_given: int) -> dict[str, Any]:
     """Optional arguments of ``forward`` after those given, fixed at their defaults."""
     parameters = list(inspect.signature(network.forward).parameters.values())[n_given:]
     return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def first_line(error: Exception) -> str:
-    """Kind and first line of an error that user code raised under capture."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
 
 
 def _nodes(

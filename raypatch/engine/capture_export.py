@@ -7,6 +7,7 @@ convolution layers are given back as modules, so that one set of rules serves bo
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -19,9 +20,10 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten_with_path
 
-from raypatch.engine.capture import first_line, lengths_traced, replaced
+from raypatch.engine.capture import lengths_traced, replaced
 from raypatch.engine.graph import CaptureError, Graph, Node, Ref, aten_operation, finished_graph
-from raypatch.engine.layers import Args, as_in_forward, owns_weights
+from raypatch.engine.layers import Args, as_in_forward, has_own_hooks, owns_weights
+from raypatch.errors import one_line
 
 # Modules that are given back, and the operation that each is.
 KINDS: dict[type | None, str] = {
@@ -46,15 +48,21 @@ def capture_export(network: nn.Module, args: Args) -> Graph:
             return type(value)(map(free, value))
         return {0: Dim.AUTO} if isinstance(value, torch.Tensor) else None
 
+    shapes = tuple(map(free, args))
+    parameters = list(inspect.signature(network.forward).parameters.values())
+    named = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL), len(shapes))
+    if named < len(shapes):
+        shapes = (*shapes[:named], shapes[named:])
     try:
         with _silence(), torch.no_grad(), lengths_traced(network), as_in_forward(network, args):
-            program = export(network, args, dynamic_shapes=tuple(map(free, args)), strict=False)
+            program = export(network, args, dynamic_shapes=shapes, strict=False)
             traced = exported_graph_module(program)
     except Exception as error:  # user code runs under the exporter: anything may be raised
-        raise CaptureError(f"torch.export: {first_line(error)}") from None
-    inside = _inside_layers(traced, network)
+        raise CaptureError(f"torch.export: {one_line(error)}") from None
+    names = _Names(network)
+    inside = _inside_layers(traced, names)
     places = [path for path, _ in tree_flatten_with_path(args)[0]]
-    nodes, output = _nodes(traced, network, places, _outputs(inside))
+    nodes, output = _nodes(traced, names, places, _outputs(inside))
     layers = {path for path, module in network.named_modules() if path and owns_weights(module)}
     unread = layers - {path for path, _ in inside}
     return finished_graph(nodes, output, "torch.export", frozenset(unread))
@@ -85,15 +93,30 @@ def _silence() -> Iterator[None]:
         _silencing.release()
 
 
-def _inside_layers(traced: Any, network: nn.Module) -> dict[tuple[str, str], dict[fx.Node, None]]:
+class _Names:
+    """The modules that an export names by where they were called, by their first names."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._first = {id(module): name for name, module in network.named_modules()}
+
+    def of(self, place: str) -> tuple[str, nn.Module | None]:
+        path = place.partition("@")[0]
+        try:
+            module = self._network.get_submodule(path)
+        except AttributeError:
+            return path, None
+        return self._first[id(module)], module
+
+
+def _inside_layers(traced: Any, names: _Names) -> dict[tuple[str, str], dict[fx.Node, None]]:
     """The operations of each call of a layer, by the layer's path and a name of the call; of outer
     layers before those in them."""
     inside: dict[tuple[str, str], dict[fx.Node, None]] = {}
     for item in traced.graph.nodes:
         for call, (path, _) in (item.meta.get("nn_module_stack") or {}).items():
-            path = path.partition("@")[0]
-            module = _module(network, path) if path else None
-            if module is not None and owns_weights(module):
+            path, module = names.of(path)
+            if path and module is not None and owns_weights(module):
                 inside.setdefault((path, call), {})[item] = None
     return inside
 
@@ -111,7 +134,7 @@ def _outputs(inside: dict[tuple[str, str], dict[fx.Node, None]]) -> dict[fx.Node
 
 
 def _nodes(
-    traced: Any, network: nn.Module, places: list[Any], outputs: dict[fx.Node, list[str]]
+    traced: Any, names: _Names, places: list[Any], outputs: dict[fx.Node, list[str]]
 ) -> tuple[list[Node], int]:
     """The nodes, and which of them is the output; ``places`` of the inputs in the arguments and
     layers by what is their output."""
@@ -133,7 +156,7 @@ def _nodes(
         elif item.op == "get_attr":
             nodes.append(Node(index, "constant", _attribute(traced, item.target)))
         elif item.op == "call_function":
-            nodes.append(_operation(index, item, current, network))
+            nodes.append(_operation(index, item, current, names))
         else:
             continue  # a guard on the inputs' shapes: what is traced has no other module
         for path in outputs.get(item, ()):
@@ -144,28 +167,22 @@ def _nodes(
     raise CaptureError("torch.export: the exported program has no output")
 
 
-def _operation(index: int, item: fx.Node, current: dict[fx.Node, int], network: nn.Module) -> Node:
+def _operation(index: int, item: fx.Node, current: dict[fx.Node, int], names: _Names) -> Node:
     args, kwargs = replaced(item.args, current), replaced(item.kwargs, current)
     target = item.target
     if not isinstance(target, torch._ops.OpOverload):
         return Node(index, "function", target, args, kwargs)
     stack = list((item.meta.get("nn_module_stack") or {}).values())
-    path = stack[-1][0].partition("@")[0] if stack else ""
+    path, module = names.of(stack[-1][0] if stack else "")
     name = target._schema.name.removeprefix("aten::")
-    module = _module(network, path)
+    if module is not None and has_own_hooks(module):
+        return Node(index, "function", aten_operation(target), args, kwargs)
     is_padded = getattr(module, "padding_mode", "zeros") != "zeros"  # by an operation of its own
     if KINDS.get(type(module)) == name and not is_padded:
         return Node(index, "module", module, args[:1], path=path)
     if type(module) is nn.Embedding and name == "embedding":
         return Node(index, "module", module, args[1:2], path=path)
     return Node(index, "function", aten_operation(target), args, kwargs)
-
-
-def _module(network: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return network.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 def _attribute(root: Any, path: str) -> Any:

@@ -6,6 +6,7 @@ all that are stacked with it.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,13 +14,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from raypatch.engine.guards import truth_that_goes_on
 from raypatch.engine.layers import Args, forward, tensors_in
 
 READS_VALUES = {
     *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.is_nonzero),
     *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.equal, Tensor.allclose),
-    *(torch.is_nonzero, torch.equal, torch.allclose),
+    *(torch.is_nonzero, torch.equal, torch.allclose, Tensor.__contains__, Tensor.__dlpack__),
 }
+# How long what these give is, depends on values; so does what is computed from that.
+SIZED_BY_VALUES = {
+    *("nonzero", "argwhere", "masked_select", "bincount", "unique", "unique_consecutive"),
+}
+READS_SIZES = {Tensor.__len__, Tensor.size, Tensor.numel, torch.numel, Tensor.shape.__get__}  # type: ignore[attr-defined]
 
 
 def decides_by_values(network: nn.Module, args: Args) -> bool:
@@ -43,6 +50,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.found = False
         self._following: dict[int, Tensor] = {}  # held, so that no other gets the same id
+        self._sized: set[int] = set()  # of those, whose sizes depend on values
 
     def follow(self, value: Any) -> None:
         self._following.update({id(tensor): tensor for tensor in tensors_in(value)})
@@ -51,7 +59,31 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(id(leaf) in self._following for leaf in tree_flatten((args, kwargs))[0]):
-            self.found |= func in READS_VALUES
+        given = {id(leaf) for leaf in tree_flatten((args, kwargs))[0]}
+        if not given.isdisjoint(self._following):
+            is_sized = not given.isdisjoint(self._sized)
+            self.found |= func in READS_VALUES and not _only_guards(func)
+            self.found |= func in READS_SIZES and is_sized
             self.follow(result)
+            if is_sized or _sizes_by_values(func, args):
+                self._sized.update(map(id, tensors_in(result)))
         return result
+
+
+def _only_guards(func: Any) -> bool:
+    frame = inspect.currentframe()
+    asking = frame and frame.f_back and frame.f_back.f_back  # past the mode's own function
+    if func is not Tensor.__bool__ or asking is None:
+        return False
+    return truth_that_goes_on(asking) is not None
+
+
+def _sizes_by_values(func: Any, args: tuple[Any, ...]) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "where":
+        return len(args) == 1
+    if name == "repeat_interleave":
+        return len(args) > 1 and isinstance(args[1], Tensor)
+    if func is Tensor.__getitem__:
+        return any(index.dtype is torch.bool for index in tensors_in(args[1:]))
+    return name in SIZED_BY_VALUES

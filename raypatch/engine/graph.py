@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten, tree_map
 
-from raypatch.engine.layers import float64_is_default, tensors_in, widened
+from raypatch.engine.layers import float64_is_default, has_own_hooks, tensors_in, widened
 
 
 class CaptureError(Exception):
@@ -77,7 +77,8 @@ class Node:
     def key(self) -> Any:
         """What rules are registered under: module type, function, or method name."""
         if self.op == "module":
-            return type(self.target)
+            # What a hook of the user's makes of it, no rule knows.
+            return type(self.target) if not has_own_hooks(self.target) else None
         # An exported operation goes by the name of the method it stands for.
         return getattr(self.target, "name", self.target)
 
@@ -155,6 +156,7 @@ class Graph:
     nodes: list[Node]
     how: str  # "torch.fx" or "torch.export"
     unread: frozenset[str]  # paths of modules whose outputs the network's does not depend on
+    guarded: bool = False  # the network may raise for some inputs, which is not in the graph
 
     def widen(self, args: tuple[Any, ...]) -> None:
         """Let casts to float32 be casts to float64, and so what is made of no float numbers;
@@ -170,6 +172,10 @@ class Graph:
                 node.is_wide = True
                 made = self._value(node, values, args)
             values.append(made)
+
+    def with_nodes(self, nodes: list[Node]) -> Graph:
+        """The graph with others of its nodes, of which the last is the output."""
+        return finished_graph(nodes, len(nodes) - 1, self.how, self.unread, self.guarded)
 
     def run(self, args: tuple[Any, ...]) -> list[Any]:
         """Values of all nodes in one plain forward."""
@@ -203,10 +209,14 @@ def item_between(value: Any, index: Any) -> Any:
 
 
 def finished_graph(
-    nodes: list[Node], output: int, how: str, unread: frozenset[str] = frozenset()
+    nodes: list[Node],
+    output: int,
+    how: str,
+    unread: frozenset[str] = frozenset(),
+    guarded: bool = False,
 ) -> Graph:
-    """The nodes that ``output`` depends on, numbered anew, with their users counted; ``unread`` as
-    of the graph they come from."""
+    """The nodes that ``output`` depends on, numbered anew, with their users counted; ``unread`` and
+    ``guarded`` as of the graph they come from."""
     wanted = {output}
     for node in reversed(nodes):
         if node.index in wanted:
@@ -223,7 +233,7 @@ def finished_graph(
         for used in node.inputs:
             kept[used].users += 1
     paths = [{node.path for node in some if node.path} for some in (nodes, kept)]
-    return Graph(kept, how, unread | (paths[0] - paths[1]))
+    return Graph(kept, how, unread | (paths[0] - paths[1]), guarded)
 
 
 def renumbered(node: Node, number: Mapping[int, int]) -> Any:

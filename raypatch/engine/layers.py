@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 Args = tuple[Any, ...]
+WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 # Called with the number of the layer's call within one forward and the layer's output;
 # what it returns, if anything, replaces that output.
 Hook = Callable[[int, Tensor], "Tensor | None"]
@@ -49,6 +50,13 @@ def owns_weights(module: nn.Module) -> bool:
     return any(isinstance(p, Tensor) and p.dim() > 1 for p in held)
 
 
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether calling it does more than its forward; torch's older ways to normalise weights
+    (spectral norm) are hooks, but change none of what it gives."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return not all(type(hook).__module__.startswith("torch.nn.utils") for hook in hooks)
+
+
 class _Widened(TorchFunctionMode):
     """Where a forward asks for float32, it gets float64."""
 
@@ -62,7 +70,7 @@ class _Widened(TorchFunctionMode):
 
 
 def _wide(argument: Any) -> Any:
-    return torch.float64 if argument is torch.float32 else argument
+    return WIDER.get(argument, argument) if isinstance(argument, torch.dtype) else argument
 
 
 def widened(arguments: Any) -> Any:
@@ -146,9 +154,11 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def first_tensor(output: Any) -> Tensor:
-    """What a layer's neurons are read from: its output, or the first of several outputs."""
-    return output if isinstance(output, Tensor) else output[0]
+def first_tensor(output: Any) -> Tensor | None:
+    """What a layer's neurons are read from: its output, or the first of several outputs; None where
+    that is no tensor."""
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return first if isinstance(first, Tensor) and first.dim() else None
 
 
 @contextmanager
@@ -161,7 +171,8 @@ def hooked(network: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
             def forward_hook(
                 _: nn.Module, __: Any, output: Any, hook: Hook = hook, calls: Any = calls
             ) -> Any:
-                replaced = hook(next(calls), first_tensor(output))
+                first = first_tensor(output)
+                replaced = None if first is None else hook(next(calls), first)
                 if replaced is None or isinstance(output, Tensor):
                     return replaced
                 return (replaced, *output[1:])

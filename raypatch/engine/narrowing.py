@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from raypatch.engine.graph import Graph, Node, Ref, finished_graph
+from raypatch.engine.graph import Graph, Node, Ref
 from raypatch.engine.local_rules import LOCAL_RULES, movement, pointwise
 from raypatch.engine.sources import Places
 
@@ -341,4 +341,4 @@ def _rewritten(graph: Graph, plans: dict[int, Node], kept: dict[int, Places]) ->
         args, kwargs = tree_map(reference, (node.args, node.kwargs), is_leaf=_stands_for_value)
         place[node.index] = len(nodes)
         nodes.append(replace(node, index=len(nodes), args=args, kwargs=kwargs))
-    return finished_graph(nodes, len(nodes) - 1, graph.how, graph.unread)
+    return graph.with_nodes(nodes)

@@ -18,6 +18,7 @@ from raypatch.engine.arguments import (
     in_parts,
     inputs_between,
 )
+from raypatch.engine.copies import own_copy
 from raypatch.engine.graph import CaptureError, Graph
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.input_axes import AxisUnsettled
@@ -40,7 +41,6 @@ from raypatch.engine.trial import (
     check_unpatched,
     choose_engine,
     network_output,
-    own_copy,
     trial_inputs,
 )
 from raypatch.errors import InputError, RaypatchError, one_line
@@ -238,9 +238,10 @@ class Patcher:
 
     def _needs_check(self, is_new: bool) -> bool:
         """Whether a captured graph might not be the network on these inputs: symbolic tracing sees
-        no values, so that one look is enough; an export has run on some."""
+        no values, so that one look is enough; an export has run on some, and the network may refuse
+        others."""
         graph = self.graph
-        return graph is not None and (is_new or graph.how == "torch.export")
+        return graph is not None and (is_new or graph.guarded or graph.how == "torch.export")
 
     def _settle_engine(
         self,

@@ -5,7 +5,6 @@ Slow on purpose and as simple as can be: this is what every fast path is compare
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment
 from raypatch.engine.arguments import inputs_between
+from raypatch.engine.copies import copied
 from raypatch.engine.layers import (
     Args,
     Layer,
@@ -23,7 +23,6 @@ from raypatch.engine.layers import (
     hooked,
     map_tensors,
     record_activations,
-    without_nested_tensors,
 )
 from raypatch.engine.sources import resample_order
 
@@ -52,7 +51,7 @@ def reference_outputs(
     ``source`` is not used for the kinds ``zero``, ``mean`` and ``resample``; for ``given`` it
     maps layers to activations.
     """
-    network = without_nested_tensors(copy.deepcopy(network).to("cpu", dtype).eval())
+    network = copied(network, "cpu", dtype)
     target = cast(as_args(target), dtype)
     layers = find_layers(network, target)
     names = [*layers, OUTPUT_LOGITS]

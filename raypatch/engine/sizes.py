@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from raypatch.engine.graph import Bounds, Graph, Node, Ref, finished_graph, is_ref, item_between
+from raypatch.engine.graph import Bounds, Graph, Node, Ref, is_ref, item_between
 from raypatch.engine.input_axes import Following
 
 SIZES = (int, float, torch.Size, torch.dtype, torch.device)
@@ -34,7 +34,7 @@ def with_sizes(graph: Graph, following: Following, sample: list[Any]) -> Graph |
     for node in graph.nodes:
         args, kwargs = tree_map(settled, (node.args, node.kwargs), is_leaf=is_ref)
         nodes.append(_with_slices(replace(node, args=args, kwargs=kwargs)))
-    return finished_graph(nodes, len(nodes) - 1, graph.how, graph.unread)
+    return graph.with_nodes(nodes)
 
 
 def _with_slices(node: Node) -> Node:

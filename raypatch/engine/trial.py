@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments
 from raypatch.engine.arguments import (
@@ -19,8 +17,9 @@ from raypatch.engine.arguments import (
     inputs_between,
     together,
 )
-from raypatch.engine.capture import capture, first_line
+from raypatch.engine.capture import capture
 from raypatch.engine.capture_export import capture_export
+from raypatch.engine.copies import copied, left_as_it_was
 from raypatch.engine.decisions import decides_by_values
 from raypatch.engine.graph import CaptureError
 from raypatch.engine.incremental import Incremental
@@ -31,17 +30,22 @@ from raypatch.engine.layers import (
     forward,
     map_tensors,
     tensors_in,
-    without_nested_tensors,
 )
 from raypatch.engine.patch_run import Engine, Limits, PatchRun, is_out_of_memory
-from raypatch.engine.plan import plan_experiments
-from raypatch.engine.sources import noise_fill
+from raypatch.engine.plan import Plan, plan_experiments
+from raypatch.engine.reference import cast
+from raypatch.engine.sources import Fill, noise_fill
 from raypatch.engine.stacked import Stacked
 from raypatch.engine.structure import Savings
 from raypatch.errors import InputError, RaypatchError, gpu_failed, one_line
 
-# How far two float32 evaluations of a network may differ before it is not the same network.
+# How far apart two evaluations of a network may be, as a share of an output, before it is not the
+# same network.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+# The same as a share of what patches change at most.
+EFFECT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+# Outputs beyond are no scale for others: masks put such there.
+NO_SCALE = 1e6
 # A trial is small: nothing of it is cut to fit.
 TRIAL_BYTES = 1 << 40
 
@@ -64,15 +68,20 @@ def choose_engine(
         raise InputError(f"the network gives {shape}; patching needs one tensor [inputs, outputs]")
     if not output.is_floating_point():
         raise InputError(f"the network gives {output.dtype}; patching needs logits, float numbers")
+    again = network_output(network, probe)
+    if again.shape != output.shape or not _compared(again, output, dtype)[1]:
+        raise InputError(
+            "the network gives other outputs for the same inputs when it is called again: it draws "
+            "random numbers or changes what it holds; patching needs a forward that does neither"
+        )
     layers = find_layers(network, probe)
-    single = Stacked(network, layers, limit=1)
+    trial = _Trial(network, layers, probe, dtype, savings)
     reasons: list[str] = [not_captured] if not_captured else []
     for how in ("stacked",) if not_captured else ("torch.fx", "torch.export", "stacked"):
         try:
             if how == "stacked" and decides_by_values(network, probe):
                 raise CaptureError("its Python decides by values")
-            engine = _build(how, network, layers, probe, dtype, savings)
-            _check(engine, single, layers, probe, dtype)
+            engine = trial.passed(how) or _build(how, network, layers, probe, dtype, savings)
         except CaptureError as reason:
             reasons = list(dict.fromkeys([*reasons, str(reason)]))
             continue
@@ -80,7 +89,7 @@ def choose_engine(
             because = f"; {reasons[0]}" if reasons else ""
             return engine, f"incremental ({how}{because})"
         return engine, f"stacked (not captured: {'; '.join(reasons)})"
-    return single, f"single ({'; '.join(reasons)})"
+    return Stacked(network, layers, limit=1), f"single ({'; '.join(reasons)})"
 
 
 def network_output(network: nn.Module, args: Args) -> Any:
@@ -107,7 +116,7 @@ def _build(
     if how == "stacked":
         return Stacked(network, layers, limit=None)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), left_as_it_was(network):
             graph = capture(network, probe) if how == "torch.fx" else capture_export(network, probe)
             if (device := tensors_in(probe)[0].device).type != "cpu":
                 for node in graph.nodes:
@@ -118,39 +127,81 @@ def _build(
     except CaptureError:
         raise
     except Exception as error:  # anything a strange network may do when it is taken apart
-        raise CaptureError(first_line(error)) from None
+        raise CaptureError(one_line(error)) from None
 
 
-def _check(
-    engine: Engine, single: Stacked, layers: dict[str, Layer], target: Args, dtype: torch.dtype
-) -> None:
-    """Compare with one experiment on one input at a time; CaptureError if they differ."""
-    limits = Limits(torch.device("cpu"), TRIAL_BYTES)
-    plan = plan_experiments(_experiments(layers))
-    n_inputs = count_inputs(target)
-    source = map_tensors(lambda x: x.roll(1, 0) if x.dim() else x, target)
-    # Inputs may be equal or the layers' values zero: noise makes every patch change something.
-    for trial_source, fill in ((source, None), (None, noise_fill)):
+class _Trial:
+    """Compares engines with one experiment on one input at a time. In float64, where what rounds
+    is far below what a wrong capture changes; as the network is where it fails there."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: dict[str, Layer],
+        probe: Args,
+        dtype: torch.dtype,
+        savings: Savings,
+    ) -> None:
+        self.network, self.layers, self.probe = network, layers, probe
+        self.dtype, self.savings = dtype, savings
+        self.is_own = True
+        device = tensors_in(probe)[0].device
+        if dtype is not torch.float64:
+            try:
+                wide = copied(network, device, torch.float64)
+                wide_probe = cast(probe, torch.float64, device)
+                network_output(wide, wide_probe)
+            except Exception:  # anything a network's own code may raise
+                return
+            self.network, self.probe = wide, wide_probe
+            self.dtype, self.is_own = torch.float64, False
+
+    def passed(self, how: str) -> Engine | None:
+        """CaptureError where the engine does not give what plain hooks do; the engine itself where
+        the trial is of the network's own precision."""
+        engine = _build(how, self.network, self.layers, self.probe, self.dtype, self.savings)
+        for source, fill, expected in self._expected:
+            try:
+                found = PatchRun(engine, self._limits, source, self.probe, fill)(self._plan)
+            except CaptureError:
+                raise
+            except Exception as error:  # anything a strange network may do
+                raise CaptureError(one_line(error)) from None
+            for i, (right, unpatched) in enumerate(expected):
+                effect = (right - unpatched).abs().nan_to_num(0, 0, 0).amax(0)
+                difference, is_small = _compared(found[:, i : i + 1], right, self.dtype, effect)
+                if not is_small:
+                    raise CaptureError(f"differs from plain hooks by {difference:.1e} in a trial")
+        return engine if self.is_own else None
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return plan_experiments(_experiments(self.layers))
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(torch.device("cpu"), TRIAL_BYTES)
+
+    @cached_property
+    def _expected(self) -> list[tuple[Args | None, Fill | None, list[tuple[Tensor, Tensor]]]]:
+        """For each way of filling in values the source, the fill, and for each input the outputs
+        ``[experiments, 1, outputs]`` and ``[1, outputs]`` without a patch."""
+        source = map_tensors(lambda x: x.roll(1, 0) if x.dim() else x, self.probe)
+        single = Stacked(self.network, self.layers, limit=1)
+
+        def alone(i: int, source: Args | None, fill: Fill | None) -> tuple[Tensor, Tensor]:
+            own = None if source is None else inputs_between(source, i, i + 1)
+            target = inputs_between(self.probe, i, i + 1)
+            run = PatchRun(single, self._limits, own, target, fill)
+            return run(self._plan), run.baseline
+
+        # Inputs may be equal or the layers' values zero: noise makes every patch change something.
+        ways = ((source, None), (None, noise_fill))
+        inputs = range(count_inputs(self.probe))
         try:
-            found = PatchRun(engine, limits, trial_source, target, fill)(plan)
-            alone = [
-                PatchRun(
-                    single,
-                    limits,
-                    None if trial_source is None else inputs_between(trial_source, i, i + 1),
-                    inputs_between(target, i, i + 1),
-                    fill,
-                )(plan)
-                for i in range(n_inputs)
-            ]
-        except CaptureError:
-            raise
+            return [(given, fill, [alone(i, given, fill) for i in inputs]) for given, fill in ways]
         except Exception as error:  # anything a strange network may do
-            raise CaptureError(first_line(error)) from None
-        for i, expected in enumerate(alone):
-            difference, is_small = _compared(found[:, i : i + 1], expected, dtype)
-            if not is_small:
-                raise CaptureError(f"differs from plain hooks by {difference:.1e} in a trial")
+            raise CaptureError(one_line(error)) from None
 
 
 def check_unpatched(network: nn.Module, run: PatchRun, source: Args | None, target: Args) -> None:
@@ -169,16 +220,27 @@ def check_unpatched(network: nn.Module, run: PatchRun, source: Args | None, targ
             first = last
 
 
-def _compared(found: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[float, bool]:
-    """The largest difference, and whether it is one of rounding alone."""
+def _compared(
+    found: Tensor, expected: Tensor, dtype: torch.dtype, effect: Tensor | None = None
+) -> tuple[float, bool]:
+    """The largest difference, and whether all are of rounding alone: each is measured by its own
+    output and by what patches change there, or where nothing is known of that, by what outputs
+    usually are."""
     tolerance = TOLERANCE.get(dtype, 1e-1)
-    difference = float((found - expected).abs().max())
-    if difference <= tolerance:  # as a rule
-        return difference, True
     same = (found == expected) | (found.isnan() & expected.isnan())
-    difference = float((found - expected).abs().masked_fill(same, 0).max())
-    largest = max(1.0, float(expected.abs().max()))
-    return difference, difference <= tolerance * largest
+    if bool(same.all()):
+        return 0.0, True
+    difference = (found - expected).abs().masked_fill(same, 0)
+    size = expected.abs()
+    if effect is None:
+        usual = size[size < NO_SCALE]
+        allowed = tolerance * (size.clamp(min=float(usual.median())) if usual.numel() else size)
+    else:
+        allowed = tolerance / 100 * size + EFFECT_TOLERANCE.get(dtype, 1e-1) * effect
+    # Nothing that is infinite or none is near anything else.
+    allowed += 16 * torch.finfo(dtype).eps
+    is_small = (difference <= allowed) & expected.isfinite() | same
+    return float(difference.max()), bool(is_small.all())
 
 
 def _experiments(layers: dict[str, Layer]) -> Experiments:
@@ -209,32 +271,3 @@ def trial_inputs(args: Args, telling: Args | None = None) -> Args:
     order = list(dict.fromkeys([0, first_unlike(args) or 1, *range(n_inputs)][:5]))[:3]
     chosen: Args = map_tensors(lambda x: x[order] if x.dim() else x, args)
     return chosen
-
-
-def own_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy for good, in which parametrised weights are what they are now."""
-    if isinstance(network, torch.jit.ScriptModule):
-        raise InputError("the network is a ScriptModule; give the nn.Module that it was made from")
-    if any(is_lazy(p) for p in network.parameters()):
-        raise InputError("the network has lazy layers of unknown size; run it once before")
-    try:
-        own = copy.deepcopy(network)
-    except Exception as error:
-        raise InputError(f"the network cannot be copied: {first_line(error)}") from None
-    own = without_nested_tensors(own.to(device, dtype).eval())
-    for module in list(own.modules()):
-        if is_parametrized(module):
-            _settle(module)
-    return own.requires_grad_(False)
-
-
-def _settle(module: nn.Module) -> None:
-    """Make what a parametrisation computes a plain parameter.
-
-    ``remove_parametrizations`` would change the class, which copies share with their original.
-    """
-    computed = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
-    del module._modules["parametrizations"]
-    module.__class__ = type(module).__bases__[0]
-    for name, value in computed.items():
-        module.register_parameter(name, nn.Parameter(value))

@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from raypatch.engine.graph import Graph, Node, Ref, finished_graph
+from raypatch.engine.graph import Graph, Node, Ref
 
 
 def with_modules(graph: Graph) -> Graph:
     """The graph with modules for functions whose weights follow from no input."""
     fixed = _Fixed(graph.nodes)
     nodes = [_as_module(node, fixed) for node in graph.nodes]
-    return finished_graph(nodes, len(nodes) - 1, graph.how, graph.unread)
+    return graph.with_nodes(nodes)
 
 
 class _Fixed:

@@ -1,0 +1,87 @@
+"""Copies of a network: for good, in another precision, and one that tracing leaves as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from raypatch.engine.layers import tensors_in, without_nested_tensors
+from raypatch.errors import InputError, one_line
+
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+def own_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy for good, in which parametrised weights are what they are now.
+
+    Raises InputError where the network cannot be copied.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            which = f"its module {name!r}" if name else "the network"
+            raise InputError(f"{which} is a ScriptModule; give the nn.Module that it was made from")
+    if any(is_lazy(p) for p in network.parameters()):
+        raise InputError("the network has lazy layers of unknown size; run it once before")
+    try:
+        own = copied(network, device, dtype)
+    except Exception as error:  # anything that a network may hold
+        raise InputError(f"the network cannot be copied: {one_line(error)}") from None
+    for module in list(own.modules()):
+        for name, child in module.named_children():
+            if hasattr(child, "_orig_mod"):  # what torch.compile wraps
+                setattr(module, name, child._orig_mod)
+        if is_parametrized(module):
+            _settle(module)
+    return own.requires_grad_(False)
+
+
+def copied(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """A copy in evaluation mode with floating numbers of ``dtype``, complex ones of its size."""
+    # What an earlier forward with gradients left behind cannot be copied as it is.
+    held = [t for module in network.modules() for t in tensors_in(vars(module)) if not t.is_leaf]
+    own = copy.deepcopy(network, {id(t): t.detach().clone() for t in held})
+
+    def converted(x: Tensor) -> Tensor:
+        if x.is_complex():
+            return x.to(device, COMPLEX.get(dtype, x.dtype))
+        return x.to(device, dtype if x.is_floating_point() else x.dtype)
+
+    own._apply(converted)  # type: ignore[no-untyped-call]
+    return without_nested_tensors(own.eval())
+
+
+def _settle(module: nn.Module) -> None:
+    """Make what a parametrisation computes a plain parameter.
+
+    ``remove_parametrizations`` would change the class, which copies share with their original.
+    """
+    computed = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
+    for name, value in computed.items():
+        module.register_parameter(name, nn.Parameter(value))
+
+
+@contextmanager
+def left_as_it_was(network: nn.Module) -> Iterator[None]:
+    """Tracing leaves stand-ins where a forward keeps values in its modules; they are taken out."""
+    before = [
+        (module, dict(vars(module)), dict(module._buffers), dict(module._parameters))
+        for module in network.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers, parameters in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._parameters.clear()
+            module._parameters.update(parameters)
