@@ -26,7 +26,7 @@ from raypatch.engine.graph import (
     item_between,
 )
 from raypatch.engine.guards import truth_that_goes_on
-from raypatch.engine.layers import Args, as_in_forward, map_tensors, owns_weights
+from raypatch.engine.layers import Args, as_in_forward, has_own_hooks, map_tensors, owns_weights
 from raypatch.engine.overwriting import OverwritingError, Proxy, out_of_place, overwritten
 from raypatch.engine.transformers import FORWARDS
 from raypatch.errors import one_line
@@ -72,7 +72,7 @@ class _Tracer(fx.Tracer):
         self.guarded = False  # whether there is code that only raises, and what for is not known
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if type(module) in FORWARDS:
+        if _steps_of(module) is not None:
             return False
         if super().is_leaf_module(module, qualified_name):
             return True
@@ -96,7 +96,7 @@ class _Tracer(fx.Tracer):
         return Proxy(node, self)
 
     def call_module(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if (steps := FORWARDS.get(type(module))) is not None:
+        if (steps := _steps_of(module)) is not None:
             forward = partial(steps, module)
         result = super().call_module(module, forward, args, kwargs)
         if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
@@ -105,6 +105,10 @@ class _Tracer(fx.Tracer):
         if owns_weights(module) and not self.is_leaf_module(module, path):
             return self.create_proxy("call_function", output_of, (result, path), {})
         return result
+
+
+def _steps_of(module: nn.Module) -> Any:
+    return None if has_own_hooks(module) else FORWARDS.get(type(module))
 
 
 @contextmanager

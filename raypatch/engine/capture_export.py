@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -128,9 +129,21 @@ def _outputs(inside: dict[tuple[str, str], dict[fx.Node, None]]) -> dict[fx.Node
     for (path, _), items in inside.items():
         tensors = [item for item in items if isinstance(item.meta.get("val"), torch.Tensor)]
         given = [item for item in tensors if any(user not in items for user in item.users)]
+        if len(given) > 1:  # the first of several results is the layer's
+            given = [item for item in given if _result_number(item, items) == 0]
         if len(given) == 1 and not items.keys() & given[0].users.keys():
             found.setdefault(given[0], []).insert(0, path)
     return found
+
+
+def _result_number(item: fx.Node, within: dict[fx.Node, None]) -> int | None:
+    """Which of several results of an operation ``item`` is a form of."""
+    while item.target is not operator.getitem:
+        before = [used for used in item.all_input_nodes if used in within]
+        if len(before) != 1:
+            return None
+        item = before[0]
+    return int(item.args[1])  # type: ignore[arg-type]
 
 
 def _nodes(

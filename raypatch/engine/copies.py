@@ -33,16 +33,14 @@ def own_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
     except Exception as error:  # anything that a network may hold
         raise InputError(f"the network cannot be copied: {one_line(error)}") from None
     for module in list(own.modules()):
-        for name, child in module.named_children():
-            if hasattr(child, "_orig_mod"):  # what torch.compile wraps
-                setattr(module, name, child._orig_mod)
         if is_parametrized(module):
             _settle(module)
     return own.requires_grad_(False)
 
 
 def copied(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """A copy in evaluation mode with floating numbers of ``dtype``, complex ones of its size."""
+    """A copy in evaluation mode and not compiled, with floating numbers of ``dtype``, complex ones
+    of its size."""
     # What an earlier forward with gradients left behind cannot be copied as it is.
     held = [t for module in network.modules() for t in tensors_in(vars(module)) if not t.is_leaf]
     own = copy.deepcopy(network, {id(t): t.detach().clone() for t in held})
@@ -52,6 +50,9 @@ def copied(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -
             return x.to(device, COMPLEX.get(dtype, x.dtype))
         return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
+    for module in list(own.modules()):
+        for name, child in module.named_children():
+            setattr(module, name, getattr(child, "_orig_mod", child))  # what torch.compile wraps
     own._apply(converted)  # type: ignore[no-untyped-call]
     return without_nested_tensors(own.eval())
 

@@ -6,7 +6,7 @@ all that are stacked with it.
 
 from __future__ import annotations
 
-import inspect
+import sys
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from raypatch.engine.guards import truth_that_goes_on
+from raypatch.engine.guards import distributions_unchecked, truth_that_goes_on
 from raypatch.engine.layers import Args, forward, tensors_in
 
 READS_VALUES = {
@@ -38,7 +38,7 @@ def decides_by_values(network: nn.Module, args: Args) -> bool:
 
     handle = network.register_forward_pre_hook(start)
     try:
-        with torch.no_grad(), watch:
+        with torch.no_grad(), distributions_unchecked(), watch:
             forward(network, args)
     finally:
         handle.remove()
@@ -71,10 +71,11 @@ class _Watch(TorchFunctionMode):
 
 
 def _only_guards(func: Any) -> bool:
-    frame = inspect.currentframe()
-    asking = frame and frame.f_back and frame.f_back.f_back  # past the mode's own function
-    if func is not Tensor.__bool__ or asking is None:
+    if func is not Tensor.__bool__:
         return False
+    asking = sys._getframe(1)
+    while asking.f_back is not None and asking.f_code.co_name == "__torch_function__":
+        asking = asking.f_back  # past the modes' own functions
     return truth_that_goes_on(asking) is not None
 
 

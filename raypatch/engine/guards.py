@@ -5,7 +5,11 @@ what a network computes, so that tracing can go on where they ask for what is no
 from __future__ import annotations
 
 import dis
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+from torch.distributions import Distribution
 
 # Between asking for a truth value and the jump that it decides.
 ASKING = {"TO_BOOL", "COMPARE_OP", "CALL", "CALL_FUNCTION", "CACHE", "EXTENDED_ARG"}
@@ -35,7 +39,8 @@ def truth_that_goes_on(frame: FrameType) -> bool | None:
             number = at[instruction.argval] if jumps else number + 1
         return False
 
-    number = at[frame.f_lasti]
+    # Of a call the last instruction may be what it keeps in the code after itself.
+    number = max(n for offset, n in at.items() if offset <= frame.f_lasti)
     while instructions[number].opname in ASKING:
         number += 1
     jump = instructions[number]
@@ -48,3 +53,14 @@ def truth_that_goes_on(frame: FrameType) -> bool | None:
 
 def _is_conditional(name: str) -> bool:
     return "JUMP" in name and "_IF_" in name
+
+
+@contextmanager
+def distributions_unchecked() -> Iterator[None]:
+    """Within, torch's distributions take their parameters as they are: checking asks for values."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)

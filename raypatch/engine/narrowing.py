@@ -303,7 +303,7 @@ def narrowed(graph: Graph, values: Values) -> tuple[Graph, dict[int, Places]] | 
 
 def _is_work(node: Node) -> bool:
     """Whether it pays to leave out some of its places."""
-    is_layer = type(node.target) in (nn.Linear, nn.MultiheadAttention)
+    is_layer = node.key in (nn.Linear, nn.MultiheadAttention)
     return is_layer or RULES.get(node.name) in (product, attention)
 
 

@@ -82,7 +82,8 @@ class Patcher:
     ) -> None:
         if not isinstance(network, nn.Module):
             raise InputError(f"a network is a torch.nn.Module, not {type(network).__name__}")
-        parameter = next(network.parameters(), None)
+        floating = (p for p in network.parameters() if p.is_floating_point())
+        parameter = next(floating, None)
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise InputError(f"dtype {self.dtype!r}: valid are torch.float32 and torch.float64")
@@ -303,7 +304,10 @@ def _no_activations(given: Mapping[Any, Any]) -> str | None:
 def _why_no_layer(module: nn.Module) -> str:
     """Said of a module that no experiment can patch."""
     if owns_weights(module):
-        return "is never called by the forward; where its weights are used, it is by another module"
+        return (
+            "is never called by the forward, or gives no tensor; where its weights are used, it "
+            "may be by another module"
+        )
     return (
         f"is a {type(module).__name__}: only modules with a weight matrix or kernel can be patched"
     )

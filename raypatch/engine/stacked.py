@@ -19,6 +19,7 @@ from raypatch.engine.layers import (
 )
 from raypatch.engine.plan import Group, Selection
 from raypatch.engine.sources import Fill
+from raypatch.errors import InputError
 
 
 class Stacked:
@@ -93,7 +94,7 @@ class StackedPrepared:
     def _forward(self, index: dict[str, Selection | None], n_experiments: int) -> Tensor:
         def patcher(name: str) -> Hook:
             def patch(call: int, output: Tensor) -> Tensor:
-                source = self.values[name][call]
+                source = self._source_of(name, call, output, n_experiments)
                 if n_experiments > 1 and output.shape == source.shape:
                     # It sees no input, so that nothing of it is stacked.
                     output = for_each_input(output, n_experiments * self.n_inputs)
@@ -116,6 +117,20 @@ class StackedPrepared:
             assert patched is not None
             return patched
         return output
+
+    def _source_of(self, name: str, call: int, output: Tensor, n_experiments: int) -> Tensor:
+        source = next(iter(self.values[name][call : call + 1]), None)
+        if source is not None and output.numel() in (
+            n_experiments * source.numel(),
+            source.numel(),
+        ):
+            return source
+        other = "nothing" if source is None else list(source.shape)
+        raise InputError(
+            f"layer {name!r} gives {list(output.shape)} for these targets and {other} for the "
+            "sources: which inputs it gets depends on their values, so that no value of the source "
+            "stands for one of the target"
+        )
 
     def _axis(self, name: str, output: Tensor) -> int:
         layer = self.engine.layers.get(name)

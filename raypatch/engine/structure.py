@@ -262,7 +262,7 @@ class Structure:
             if others and same and self.chains.after(entry)[sparse[0]] is not None:
                 spread = Spread(rule, sparse[0], entry)
         value = self.sample[node.inputs[0]] if node.inputs else None
-        is_linear = type(node.target) is nn.Linear and value is not None and value.dim() > 1
+        is_linear = node.key is nn.Linear and value is not None and value.dim() > 1
         operation = self._operations[node.index]
         for together, overwriting in self._overwriting(node):
             if all(kinds[i] == DENSE for i in together):

@@ -22,6 +22,7 @@ from raypatch.engine.capture_export import capture_export
 from raypatch.engine.copies import copied, left_as_it_was
 from raypatch.engine.decisions import decides_by_values
 from raypatch.engine.graph import CaptureError
+from raypatch.engine.guards import distributions_unchecked
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.layers import (
     Args,
@@ -116,7 +117,7 @@ def _build(
     if how == "stacked":
         return Stacked(network, layers, limit=None)
     try:
-        with torch.no_grad(), left_as_it_was(network):
+        with torch.no_grad(), left_as_it_was(network), distributions_unchecked():
             graph = capture(network, probe) if how == "torch.fx" else capture_export(network, probe)
             if (device := tensors_in(probe)[0].device).type != "cpu":
                 for node in graph.nodes:

@@ -1,0 +1,67 @@
+"""Branches that only raise do not keep a network from being traced, and still refuse inputs."""
+
+import inspect
+
+import pytest
+import torch
+from guarded import (
+    CountsPlaces,
+    Guarded,
+    asserts,
+    catches,
+    decides,
+    either,
+    raises,
+    raises_by_another_decision,
+    raises_otherwise,
+)
+from networks import checked_patcher
+
+from raypatch.engine.guards import truth_that_goes_on
+from raypatch.engine.patcher import Patcher
+from raypatch.errors import InputError
+
+
+class Asked:
+    """Python asks it for its truth, as a value of a trace; it answers so that the code goes on."""
+
+    def __init__(self):
+        self.answers = []
+
+    def __gt__(self, other):
+        return self
+
+    def __bool__(self):
+        truth = truth_that_goes_on(inspect.currentframe().f_back)
+        self.answers.append(truth)
+        return bool(truth)
+
+
+@pytest.mark.parametrize(
+    ("function", "answers"),
+    [
+        (asserts, [True, False, True, True]), (raises, [False, True, False, False]),
+        (raises_otherwise, [True]), (decides, [None]), (either, [None]), (catches, [None]),
+        (raises_by_another_decision, [None]),
+    ],
+)  # fmt: skip
+def test_only_what_leads_to_a_raise_alone_is_taken_not_to_happen(function, answers):
+    asked = Asked()
+    function(asked)
+    assert asked.answers == answers
+
+
+def test_a_network_that_asserts_is_traced():
+    assert checked_patcher(Guarded(), (6,)).path == "incremental (torch.fx)"
+
+
+def test_inputs_that_a_forward_refuses_are_refused_in_every_call():
+    patcher = Patcher(Guarded())
+    x = torch.randn(3, 6)
+    patcher([{"a": [0]}], x, -x)
+    with pytest.raises(InputError, match="AssertionError: inputs are above -20"):
+        patcher([{"a": [0]}], x, x - 50)
+
+
+def test_a_guard_is_no_decision_where_a_network_goes_by_hooks():
+    assert checked_patcher(CountsPlaces(), (6,)).path.startswith("stacked")
