@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from raypatch.agents.agent import AgentOptions
 from raypatch.errors import InputError
@@ -65,6 +68,64 @@ class RunConfig:
             actions=self.actions,
             inputs=self.clean_inputs or self.corrupted_inputs,
         )
+
+
+def config_of(options: Mapping[str, Any]) -> RunConfig:
+    """The options of a command line or of a script: text for numbers and sizes, paths, lists of
+    names. Raises InputError for those that do not exist, are missing, or of another type."""
+    types = {field.name: str(field.type).split(" | ")[0] for field in fields(RunConfig)}
+    for name in options:
+        if name not in types:
+            raise InputError(f"{name}: no option of run; valid: {', '.join(types)}")
+    for name in ("agent_path", "definition_file", "output_dir"):
+        if options.get(name) is None:
+            raise InputError(f"--{name} is missing; see raypatch run --help")
+    given = {name: _converted(name, value, types[name]) for name, value in options.items()}
+    # What is None is left to its default.
+    return RunConfig(**{name: value for name, value in given.items() if value is not None})
+
+
+def _converted(name: str, value: Any, kind: str) -> Any:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if name in ("metrics", "input_ids") and isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value))
+    if name == "batch_size" and isinstance(value, str):
+        value = None if value == "auto" else _whole(value)
+    if name == "memory_per_actor" and isinstance(value, str):
+        value = _bytes(value)
+    is_right = {
+        "str": isinstance(value, str),
+        "bool": isinstance(value, bool),
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "float": isinstance(value, (int, float)) and not isinstance(value, bool),
+    }
+    if value is not None and not is_right[kind]:
+        text = f"{value!r:.60}"
+        raise InputError(
+            f"--{name}: {text} is a {type(value).__name__}; {_EXPECTED[kind]} is expected"
+        )
+    return value
+
+
+_EXPECTED = {"str": "text", "bool": "True or False", "int": "a whole number", "float": "a number"}
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"--batch_size: {text!r} is not auto or a number") from None
+
+
+def _bytes(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number = text.upper().removesuffix("B").removesuffix("I")
+    unit = units.get(number[-1:], 1)
+    try:
+        return int(float(number.rstrip("KMGT")) * unit)
+    except (ValueError, OverflowError):
+        raise InputError(f"--memory_per_actor: {text!r} is not a size like 512M or 4G") from None
 
 
 _CHOICES = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raypatch.agents.agent import Agent
-from raypatch.config import RunConfig, check_config
+from raypatch.config import RunConfig, check_config, config_of
 from raypatch.definitions import Experiments
 from raypatch.errors import InputError, Interrupted
 from raypatch.inputs import Inputs
@@ -76,9 +76,10 @@ def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = No
 def run(**options: Any) -> Results:
     """Run a sweep from Python; ``options`` are the fields of :class:`RunConfig`.
 
-    ``agent_path``, ``definition_file`` and ``output_dir`` are required.
+    ``agent_path``, ``definition_file`` and ``output_dir`` are required. Paths may be
+    :class:`pathlib.Path`, and ``metrics`` and ``input_ids`` lists of names.
     """
-    return run_config(RunConfig(**{"quiet": True, **options}))
+    return run_config(config_of({"quiet": True, **options}))
 
 
 class Job:

@@ -107,10 +107,10 @@ RUN_OPTIONS = [
 def run(**given: Any) -> None:
     """Patch every experiment of a definition into every pair; resumes where it stopped."""
     options = run_options(given)
-    from raypatch.config import RunConfig
+    from raypatch.config import config_of
     from raypatch.driver import run_config
 
-    config = RunConfig(**options)
+    config = config_of(options)
     echo = None if config.quiet else lambda text: click.echo(text, err=True)
     results = run_config(config, on_start=echo)
     if not config.quiet:
@@ -122,7 +122,7 @@ def run(**given: Any) -> None:
 
 
 def run_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Options the user really gave, ``--additional_args`` taken apart, values converted."""
+    """Options the user really gave, ``--additional_args`` taken apart."""
     extra = given.pop("additional_args", None)
     options = {name: value for name, value in given.items() if value is not None}
     if extra:
@@ -148,33 +148,7 @@ def run_options(given: dict[str, Any]) -> dict[str, Any]:
                     options[str(parameter.name)] = value
         except click.ClickException as error:
             raise InputError(f"--additional_args: {error.format_message()}") from None
-    for name in ("agent_path", "definition_file", "output_dir"):
-        if name not in options:
-            raise InputError(f"--{name} is missing; see raypatch run --help")
-    if options.get("batch_size") == "auto":
-        del options["batch_size"]
-    if "batch_size" in options:
-        options["batch_size"] = _whole(options["batch_size"], "--batch_size", "auto or a number")
-    if "memory_per_actor" in options:
-        options["memory_per_actor"] = _bytes(options["memory_per_actor"])
     return options
-
-
-def _whole(text: str, option: str, valid: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"{option}: {text!r} is not {valid}") from None
-
-
-def _bytes(text: str) -> int:
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    number = text.upper().removesuffix("B").removesuffix("I")
-    unit = units.get(number[-1:], 1)
-    try:
-        return int(float(number.rstrip("KMGT")) * unit)
-    except (ValueError, OverflowError):
-        raise InputError(f"--memory_per_actor: {text!r} is not a size like 512M or 4G") from None
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -184,10 +158,13 @@ def _bytes(text: str) -> int:
 def submit(address: str, no_wait: bool, run_words: tuple[str, ...]) -> None:
     """The same run as a job on a Ray cluster: raypatch submit --address URL -- RUN OPTIONS."""
     given = run.make_context("run", list(run_words)).params
-    options = run_options(dict(given))  # refuses what run would refuse
+    from raypatch.config import config_of
     from raypatch.submitting import submit as send
 
-    done = send(address, options, wait=not no_wait, say=lambda text: click.echo(text, err=True))
+    options = run_options(dict(given))
+    config = config_of(options)  # refuses what run would refuse
+    chosen = {name: value for name in options if (value := getattr(config, name)) is not None}
+    done = send(address, chosen, wait=not no_wait, say=lambda text: click.echo(text, err=True))
     if done.exit_code is not None:
         _say_outcome(str(options["output_dir"]))
         click.get_current_context().exit(done.exit_code)

@@ -1,0 +1,55 @@
+"""Options of a run as a script gives them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import raypatch
+from raypatch.config import config_of
+from raypatch.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+LAVA = ROOT / "examples" / "lavacrossing_dqn"
+NEEDED = {"agent_path": "a", "definition_file": "d.json", "output_dir": "out"}
+
+
+def test_a_script_may_give_paths_and_lists_of_names(tmp_path):
+    inputs = LAVA / "activation_inputs"
+    ids = list(json.loads((inputs / "clean_inputs.json").read_text()))[:2]
+    results = raypatch.run(
+        agent_path=LAVA, definition_file=ROOT / "Definitions" / "layer_experiment.json",
+        output_dir=tmp_path / "out", clean_inputs=inputs / "clean_inputs.json",
+        corrupted_inputs=inputs / "corrupted_inputs.json", input_ids=ids,
+        metrics=["kl_divergence", "logit_difference_norm"], memory_per_actor="1G",
+        batch_size="auto", backend="inline",
+    )  # fmt: skip
+    assert results.metrics == ("kl_divergence", "logit_difference_norm")
+    assert results.sweep["input_ids"] == ids
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": "x"}, "--seed: 'x' is a str; a whole number is expected"),
+        ({"definition_file": [{"a": [0]}]}, "--definition_file: .* is a list; text is expected"),
+        ({"overwrite": 1}, "--overwrite: 1 is a int; True or False is expected"),
+        ({"verify": True}, "--verify: True is a bool; a whole number is expected"),
+        ({"watchdog_s": "1"}, "--watchdog_s: '1' is a str; a number is expected"),
+        ({"metrics": 3}, "--metrics: 3 is a int; text is expected"),
+        ({"output_dir": None}, "--output_dir is missing"),
+        ({"outputs": "x"}, "outputs: no option of run; valid: agent_path, "),
+        ({"memory_per_actor": "much"}, "'much' is not a size like 512M or 4G"),
+        ({"batch_size": "x"}, "'x' is not auto or a number"),
+    ],
+)
+def test_options_of_another_type_are_named_before_anything_is_written(options, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        raypatch.run(**{**NEEDED, "output_dir": str(tmp_path / "out"), **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_and_numbers_may_be_text():
+    config = config_of({**NEEDED, "memory_per_actor": "2GiB", "batch_size": "64"})
+    assert (config.memory_per_actor, config.batch_size) == (2 << 30, 64)
+    assert config_of({**NEEDED, "num_actors": None}).num_actors is None
