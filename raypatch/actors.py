@@ -136,8 +136,12 @@ class RayBackend:
         except BaseException as error:
             self._failure = error
 
+    @property
+    def _address(self) -> str:
+        return self.options.address or os.environ.get("RAY_ADDRESS") or "local"
+
     def _init(self) -> None:
-        address = self.options.address or os.environ.get("RAY_ADDRESS") or "local"
+        address = self._address
         settings: dict[str, Any] = {
             "address": address,
             "log_to_driver": not self.options.quiet,
@@ -226,9 +230,14 @@ class RayBackend:
         if isinstance(self._failure, RaypatchError):
             raise self._failure
         if self._failure is not None:
-            raise RunError(
-                f"Ray could not be started: {one_line(self._failure)}"
-            ) from self._failure
+            what = "Ray could not be started"
+            if (address := self._address) != "local":
+                what = (
+                    f"no Ray cluster could be joined at {address}: is it running, reachable from "
+                    "here, and of this version? Where it asks for a token, set RAY_AUTH_MODE=token "
+                    "and RAY_AUTH_TOKEN (docs/cluster.md)"
+                )
+            raise RunError(f"{what}: {one_line(self._failure)}") from self._failure
 
     def outcomes(self, work: Work) -> Iterator[Outcome | Quarantined | Tick]:
         """Outcomes as items finish, verdicts on experiments that cannot be computed, and a

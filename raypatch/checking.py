@@ -57,7 +57,7 @@ def json_argument(text: str, option: str, *, keep_pairs: bool = False) -> tuple[
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8 text") from None
     except OSError as error:

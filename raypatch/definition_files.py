@@ -96,10 +96,16 @@ def _table_batches(path: Path) -> Iterator[Any]:
             found = reader.schema
             batches = map(reader.get_batch, range(reader.num_record_batches))
         if not set(wanted) <= set(found.names) or any(found.names.count(n) > 1 for n in wanted):
+            columns = few(f"{field.name}: {field.type}" for field in found)
             raise InputError(
                 f"{path}: a definition has the columns layers: list<string> and "
-                f"neurons: list<list<int32>>; this one has {few(map(str, found))}"
+                f"neurons: list<list<int32>>; this one has {columns}"
             )
+        kind = found.field("neurons").type
+        for _ in range(2):  # lists of lists
+            kind = getattr(kind, "value_type", kind)
+        if not pa.types.is_integer(kind) and not pa.types.is_null(kind):
+            raise InputError(f"{path}: neurons are of type {kind}; they are whole numbers, int32")
         for batch in batches:
             yield pa.record_batch({name: batch[name].cast(kind) for name, kind in wanted.items()})
     except (pa.ArrowException, OSError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 from raypatch.analysis import rank
 from raypatch.progress import duration, short_number
 from raypatch.results.reader import Results
-
-PIPE_WIDTH = 240
+from raypatch.terminal import console
 
 
 def status_of(results: Results) -> dict[str, Any]:
@@ -81,21 +79,21 @@ def show_status(facts: dict[str, Any]) -> None:
         _add_row(table, "not to be trusted", facts["verification_failed"])
     if facts["quarantined"]:
         _add_row(table, "quarantined", f"{len(facts['quarantined']):,} experiments without results")
-    console = _console()
-    console.print(table)
+    screen = console()
+    screen.print(table)
     show_failures(facts["quarantined"])
-    console.print(f"\nNext: {_next_command(facts)}", markup=False, soft_wrap=True)
+    screen.print(f"\nNext: {_next_command(facts)}", markup=False, soft_wrap=True)
 
 
 def show_failures(failures: list[dict[str, Any]], limit: int = 5) -> None:
     """Name the first quarantined experiments and why."""
-    console = _console()
+    screen = console()
     for failure in failures[:limit]:
-        console.print(
+        screen.print(
             f"  {failure['experiment_index']} {failure['name']}: {failure['error']}", markup=False
         )
     if len(failures) > limit:
-        console.print(f"  and {len(failures) - limit} more in failures.jsonl", markup=False)
+        screen.print(f"  and {len(failures) - limit} more in failures.jsonl", markup=False)
 
 
 def show_ending(results: Results) -> None:
@@ -120,18 +118,19 @@ def show_ending(results: Results) -> None:
             "quarantined",
             f"{len(facts['quarantined']):,} experiments failed every try and have no results:",
         )
-    console = _console()
-    console.print(table)
+    screen = console()
+    screen.print(table)
     show_failures(facts["quarantined"])
-    if results.receipts:
+    strongest = rank(results, results.default_metric, top=8, internal_only=True)
+    if strongest:
         metric = results.default_metric
         sides = "both directions" if len(results.directions) > 1 else results.directions[0]
-        console.print(
+        screen.print(
             f"\nStrongest neurons by mean {metric}, {sides}, output_logits left out", markup=False
         )
-        show_ranking(rank(results, metric, top=8, internal_only=True), metric)
+        show_ranking(strongest, metric)
     command = f"raypatch rank {shlex.quote(str(results.path))} --metric {_another(results)}"
-    console.print(f"\nNext: {command}", markup=False, soft_wrap=True)
+    screen.print(f"\nNext: {command}", markup=False, soft_wrap=True)
 
 
 def show_ranking(rows: list[dict[str, Any]], metric: str, statistic: str = "mean") -> None:
@@ -157,7 +156,7 @@ def show_ranking(rows: list[dict[str, Any]], metric: str, statistic: str = "mean
             low, high = row["ci_low"], row["ci_high"]
             cells.append("-" if low is None else f"{low:.3g} to {high:.3g}")
         _add_row(table, *cells, f"{row['z_score']:+.2f}", "-" if rate is None else f"{rate:.1%}")
-    _console().print(table)
+    console().print(table)
 
 
 def _verified(record: dict[str, Any]) -> str:
@@ -183,10 +182,3 @@ def _facts_table() -> Any:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     return table
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # Elsewhere than on a terminal nothing is gained by folding: a program may read it.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)

@@ -1,6 +1,7 @@
 """``raypatch export``: a run's results in other formats, part by part, memory flat.
 
-Parquet and CSV hold rows and summary. JSON comes in the original tool's two layouts, so that
+Parquet and CSV hold rows and summary, and what their numbers of experiments and inputs stand for:
+experiments and baselines. JSON comes in the original tool's two layouts, so that
 scripts written for it keep working: one file an experiment, or one file an input, in a folder
 a direction, and ``patching_summary_<direction>.json`` beside them.
 """
@@ -39,6 +40,8 @@ def export(results: Results, form: str, by: str, output: str) -> Path:
     exists.
     """
     target = Path(output)
+    if form != "json" and by != "experiment":
+        raise InputError(f"--by {by}: chooses one of the json layouts; {form} has one file for all")
     if target.exists():
         raise InputError(f"--output {output}: exists; choose a new directory")
     results.require_rows()
@@ -57,6 +60,9 @@ def export(results: Results, form: str, by: str, output: str) -> Path:
                 _write_summary_json(results, direction, folder)
         else:
             write = _write_parquet if form == "parquet" else _write_csv
+            batches = results.experiment_batches()
+            write(folder, "experiments", map(_table, batches), results.experiment_schema())
+            write(folder, "baselines", iter([results.baselines]), results.baselines.schema)
             write(folder, "summary", results.summary_parts(None), results.summary_schema())
             if results.has_rows:
                 write(folder, "rows", results.row_parts(None), results.row_schema())
@@ -89,18 +95,24 @@ def _write_csv(folder: Path, name: str, parts: Iterator[pa.Table], schema: pa.Sc
             writer.write_table(_flattened(part))
 
 
+def _table(batch: pa.RecordBatch) -> pa.Table:
+    return pa.Table.from_batches([batch])
+
+
 def _flattened(table: pa.Table) -> pa.Table:
-    """``patched_output`` as one column a logit: CSV has no lists."""
-    if "patched_output" not in table.column_names:
-        return table
-    place = table.column_names.index("patched_output")
-    lists = table["patched_output"].combine_chunks()
-    size = lists.type.list_size
-    values = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
-    table = table.remove_column(place)
-    for number in range(size):
-        column = pa.array(np.ascontiguousarray(values[:, number]))
-        table = table.add_column(place + number, f"patched_output_{number}", column)
+    """Outputs as one column a logit, other lists as JSON text: CSV has no lists."""
+    for name in table.column_names:
+        place, kind = table.column_names.index(name), table.schema.field(name).type
+        if pa.types.is_fixed_size_list(kind):
+            values = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            values = values.reshape(-1, kind.list_size)
+            table = table.remove_column(place)
+            for number in range(kind.list_size):
+                column = pa.array(np.ascontiguousarray(values[:, number]))
+                table = table.add_column(place + number, f"{name}_{number}", column)
+        elif pa.types.is_list(kind):
+            texts = pa.array(map(json.dumps, table[name].to_pylist()), pa.string())
+            table = table.set_column(place, name, texts)
     return table
 
 

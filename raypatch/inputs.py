@@ -138,7 +138,7 @@ def read_observations(path: Path) -> Mapping[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(content, dict) or not content:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from raypatch.terminal import console
+
 
 def inspect_agent(path: str, *, write_manifest: bool = False, **options: Any) -> dict[str, Any]:
     """Facts of an agent as plain data; ``options`` are those of loading."""
@@ -49,25 +51,26 @@ def inspect_agent(path: str, *, write_manifest: bool = False, **options: Any) ->
 
 def show_agent(facts: dict[str, Any]) -> None:
     """Print the facts as a table."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
-    console.print(facts["loaded_as"], markup=False)
+    screen = console()
+    screen.print(facts["loaded_as"], markup=False)
     for note in facts["notes"]:
-        console.print(f"note: {note}", markup=False)
-    console.print(
+        screen.print(f"note: {note}", markup=False)
+    screen.print(
         f"observation {facts['observation_shape']} -> {facts['outputs']} {facts['output_kind']} "
         f"({facts['actions']} actions), {facts['parameters']:,} parameters",
         markup=False,
     )
-    console.print(f"patched by: {facts['engine']}", markup=False)
-    table = Table("layer", "kind", box=None)
+    screen.print(f"patched by: {facts['engine']}", markup=False)
+    table = Table(box=None)
+    table.add_column("layer", overflow="fold")
+    table.add_column("kind")
     for column in ("neurons", "parameters"):
         table.add_column(column, justify="right")
     for layer in facts["layers"]:
         counts = (f"{layer['neurons']:,}", f"{layer['parameters']:,}")
         table.add_row(*map(Text, (layer["name"], layer["kind"], *counts)))
     table.add_row("output_logits", "the output itself", f"{facts['outputs']:,}", "")
-    console.print(table)
+    screen.print(table)

@@ -186,6 +186,39 @@ def test_rank_as_csv_and_json_say_the_same(command, lava_run):
 # ------------------------------------------------------------------------------- exports
 
 
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_an_export_tells_which_neurons_and_inputs_its_numbers_stand_for(lava_run, tmp_path, form):
+    import pandas
+
+    export(lava_run, form, "experiment", str(tmp_path / "e"))
+    read = pandas.read_parquet if form == "parquet" else pandas.read_csv
+    experiments = read(tmp_path / "e" / f"experiments.{form}")
+    assert experiments["name"][70] == lava_run.experiments["name"][70].as_py()
+    layers, neurons = experiments["layers"][70], experiments["neurons"][70]
+    if form == "csv":
+        layers, neurons = json.loads(layers), json.loads(neurons)
+    assert [list(layers), [list(n) for n in neurons]] == [
+        lava_run.experiments[name][70].as_py() for name in ("layers", "neurons")
+    ]
+    baselines = read(tmp_path / "e" / f"baselines.{form}")
+    assert list(baselines["input_id"]) == lava_run.baselines["input_id"].to_pylist()
+    if form == "csv":
+        first = [baselines[f"output_{i}"][0] for i in range(3)]
+        np.testing.assert_allclose(first, lava_run.baselines["output"][0].as_py()[:3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("export", "--format", "csv", "--by", "input", "--output", "x"), "--by input: chooses"),
+        (("rank", "--json", "--csv"), "one form at a time"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(command, lava_run, words, message):
+    ended = command(words[0], lava_run.path, *words[1:])
+    assert ended.code == 2 and message in ended.err
+
+
 def test_parquet_and_csv_hold_the_same_rows_as_the_shards(lava_run, tmp_path):
     table = lava_run.dataset().to_table()
     export(lava_run, "parquet", "experiment", str(tmp_path / "p"))
@@ -295,7 +328,9 @@ def test_a_summary_run_exports_its_summary_and_ranks_without_intervals(
 ):
     out = run_inline(CARTPOLE, single_neurons(CARTPOLE), "--save", "summary")
     assert command("export", out, "--format", "parquet", "--output", tmp_path / "e").code == 0
-    assert [p.name for p in (tmp_path / "e").iterdir()] == ["summary.parquet"]
+    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [
+        "baselines.parquet", "experiments.parquet", "summary.parquet",
+    ]  # fmt: skip
     assert json.loads(command("rank", out, "--json").out)[0]["ci_low"] is None
     assert "interval" not in command("rank", out).out
 

@@ -278,6 +278,23 @@ def test_inspect_tells_how_an_agent_was_loaded(command):
     assert "mlp_extractor.policy_net.0" in command("inspect", CARTPOLE).out
 
 
+def test_names_of_layers_are_whole_wherever_they_are_printed(command, tmp_path):
+    name = "features_extractor.extractors." + "a_long_name." * 5 + "0"
+    folder = tmp_path / "agent"
+    folder.mkdir()
+    torch.save(
+        {f"{name}.weight": torch.randn(3, 4), "b.weight": torch.randn(1, 3)}, folder / "p.pt"
+    )
+    ended = command("inspect", folder, "--activation", "relu")
+    assert name in ended.out
+    # One output, and nobody said what it is.
+    assert "note: one output: " in ended.out
+    assert (
+        "note"
+        not in command("inspect", folder, "--activation", "relu", "--actions", "continuous").out
+    )
+
+
 def test_lines_of_progress_name_a_time_only_when_something_is_done(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LOG_EVERY_S", 0)
     with progress.Progress(10, 2, quiet=False) as line:

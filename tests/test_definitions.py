@@ -211,6 +211,22 @@ def test_a_bad_table_is_refused_like_a_bad_list(tmp_path, layers, neurons, messa
         read_definition(tmp_path / "d.parquet", LAYERS)
 
 
+@pytest.mark.parametrize(("values", "kind"), [([2.0], "double"), ([True], "bool")])
+def test_neurons_of_a_table_are_whole_numbers(tmp_path, values, kind):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    table = pa.table({"layers": [["a"]], "neurons": [[values]]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(InputError, match=f"neurons are of type {kind}; they are whole numbers"):
+        read_definition(tmp_path / "d.parquet", LAYERS)
+
+
+def test_a_definition_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "d.json").write_text('[{"q_net.0": [0]}]', encoding="utf-8-sig")
+    assert len(read_definition(tmp_path / "d.json", LAYERS)) == 1
+
+
 def test_a_batch_without_rows_is_no_matter(tmp_path):
     import pyarrow as pa
 

@@ -358,3 +358,10 @@ def test_several_threads_may_each_prepare_a_patcher(name):
         sys.setswitchinterval(interval)
     assert {patcher.path for patcher in patchers} == {alone.path}
     assert sys.stdout is stdout
+
+
+def test_a_network_that_is_one_layer_says_what_its_output_is_called():
+    network, x = nn.Linear(4, 3), torch.randn(2, 4)
+    with pytest.raises(InputError, match="'' is the network itself: its output is 'output_logits'"):
+        raypatch.patch(network, [{"": [1]}], x, x)
+    assert raypatch.patch(network, [{"output_logits": [1]}], x, -x).shape == (1, 2, 3)

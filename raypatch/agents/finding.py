@@ -20,6 +20,11 @@ ACTIONS = ("discrete", "continuous")
 # File patterns in the order of the contract.
 PATTERNS = (("*.zip",), ("*.pt2",), ("*.ts",), ("*.safetensors",), ("*.pt", "*.pth"))
 
+ONE_OUTPUT = (
+    "one output: as the logit of an action it is always the same choice and most metrics are 0; if "
+    "it is a continuous action, say --actions continuous"
+)
+
 
 def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: Any) -> Agent:
     """Load the agent in a directory; ``fields`` are those of :class:`AgentOptions`.
@@ -48,7 +53,8 @@ def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: 
         return load_zip(file, options)
     agent = _load(file, options)
     if options.actions != "continuous":
-        return agent
+        only = agent.output_size == 1 and options.actions is None
+        return replace(agent, notes=(*agent.notes, ONE_OUTPUT)) if only else agent
     # A manifest that says so decides what is computed, as the weights do.
     manifest = directory / (options.agent_file or MANIFEST)
     says_so = manifest.name == MANIFEST and manifest.is_file()

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from raypatch.commands.options import AGENT_OPTIONS, LOCAL_PATH, open_run, with_options
+from raypatch.errors import InputError
 
 
 @click.command()
@@ -60,6 +61,8 @@ def verify(output_dir: str, **given: Any) -> None:
 @click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")
 def rank(output_dir: str, metric: str | None, as_json: bool, as_csv: bool, **options: Any) -> None:
     """The experiments that move the outputs most, and how sure that is."""
+    if as_json and as_csv:
+        raise InputError("--json and --csv: one form at a time; leave out one")
     results = open_run(output_dir)
     results.require_rows()
     metric = metric or results.default_metric

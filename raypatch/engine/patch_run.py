@@ -151,6 +151,8 @@ class PatchRun:
         listed = experiments if isinstance(experiments, list) else []
         named = {str(name) for one in listed if isinstance(one, Mapping) for name in one}
         for name in sorted(named - counts.keys()):
+            if name == "":
+                raise InputError("'' is the network itself: its output is 'output_logits'")
             if name in self._modules:
                 raise InputError(f"{name!r} {self._modules[name]}; valid: {', '.join(counts)}")
 

@@ -61,8 +61,21 @@ def _label(found: Gathered, metric: str) -> str:
     return metric.replace("_", " ") + (f" ({unit})" if unit != "1" else "")
 
 
+def _root(x: np.ndarray) -> np.ndarray:
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _square(x: np.ndarray) -> np.ndarray:
+    return np.sign(x) * np.square(x)
+
+
+# Few neurons move the outputs much, most hardly: on even axes those would all be one dot.
+ROOTS = (_root, _square)
+
+
 def _heat_map(found: Gathered, metric: str, direction: str) -> Any:
     from matplotlib import pyplot
+    from matplotlib.colors import FuncNorm
 
     by_layer = found.heat[metric][direction]
     layers = [n for n in ordered_layers(by_layer) if not np.isnan(by_layer[n]).all()]
@@ -74,12 +87,12 @@ def _heat_map(found: Gathered, metric: str, direction: str) -> Any:
         grid[row, : len(by_layer[layer])] = by_layer[layer]
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(layers)))
     both_ways = metric in SIGNED
+    most = float(np.nanmax(np.abs(grid)))
+    least = -most if both_ways else min(0.0, float(np.nanmin(grid)))
     image = axes.imshow(
-        grid, aspect="auto", cmap=BOTH_WAYS if both_ways else COLOURS, interpolation="nearest"
-    )
-    if both_ways:
-        most = float(np.nanmax(np.abs(grid)))
-        image.set_clim(-most, most)
+        grid, aspect="auto", cmap=BOTH_WAYS if both_ways else COLOURS, interpolation="nearest",
+        norm=FuncNorm(ROOTS, least, most),
+    )  # fmt: skip
     axes.set_yticks(range(len(layers)), layers)
     axes.set_xlabel("neuron")
     axes.set_title(direction)
@@ -89,6 +102,7 @@ def _heat_map(found: Gathered, metric: str, direction: str) -> Any:
 
 def _distributions(found: Gathered, metric: str) -> Any:
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     layers = ordered_layers(found.effects)
     m, n_directions = found.metrics.index(metric), len(found.directions)
@@ -104,7 +118,8 @@ def _distributions(found: Gathered, metric: str) -> Any:
             medianprops={"color": "#00527c"},
         )  # fmt: skip
         axes.set_yticks(range(1, len(layers) + 1), layers)
-        axes.locator_params(axis="x", nbins=5)
+        axes.set_xscale("function", functions=ROOTS)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel(_label(found, metric))
         axes.set_title(direction)
     every[0][0].invert_yaxis()  # shared: the first layer on top in all
@@ -118,6 +133,8 @@ def _scatter(found: Gathered, metric: str) -> Any:
     figure, axes = pyplot.subplots(figsize=(5, 5))
     axes.scatter(found.scatter[:, first], found.scatter[:, first + 1], s=9, alpha=0.5, c="#00527c")
     x_label, y_label = (f"{d}: {_label(found, metric)}" for d in found.directions)
+    axes.set_xscale("function", functions=ROOTS)
+    axes.set_yscale("function", functions=ROOTS)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     return figure

@@ -188,6 +188,11 @@ class Results:
             for number in range(reader.num_record_batches):
                 yield reader.get_batch(number)
 
+    def experiment_schema(self) -> pa.Schema:
+        """Columns of ``experiments.arrow``."""
+        with self._reading(layout.EXPERIMENTS) as reader:
+            return reader.schema
+
     def effect_matrix(
         self, metric: str | None = None, direction: str | None = None, statistic: str = "mean"
     ) -> dict[str, np.ndarray]:
