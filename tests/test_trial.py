@@ -345,3 +345,17 @@ def test_hooks_see_modules_that_give_no_tensor_without_failing():
     network = Packed()
     with hooked(network, {"gru": lambda _, output: output * 0}):
         network(torch.randn(2, 5, 4))
+
+
+class Squeezes(Two):
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)).squeeze()).reshape(x.shape[0], -1)
+
+
+def test_a_layer_that_gets_an_axis_less_of_one_input_is_patched():
+    network, four, one = Squeezes(), torch.randn(4, 1, 6), torch.randn(1, 1, 6)
+    patcher = Patcher(network)
+    patcher([{"b": [0]}], four, -four)
+    experiments = [{"b": [0]}, {"b": [1]}, {"b": "all"}, {"a": [3]}]
+    expected = reference_outputs(network, experiments, one, -one)
+    check_equal(patcher(experiments, one, -one), expected, torch.float32)

@@ -100,7 +100,7 @@ class StackedPrepared:
                     output = for_each_input(output, n_experiments * self.n_inputs)
                     source = for_each_input(source, self.n_inputs)
                 return _patched(
-                    output, source, self._axis(name, output), index[name], n_experiments
+                    output, source, self._axis(name, source), index[name], n_experiments
                 )
 
             return patch
