@@ -67,7 +67,9 @@ def collect_pairs(
         raise InputError(f"--pairs: {pairs} is below 2")
     agent = load_agent(agent_path, AgentOptions(**agent_options))
     if differing and not agent.discrete:
-        raise InputError("--differing: needs discrete actions, and this agent's are continuous")
+        raise InputError(
+            f"--differing: needs one discrete action; this agent's are {agent.actions}"
+        )
     corrupt = _corruption(corruption, Path(agent_path))
     folder = Path(output_dir) if output_dir else Path(agent_path) / INPUTS_FOLDER
     large = int(np.prod(agent.observation_shape)) > JSON_VALUES

@@ -31,7 +31,7 @@ def inspect_agent(path: str, *, write_manifest: bool = False, **options: Any) ->
         "observation_parts": {k: list(v) for k, v in (agent.observation_parts or {}).items()},
         "outputs": agent.output_size,
         "output_kind": agent.output_kind,
-        "actions": "discrete" if agent.discrete else "continuous",
+        "actions": agent.actions,
         "parameters": sum(agent.parameters.values()),
         "engine": patcher.path,
         "layers": [

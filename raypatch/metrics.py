@@ -122,7 +122,8 @@ def choose_metrics(text: str | None, *, discrete: bool) -> tuple[str, ...]:
             )
         if not usable(name):
             raise InputError(
-                f"--metrics: {name!r} needs discrete actions and this agent's are continuous; "
+                f"--metrics: {name!r} needs one discrete action, and this agent's actions are "
+                "continuous or several at once; "
                 f"valid: {', '.join(filter(usable, METRICS))}"
             )
         if names.count(name) > 1:

@@ -39,7 +39,9 @@ def screen(
         raise InputError(f"--top: {top} is below 1")
     bench = Bench(agent_path, **bench_options)
     if not bench.agent.discrete:
-        raise InputError("raypatch screen needs discrete actions; this agent's are continuous")
+        raise InputError(
+            f"raypatch screen needs one discrete action; this agent's are {bench.agent.actions}"
+        )
     found: dict[str, list[np.ndarray]] = {}
     for direction in bench.directions:
         target = TARGET_SIDE[direction]

@@ -317,7 +317,7 @@ def test_a_continuous_agent_is_refused_metrics_of_actions_by_name():
         "logit_difference_norm",
         "reversed_pearson_correlation",
     )
-    with pytest.raises(InputError, match="'kl_divergence' needs discrete actions"):
+    with pytest.raises(InputError, match="'kl_divergence' needs one discrete action"):
         choose_metrics("kl_divergence", discrete=False)
 
 

@@ -166,6 +166,8 @@ def test_outputs_equal_those_of_the_librarys_own_network(tmp_path, name, monkeyp
     agent = raypatch.load_agent(tmp_path)
     assert "no code run" in agent.loaded_as
     assert agent.discrete == isinstance(action, spaces.Discrete)
+    kinds = {"Discrete": "discrete", "Box": "continuous"}
+    assert agent.actions == kinds.get(type(action).__name__, "several")
     observation.seed(7)
     samples = [observation.sample() for _ in range(6)]
     x, policy = packed(agent, observation, samples), model.policy

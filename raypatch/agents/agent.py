@@ -47,7 +47,7 @@ class Agent:
     output_size: int
     # "Q-values", "logits" or "mean": what the outputs are.
     output_kind: str
-    # Actions are the argmax of the outputs; False for continuous actions.
+    # Actions are the argmax of the outputs; False for continuous ones and for several at once.
     discrete: bool
     # Continuous actions are the tanh of the outputs, stretched over the action space.
     squashed: bool
@@ -61,6 +61,13 @@ class Agent:
     observation_parts: Mapping[str, tuple[int, ...]] | None = None
     # What the user should know of how the agent was loaded.
     notes: tuple[str, ...] = ()
+
+    @property
+    def actions(self) -> str:
+        """What outputs stand for, in a word."""
+        if self.discrete:
+            return "discrete"
+        return "several" if self.output_kind == "logits" else "continuous"
 
     @property
     def neuron_counts(self) -> dict[str, int]:
