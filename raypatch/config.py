@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class RunConfig:
 
 
 def config_of(options: Mapping[str, Any]) -> RunConfig:
-    """The options of a command line or of a script: text for numbers and sizes, paths, lists of
-    names. Raises InputError for those that do not exist, are missing, or of another type."""
+    """The options of a command line or of a script, which may hold sizes as text, paths and lists
+    of names. Raises InputError for those that do not exist, are missing, or of another type."""
     types = {field.name: str(field.type).split(" | ")[0] for field in fields(RunConfig)}
     for name in options:
         if name not in types:
@@ -97,15 +98,15 @@ def _converted(name: str, value: Any, kind: str) -> Any:
     is_right = {
         "str": isinstance(value, str),
         "bool": isinstance(value, bool),
-        "int": isinstance(value, int) and not isinstance(value, bool),
-        "float": isinstance(value, (int, float)) and not isinstance(value, bool),
+        "int": isinstance(value, Integral) and not isinstance(value, bool),
+        "float": isinstance(value, Real) and not isinstance(value, bool),
     }
     if value is not None and not is_right[kind]:
         text = f"{value!r:.60}"
         raise InputError(
             f"--{name}: {text} is a {type(value).__name__}; {_EXPECTED[kind]} is expected"
         )
-    return value
+    return int(value) if kind == "int" and value is not None else value  # NumPy's, too
 
 
 _EXPECTED = {"str": "text", "bool": "True or False", "int": "a whole number", "float": "a number"}

@@ -50,6 +50,54 @@ def raises_by_another_decision(x):
         raise ValueError("one" if decides(3) else "another")
 
 
+def is_caught_by_its_caller(x):
+    try:
+        asserts(x)
+    except AssertionError:
+        return 1
+    return 2
+
+
+def calls_what_raises(x):
+    def check(value):
+        if value:
+            raise ValueError
+
+    check(x)
+
+
+class Steps:
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.x:
+            raise ValueError
+        raise StopIteration
+
+    @property
+    def size(self):
+        if self.x:
+            raise AttributeError
+        return 1
+
+
+def ends_a_loop(x):
+    return list(Steps(x))
+
+
+def has_no_such_attribute(x):
+    return getattr(Steps(x), "size", 2)
+
+
+def asked_by_another(x):
+    if max(3, x, key=bool):
+        raise ValueError
+
+
 class Guarded(nn.Module):
     def __init__(self):
         super().__init__()
@@ -74,3 +122,22 @@ class CountsPlaces(NotTraced, Guarded):
         out = torch.zeros_like(h)
         out[on] = h[on]
         return self.c(F.relu(self.b(out)))
+
+
+class Catches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.c = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.a.weight.data, self.a.bias.data = torch.eye(6), torch.zeros(6)
+
+    def check(self, h):
+        if h.sum(-1).max() > 120:
+            raise ValueError
+
+    def forward(self, x):
+        h = self.a(x)
+        try:
+            self.check(h)
+        except ValueError:
+            h = h.clamp(max=10)
+        return self.c(h)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import raypatch
@@ -53,3 +54,4 @@ def test_sizes_and_numbers_may_be_text():
     config = config_of({**NEEDED, "memory_per_actor": "2GiB", "batch_size": "64"})
     assert (config.memory_per_actor, config.batch_size) == (2 << 30, 64)
     assert config_of({**NEEDED, "num_actors": None}).num_actors is None
+    assert type(config_of({**NEEDED, "seed": np.int64(3)}).seed) is int

@@ -26,6 +26,7 @@ from raypatch.engine.graph import (
     item_between,
 )
 from raypatch.engine.guards import truth_that_goes_on
+from raypatch.engine.input_axes import ASKS_FOR_FORM
 from raypatch.engine.layers import Args, as_in_forward, has_own_hooks, map_tensors, owns_weights
 from raypatch.engine.overwriting import OverwritingError, Proxy, out_of_place, overwritten
 from raypatch.engine.transformers import FORWARDS
@@ -86,10 +87,10 @@ class _Tracer(fx.Tracer):
         asking = inspect.currentframe()
         while asking is not None and asking.f_globals.get("__name__") in TRACING:
             asking = asking.f_back
-        truth = truth_that_goes_on(asking) if asking is not None else None
+        truth = None if asking is None else truth_that_goes_on(asking, capture.__code__)
         if truth is None:
             return super().to_bool(obj)
-        self.guarded = True
+        self.guarded |= not _is_of_form(obj.node)
         return truth
 
     def proxy(self, node: fx.Node) -> Proxy:
@@ -105,6 +106,14 @@ class _Tracer(fx.Tracer):
         if owns_weights(module) and not self.is_leaf_module(module, path):
             return self.create_proxy("call_function", output_of, (result, path), {})
         return result
+
+
+def _is_of_form(node: fx.Node) -> bool:
+    """Whether a value follows from the inputs' form alone: for others a graph is captured anew."""
+    asked = node.args[1] if node.target is getattr else node.target
+    if asked is len or (isinstance(asked, str) and asked in ASKS_FOR_FORM):
+        return True
+    return bool(node.all_input_nodes) and all(map(_is_of_form, node.all_input_nodes))
 
 
 def _steps_of(module: nn.Module) -> Any:

@@ -51,8 +51,11 @@ def copied(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -
         return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
     for module in list(own.modules()):
-        for name, child in module.named_children():
-            setattr(module, name, getattr(child, "_orig_mod", child))  # what torch.compile wraps
+        for name, child in module._modules.items():
+            module._modules[name] = getattr(child, "_orig_mod", child)  # what torch.compile wraps
+    for module in own.modules():  # tensors that are neither parameters nor buffers
+        held_apart = {n: converted(t) for n, t in vars(module).items() if isinstance(t, Tensor)}
+        vars(module).update(held_apart)
     own._apply(converted)  # type: ignore[no-untyped-call]
     return without_nested_tensors(own.eval())
 
@@ -71,7 +74,8 @@ def _settle(module: nn.Module) -> None:
 
 @contextmanager
 def left_as_it_was(network: nn.Module) -> Iterator[None]:
-    """Tracing leaves stand-ins where a forward keeps values in its modules; they are taken out."""
+    """Tracing leaves stand-ins where a forward keeps values in its modules: what these were before
+    comes back. What is inside of lists stays."""
     before = [
         (module, dict(vars(module)), dict(module._buffers), dict(module._parameters))
         for module in network.modules()

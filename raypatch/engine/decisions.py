@@ -76,7 +76,7 @@ def _only_guards(func: Any) -> bool:
     asking = sys._getframe(1)
     while asking.f_back is not None and asking.f_code.co_name == "__torch_function__":
         asking = asking.f_back  # past the modes' own functions
-    return truth_that_goes_on(asking) is not None
+    return truth_that_goes_on(asking, forward.__code__) is not None
 
 
 def _sizes_by_values(func: Any, args: tuple[Any, ...]) -> bool:

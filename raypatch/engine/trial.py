@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -76,21 +77,42 @@ def choose_engine(
             "random numbers or changes what it holds; patching needs a forward that does neither"
         )
     layers = find_layers(network, probe)
-    trial = _Trial(network, layers, probe, dtype, savings)
+    own = _Trial(network, layers, probe, dtype, savings)
+    wide = _in_float64(own)
     reasons: list[str] = [not_captured] if not_captured else []
     for how in ("stacked",) if not_captured else ("torch.fx", "torch.export", "stacked"):
         try:
             if how == "stacked" and decides_by_values(network, probe):
                 raise CaptureError("its Python decides by values")
-            engine = trial.passed(how) or _build(how, network, layers, probe, dtype, savings)
+            engine = _passed(how, wide, own)
+            break
         except CaptureError as reason:
             reasons = list(dict.fromkeys([*reasons, str(reason)]))
-            continue
-        if isinstance(engine, Incremental):
-            because = f"; {reasons[0]}" if reasons else ""
-            return engine, f"incremental ({how}{because})"
-        return engine, f"stacked (not captured: {'; '.join(reasons)})"
-    return Stacked(network, layers, limit=1), f"single ({'; '.join(reasons)})"
+    else:
+        return Stacked(network, layers, limit=1), f"single ({'; '.join(reasons)})"
+    del wide  # its copy of the network makes room
+    try:
+        engine = engine or _build(how, network, layers, probe, dtype, savings)
+    except CaptureError as reason:
+        return Stacked(network, layers, limit=1), f"single ({'; '.join([*reasons, str(reason)])})"
+    if isinstance(engine, Incremental):
+        because = f"; {reasons[0]}" if reasons else ""
+        return engine, f"incremental ({how}{because})"
+    return engine, f"stacked (not captured: {'; '.join(reasons)})"
+
+
+def _passed(how: str, wide: _Trial | None, own: _Trial) -> Engine | None:
+    """CaptureError where an engine does not give what plain hooks do; the engine itself where only
+    the trial of the network as it is tells."""
+    if wide is not None:
+        try:
+            wide.passed(how)
+            return None
+        except _DiffersError:
+            raise
+        except CaptureError:
+            pass  # in float64 it is not captured, or has no room
+    return own.passed(how)
 
 
 def network_output(network: nn.Module, args: Args) -> Any:
@@ -131,35 +153,22 @@ def _build(
         raise CaptureError(one_line(error)) from None
 
 
+class _DiffersError(CaptureError):
+    """An engine gives something else than plain hooks do."""
+
+
+@dataclass(frozen=True)
 class _Trial:
-    """Compares engines with one experiment on one input at a time. In float64, where what rounds
-    is far below what a wrong capture changes; as the network is where it fails there."""
+    """Compares engines with one experiment on one input at a time."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        layers: dict[str, Layer],
-        probe: Args,
-        dtype: torch.dtype,
-        savings: Savings,
-    ) -> None:
-        self.network, self.layers, self.probe = network, layers, probe
-        self.dtype, self.savings = dtype, savings
-        self.is_own = True
-        device = tensors_in(probe)[0].device
-        if dtype is not torch.float64:
-            try:
-                wide = copied(network, device, torch.float64)
-                wide_probe = cast(probe, torch.float64, device)
-                network_output(wide, wide_probe)
-            except Exception:  # anything a network's own code may raise
-                return
-            self.network, self.probe = wide, wide_probe
-            self.dtype, self.is_own = torch.float64, False
+    network: nn.Module
+    layers: dict[str, Layer]
+    probe: Args
+    dtype: torch.dtype
+    savings: Savings
 
-    def passed(self, how: str) -> Engine | None:
-        """CaptureError where the engine does not give what plain hooks do; the engine itself where
-        the trial is of the network's own precision."""
+    def passed(self, how: str) -> Engine:
+        """An engine that does what plain hooks do; CaptureError where it does not."""
         engine = _build(how, self.network, self.layers, self.probe, self.dtype, self.savings)
         for source, fill, expected in self._expected:
             try:
@@ -172,8 +181,8 @@ class _Trial:
                 effect = (right - unpatched).abs().nan_to_num(0, 0, 0).amax(0)
                 difference, is_small = _compared(found[:, i : i + 1], right, self.dtype, effect)
                 if not is_small:
-                    raise CaptureError(f"differs from plain hooks by {difference:.1e} in a trial")
-        return engine if self.is_own else None
+                    raise _DiffersError(f"differs from plain hooks by {difference:.1e} in a trial")
+        return engine
 
     @cached_property
     def _plan(self) -> Plan:
@@ -203,6 +212,23 @@ class _Trial:
             return [(given, fill, [alone(i, given, fill) for i in inputs]) for given, fill in ways]
         except Exception as error:  # anything a strange network may do
             raise CaptureError(one_line(error)) from None
+
+
+def _in_float64(trial: _Trial) -> _Trial | None:
+    """The trial in float64, where what rounds is far below what a wrong capture changes; None where
+    the network is so anyway, or cannot be."""
+    if trial.dtype is torch.float64:
+        return None
+    device = tensors_in(trial.probe)[0].device
+    try:
+        wide = copied(trial.network, device, torch.float64)
+        probe = cast(trial.probe, torch.float64, device)
+        network_output(wide, probe)
+    except Exception as error:  # anything a network's own code may raise
+        if gpu_failed(error):
+            raise
+        return None
+    return replace(trial, network=wide, probe=probe, dtype=torch.float64)
 
 
 def check_unpatched(network: nn.Module, run: PatchRun, source: Args | None, target: Args) -> None:
