@@ -4,7 +4,7 @@ import pytest
 import torch
 from networks import NotTraced, check_equal, counts_of
 from torch import nn
-from torch.distributions import Categorical, Normal
+from torch.distributions import Categorical, Distribution, Normal
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -227,10 +227,16 @@ class Policy(Two):
         return Categorical(logits=self.b(torch.tanh(self.a(x)))).logits
 
 
-def test_a_distribution_on_the_way_is_captured():
-    assert checked(Policy(), torch.randn(3, 6), torch.randn(3, 6)).path.startswith("incremental")
-    with pytest.raises(ValueError, match="invalid values"):
-        Policy()(torch.full((1, 6), torch.nan))  # torch checks them as before
+def test_a_distribution_on_the_way_is_captured_and_checked_as_before():
+    before = Distribution._validate_args
+    try:
+        for checks in (True, False):
+            Distribution.set_default_validate_args(checks)
+            patcher = checked(Policy(), torch.randn(3, 6), torch.randn(3, 6))
+            assert patcher.path.startswith("incremental")
+            assert Distribution._validate_args is checks
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 class ReadsBoth(nn.Module):
