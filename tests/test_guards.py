@@ -6,6 +6,7 @@ from contextlib import suppress
 import pytest
 import torch
 from guarded import (
+    AsksForm,
     Catches,
     CountsPlaces,
     Guarded,
@@ -92,3 +93,10 @@ def test_an_error_that_a_forward_catches_decides_what_it_computes():
         expected = reference_outputs(network, experiments, source, target)
         check_equal(patcher(experiments, source, target), expected, dtype)
         assert patcher.path.startswith("single")
+
+
+def test_what_is_asked_of_the_form_alone_is_not_asked_of_all_inputs_again():
+    asks_values, asks_form = Patcher(Guarded()), Patcher(AsksForm())
+    for patcher in (asks_values, asks_form):
+        patcher.prepare(torch.randn(3, 6), torch.randn(3, 6))
+    assert asks_values.graph.guarded and not asks_form.graph.guarded

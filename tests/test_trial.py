@@ -92,7 +92,9 @@ class Recurrent(nn.Module):
 
 @pytest.mark.parametrize("gain", [1.0, 1e-3, 1e-6])
 def test_small_outputs_hide_no_wrong_ones(gain):
-    checked(Recurrent(gain), torch.randn(4, 3, 4), torch.randn(4, 3, 4), torch.float32)
+    network = Recurrent(gain)
+    patcher = checked(network, torch.randn(4, 3, 4), torch.randn(4, 3, 4), torch.float32)
+    assert patcher.path.startswith("incremental (torch.export")
 
 
 # ------------------------------------------------------------- modules of several names, hooks
@@ -348,9 +350,11 @@ def test_stacked_experiments_do_not_decide_for_each_other_by_how_many_values_the
 
 
 def test_hooks_see_modules_that_give_no_tensor_without_failing():
-    network = Packed()
-    with hooked(network, {"gru": lambda _, output: output * 0}):
-        network(torch.randn(2, 5, 4))
+    network, x, seen = Packed(), torch.randn(2, 5, 4), []
+    expected = network(x)
+    with hooked(network, {"gru": lambda _, output: seen.append(output)}):
+        found = network(x)
+    assert seen == [] and torch.equal(found, expected)
 
 
 class Squeezes(Two):

@@ -110,10 +110,15 @@ class _Tracer(fx.Tracer):
 
 def _is_of_form(node: fx.Node) -> bool:
     """Whether a value follows from the inputs' form alone: for others a graph is captured anew."""
-    asked = node.args[1] if node.target is getattr else node.target
-    if asked is len or (isinstance(asked, str) and asked in ASKS_FOR_FORM):
-        return True
-    return bool(node.all_input_nodes) and all(map(_is_of_form, node.all_input_nodes))
+    waiting = [node]
+    while waiting:
+        one = waiting.pop()
+        asked = one.args[1] if one.target is getattr else one.target
+        if asked is not len and not (isinstance(asked, str) and asked in ASKS_FOR_FORM):
+            if not one.all_input_nodes:
+                return False
+            waiting += one.all_input_nodes
+    return True
 
 
 def _steps_of(module: nn.Module) -> Any:
