@@ -19,6 +19,7 @@ import torch
 
 from raypatch.agents import Agent, AgentOptions, load_agent
 from raypatch.agents.factories import importable
+from raypatch.engine.layers import forward
 from raypatch.errors import InputError, missing_package, one_line
 from raypatch.inputs import INPUTS_FOLDER, SIDES
 
@@ -137,7 +138,7 @@ class _Player:
             ids.append(f"episode_{self.episode:04d}_step_{self.step:05d}")
             states.append(state)
             with torch.no_grad():
-                output = self.agent.network(torch.from_numpy(state[None]))[0].numpy()
+                output = forward(self.agent.network, (torch.from_numpy(state[None]),))[0].numpy()
             self._obs, _, terminated, truncated, _ = self.env.step(
                 greedy_action(output, self.env.action_space, squashed=self.agent.squashed)
             )
@@ -177,7 +178,7 @@ def greedy_action(output: np.ndarray, space: Any, *, squashed: bool) -> Any:
 
 def _actions(agent: Agent, states: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        return agent.network(torch.from_numpy(states)).argmax(1).numpy()
+        return forward(agent.network, (torch.from_numpy(states),)).argmax(1).numpy()
 
 
 # -------------------------------------------------------------------------- corruptions

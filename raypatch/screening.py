@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from raypatch.definition_files import write_definition
 from raypatch.definitions import OUTPUT_LOGITS
-from raypatch.engine.layers import Layer, hooked
+from raypatch.engine.layers import Layer, forward, hooked
 from raypatch.errors import InputError
 from raypatch.inprocess import Bench
 from raypatch.results.reader import Results
@@ -135,7 +135,7 @@ def _activations(
         return record
 
     with hooked(network, {name: recorder(name) for name in layers}):
-        taken[OUTPUT_LOGITS] = [network(obs)]
+        taken[OUTPUT_LOGITS] = [forward(network, (obs,))]
     return taken
 
 

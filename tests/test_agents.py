@@ -260,6 +260,27 @@ def test_the_observations_shape_is_that_of_the_inputs_that_are_named(tmp_path, m
         load_agent(tmp_path, agent_factory="made:conv")
 
 
+def test_a_network_that_squeezes_away_the_axis_of_a_lone_observation_is_loaded(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "squeezing.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x).squeeze()\n"
+        "class Outer(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.net = Net(4, 3)\n"
+        "    def forward(self, x):\n"
+        "        return self.net(x)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    torch.save({"net.weight": torch.ones(3, 4), "net.bias": torch.ones(3)}, tmp_path / "net.pt")
+    agent = load_agent(tmp_path, agent_factory="squeezing:Outer")
+    assert agent.output_size == 3 and agent.layers["net"].neurons == 3
+
+
 def test_actions_of_a_file_that_does_not_tell_may_be_said_to_be_continuous(tmp_path):
     write_state(tmp_path, a__weight=torch.ones(2, 3))
     assert load_agent(tmp_path, activation="relu").discrete

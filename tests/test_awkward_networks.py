@@ -114,6 +114,22 @@ class Positions(nn.Module):
         return self.head(torch.relu(h).flatten(1))
 
 
+class Squeezes(Two):
+    """Gives ``[outputs]``, without the inputs' axis, for a lone input."""
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x).unsqueeze(2)).squeeze()).squeeze(0)
+
+
+class SqueezesAndAsksForForm(NotTraced, Squeezes):
+    pass
+
+
+class SqueezesAndReadsValues(Squeezes):
+    def forward(self, x):
+        return super().forward(x if x.sum().item() < 100 else -x)
+
+
 class MixesInputs(Two):
     def forward(self, x):
         h = self.a(x)
@@ -133,7 +149,7 @@ class AsksForLengthAndForm(NotTraced, AsksForLength):
 AWKWARD = [
     InPlaceBeforeResidual, ChangesItsInput, InPlaceOnInput, CastsInput, CastsInTheMiddle, OneHot,
     ComputedSlice, AliasedResidual, OddPool, Positions, MixesInputs, AsksForLength,
-    AsksForLengthAndForm,
+    AsksForLengthAndForm, Squeezes, SqueezesAndAsksForForm, SqueezesAndReadsValues,
 ]  # fmt: skip
 
 
@@ -230,6 +246,33 @@ def test_a_network_that_cannot_run_on_one_input_is_patched_all_the_same():
     found = Patcher(network)([{"0": [1]}], source, target)
     expected = reference_outputs(network, [{"0": [1]}], source, target)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["pair", "zero", "mean"])
+@pytest.mark.parametrize(
+    "network, how",
+    [
+        (Squeezes, "incremental (torch.fx"),
+        (SqueezesAndAsksForForm, "incremental (torch.export"),
+        (SqueezesAndReadsValues, "single"),
+    ],
+)
+def test_a_lone_input_whose_axis_the_network_squeezes_away_is_patched_like_several(
+    network, how, kind
+):
+    torch.manual_seed(0)
+    module = network().eval()
+    patcher = Patcher(module, dtype=torch.float64)
+    source = torch.randn(3, 6) if kind == "pair" else None
+    target = torch.randn(3, 6)
+    several = patcher(EXPERIMENTS, source, target, kind=kind)
+    lone = None if source is None else source[:1]
+    found = patcher(EXPERIMENTS, lone, target[:1], kind=kind)
+    expected = reference_outputs(module, EXPERIMENTS, lone, target[:1], kind=kind)
+    assert patcher.path.startswith(how) and found.shape[1] == 1
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    if kind != "mean":  # which depends on the others
+        torch.testing.assert_close(found, several[:, :1], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e2, 1e4, 1e6])

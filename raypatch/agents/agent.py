@@ -91,7 +91,7 @@ def make_agent(
     """Probe a freshly built network with one observation and describe what it showed."""
     import torch
 
-    from raypatch.engine.layers import find_layers
+    from raypatch.engine.layers import find_layers, forward
 
     network.eval()
     for parameter in network.parameters():
@@ -99,7 +99,7 @@ def make_agent(
     origin = files[0] if files else loaded_as
     try:
         with torch.no_grad():
-            output = network(observation)
+            output = forward(network, (observation,))
         layers = find_layers(network, (observation,))
     except Exception as error:  # layers that do not fit together, in the user's module or file
         raise AgentError(

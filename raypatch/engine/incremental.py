@@ -14,7 +14,7 @@ from raypatch.engine.layers import Args, Layer
 from raypatch.engine.narrowing import narrowed
 from raypatch.engine.prepared import Prepared
 from raypatch.engine.scratch import Scratch
-from raypatch.engine.sizes import with_sizes
+from raypatch.engine.sizes import settle_squeezes, with_sizes
 from raypatch.engine.sources import Fill, GivenFill, Places
 from raypatch.engine.structure import Savings, Structure
 from raypatch.engine.written_out import with_modules
@@ -26,6 +26,7 @@ class Incremental:
     def __init__(
         self, graph: Graph, layers: dict[str, Layer], savings: Savings, inputs: Args
     ) -> None:
+        settle_squeezes(graph, inputs)
         graph = with_modules(graph)
         structure = Structure(graph, layers, savings, inputs)
         settled = with_sizes(graph, structure.following, structure.sample)

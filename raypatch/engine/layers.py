@@ -79,10 +79,15 @@ def widened(arguments: Any) -> Any:
 
 
 def forward(network: nn.Module, args: Args) -> Any:
-    """The network's outputs; it gets inputs of its own, which it may overwrite."""
+    """The network's outputs; it gets inputs of its own, which it may overwrite. A forward that
+    squeezes a lone input's axis away gets it back."""
     fresh = map_tensors(Tensor.clone, args)
     with as_in_forward(network, fresh):
-        return network(*fresh)
+        output = network(*fresh)
+    if isinstance(output, Tensor) and output.dim() == 1:
+        is_lone = all(len(x) == 1 for x in tensors_in(args) if x.dim())
+        return output.unsqueeze(0) if is_lone else output
+    return output
 
 
 @contextmanager

@@ -12,8 +12,23 @@ from torch.utils._pytree import tree_map
 
 from raypatch.engine.graph import Bounds, Graph, Node, Ref, is_ref, item_between
 from raypatch.engine.input_axes import Following
+from raypatch.engine.layers import Args
 
 SIZES = (int, float, torch.Size, torch.dtype, torch.device)
+
+
+def settle_squeezes(graph: Graph, several: Args) -> None:
+    """Let every squeeze name the axes that it takes away from values of ``several`` inputs: from
+    those of a lone one it would take the inputs' axis too."""
+    squeezes = [node for node in graph.nodes if node.key in ("squeeze", torch.squeeze)]
+    values = graph.run(several) if squeezes else []
+    for node in squeezes:
+        shape, of = values[node.inputs[0]].shape, Ref(node.inputs[0])
+        given = [a for a in (*node.args, *node.kwargs.values()) if not is_ref(a)]
+        axes = given[0] if given else range(len(shape))
+        asked = [axes] if isinstance(axes, int) else axes
+        gone = tuple(axis % len(shape) for axis in asked if shape[axis] == 1)
+        node.op, node.target, node.args, node.kwargs = "method", "squeeze", (of, gone), {}
 
 
 def with_sizes(graph: Graph, following: Following, sample: list[Any]) -> Graph | None:
