@@ -397,6 +397,12 @@ def counts_of(network, args):
         return {**counts, OUTPUT_LOGITS: network(*args).shape[1]}
 
 
+def changed_by(prepared, layer):
+    """``[neurons, inputs]`` bool: for which inputs patching each neuron alone changes anything."""
+    program = prepared.structure.program(((layer, 1),), source_runs=True)
+    return prepared.changes(prepared.structure.calls[layer][0], program).active
+
+
 PATHS = {"fx": "incremental (torch.fx)", "export": "incremental (torch.export"}
 
 

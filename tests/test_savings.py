@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import build, check_equal, counts_of, mlp
+from networks import build, changed_by, check_equal, counts_of, mlp
 from torch import nn
 
 from raypatch.definitions import OUTPUT_LOGITS
@@ -28,7 +28,7 @@ def test_skipped_rows_are_exactly_those_equal_to_the_baseline_bit_for_bit(seed):
     prepared = run._prepare(0)
     assert isinstance(run._engine, Incremental)
     changed = torch.cat(
-        [prepared.changes(prepared.structure.calls[name][0]).active for name in ("0", "2")]
+        [changed_by(prepared, name) for name in ("0", "2")]
     )
     expected = reference_outputs(network, experiments, source, target)
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import AS_IF_LARGE, NotTraced, check_equal, checked_patcher
+from networks import AS_IF_LARGE, NotTraced, changed_by, check_equal, checked_patcher
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -337,5 +337,5 @@ def test_an_entry_that_does_not_change_changes_no_row_unless_another_does():
     check_equal(
         run(experiments), reference_outputs(network, experiments, source, target), torch.float32
     )
-    changed = run._prepare(0).changes(run._engine.structure.calls["first"][0]).active
+    changed = changed_by(run._prepare(0), "first")
     assert changed.tolist() == [[True, False, True, True]] * 6

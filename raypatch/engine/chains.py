@@ -3,6 +3,9 @@ one of its neurons, by shapes alone."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -41,6 +44,11 @@ class Chains:
         self.neuron_axes = neuron_axes
         self._readers = readers
         self._found: dict[int, Chain] = {}
+        # Of every node and the output logits, the bits of those that it depends on.
+        self._before: list[int] = []
+        for node in nodes:
+            self._before.append(reduce(or_, (self._with(i) for i in node.inputs), 0))
+        self._before.append(self._with(len(nodes) - 1))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is found on demand."""
@@ -52,14 +60,32 @@ class Chains:
             self._found[entry] = self._build(entry)
         return self._found[entry]
 
-    def ends(self, entry: int) -> list[int]:
-        """Nodes of the chain that something outside it reads, or that are the output."""
-        chain, last = self.after(entry), len(self.nodes) - 1
-        return [
+    def ends(self, entry: int, patched: Collection[int]) -> tuple[int, ...]:
+        """Nodes of the chain that something outside it reads, or that are the output.
+
+        Where others of ``patched`` meet the chain it ends before: two patches that change nothing
+        alone may do so together, as where a sum of both goes through a ReLU.
+        """
+        others = [other for other in patched if not self._is_before(other, entry)]
+        others.remove(entry)
+        own = {
             node
-            for node in chain
-            if node >= last or any(reader not in chain for reader in self._readers[node])
-        ]
+            for node in self.after(entry)
+            if not any(node == other or self._is_before(other, node) for other in others)
+        }
+        last = len(self.nodes) - 1
+        return tuple(
+            node
+            for node in sorted(own)
+            if node >= last or any(reader not in own for reader in self._readers[node])
+        )
+
+    def _with(self, node: int) -> int:
+        return self._before[node] | 1 << node
+
+    def _is_before(self, node: int, later: int) -> bool:
+        """Whether what ``later`` gives depends on ``node``; all nodes are before the logits."""
+        return bool(self._before[later] >> node & 1)
 
     def widest(self, entry: int) -> int:
         """How many features of one input a neuron has where it has most, while it is sparse."""

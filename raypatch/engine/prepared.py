@@ -99,7 +99,7 @@ class Prepared:
             structure.following.check(source, self.source_values, structure.sample)
             self.source_baseline = self.source_values[-1]
         self._chains: dict[int, dict[int, Sparse]] = {}
-        self._changes: dict[int, Changes] = {}
+        self._changes: dict[tuple[int, tuple[int, ...]], Changes] = {}
         self._sizes: dict[int, Tensor | None] = {}
 
     def _check_inputs_lie_apart(self) -> None:
@@ -167,14 +167,15 @@ class Prepared:
                 chain[index] = Sparse(base, fulls[index], ownership)
         return chain
 
-    def changes(self, entry: int) -> Changes:
-        """What patches at ``entry`` change at the ends of its chain."""
-        if entry not in self._changes:
-            self._changes[entry] = self._find_changes(entry)
-        return self._changes[entry]
+    def changes(self, entry: int, program: Program) -> Changes:
+        """What patches at ``entry`` change where a program ends their chain."""
+        key = (entry, program.ends[entry])
+        if key not in self._changes:
+            self._changes[key] = self._find_changes(*key)
+        return self._changes[key]
 
-    def _find_changes(self, entry: int) -> Changes:
-        chain, ends = self.chain(entry), self.structure.chains.ends(entry)
+    def _find_changes(self, entry: int, ends: tuple[int, ...]) -> Changes:
+        chain = self.chain(entry)
         known = [chain[end] for end in ends if end in chain]
         if len(known) < len(ends):  # there is a tuple, which is not looked into
             neurons = chain[entry].of.neurons
@@ -259,7 +260,7 @@ class Prepared:
             return None
         total: Tensor | None = None
         for entry, layer in entries:
-            chosen, (active, n_active, _) = index[layer], self.changes(entry)
+            chosen, (active, n_active, _) = index[layer], self.changes(entry, program)
             if chosen.shape[1] == 1 and len(entries) == 1:
                 # The counts are here, and so are the group's own numbers.
                 here = group.index[layer] or chosen
@@ -292,7 +293,7 @@ class Prepared:
 
     def _compute(self, step: Step, program: Program, batch: Batch, dense: dict[int, Any]) -> Any:
         node = step.node
-        if step.spread is not None and self.changes(step.spread.entry).is_finite:
+        if step.spread is not None and self.changes(step.spread.entry, program).is_finite:
             sparse = self.chain(step.spread.entry)[step.spread.node]
             index = batch.index[program.patched[step.spread.entry]]
             structured = step.spread.rule(self, node, sparse, index, batch)

@@ -91,6 +91,7 @@ class Program:
     output: Kind
     steps: tuple[Step, ...]
     patched: dict[int, str]  # patched node to its layer
+    ends: dict[int, tuple[int, ...]]  # patched node to where its patch alone is no longer all
     row_elements: int  # of all dense values of one row
     work_after: int  # multiplications a row after the first dense step
 
@@ -221,6 +222,7 @@ class Structure:
             output=output,
             steps=steps,
             patched=patched,
+            ends={entry: self.chains.ends(entry, patched) for entry in patched},
             row_elements=sum(_numel(self.sample[s.node.index]) for s in steps)
             + _numel(self.sample[self.output]),
             work_after=sum(self._work(step.node) for step in steps[1:]),
