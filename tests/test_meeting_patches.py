@@ -82,7 +82,7 @@ def together(network, draw):
     for _ in range(12):
         neurons = draw(st.lists(st.integers(0, 5), min_size=1, max_size=2, unique=True))
         chosen = draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
-        found.append({name: neurons for name in chosen})
+        found.append(dict.fromkeys(chosen, neurons))
         if draw(st.booleans()):
             found[-1][draw(st.sampled_from(["head", "output_logits"]))] = [draw(st.integers(0, 2))]
     return found

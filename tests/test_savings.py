@@ -27,9 +27,7 @@ def test_skipped_rows_are_exactly_those_equal_to_the_baseline_bit_for_bit(seed):
     run = Patcher(network).prepare(source, target)
     prepared = run._prepare(0)
     assert isinstance(run._engine, Incremental)
-    changed = torch.cat(
-        [changed_by(prepared, name) for name in ("0", "2")]
-    )
+    changed = torch.cat([changed_by(prepared, name) for name in ("0", "2")])
     expected = reference_outputs(network, experiments, source, target)
     with torch.no_grad():
         baseline = network(target)

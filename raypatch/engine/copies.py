@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,21 +46,44 @@ def copied(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -
     of its size."""
     # What an earlier forward with gradients left behind cannot be copied as it is.
     held = [t for module in network.modules() for t in tensors_in(vars(module)) if not t.is_leaf]
-    own = copy.deepcopy(network, {id(t): t.detach().clone() for t in held})
+    copies: dict[int, Any] = {id(t): t.detach().clone() for t in held}
+    own = copy.deepcopy(network, copies)
 
     def converted(x: Tensor) -> Tensor:
+        if x.is_meta:  # of a module that only says what form others have
+            return x
         if x.is_complex():
             return x.to(device, COMPLEX.get(dtype, x.dtype))
         return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
-    for module in list(own.modules()):
-        for name, child in module._modules.items():
-            module._modules[name] = getattr(child, "_orig_mod", child)  # what torch.compile wraps
+    _undo_compiling(own, copies)
     for module in own.modules():  # tensors that are neither parameters nor buffers
         held_apart = {n: converted(t) for n, t in vars(module).items() if isinstance(t, Tensor)}
         vars(module).update(held_apart)
     own._apply(converted)  # type: ignore[no-untyped-call]
     return without_nested_tensors(own.eval())
+
+
+def _undo_compiling(own: nn.Module, copies: dict[int, Any]) -> None:
+    """Let what torch.compile wraps be run as it is: hooks of layers in it would not be called, and
+    a method would be the original's. ``copies`` are by the id of what they are of."""
+    for module in list(own.modules()):
+        for name, child in module._modules.items():
+            module._modules[name] = getattr(child, "_orig_mod", child)
+    for module in own.modules():
+        kind = type(module)
+        for name, value in [one for base in kind.__mro__ for one in vars(base).items()]:
+            method = _compiled(value)
+            if method is not None and getattr(kind, name) is value:
+                vars(module)[name] = MethodType(method, module)
+        for name, value in list(vars(module).items()):
+            if (method := _compiled(value)) is not None:
+                vars(module)[name] = copy.deepcopy(method, copies)
+
+
+def _compiled(value: Any) -> Any:
+    """The function that a compiled one is of; None of anything else."""
+    return getattr(value, "_torchdynamo_orig_callable", None) if inspect.isfunction(value) else None
 
 
 def _settle(module: nn.Module) -> None:

@@ -1,12 +1,14 @@
-"""Whether a forward's Python decides by values: then experiments cannot be stacked.
+"""Networks whose experiments cannot be stacked: one would decide for others, or reach them.
 
-``if h.max() > 20`` is one decision for the whole batch. One experiment's values would make it for
-all that are stacked with it.
+``if h.max() > 20`` is one decision for the whole batch, ``h / h.amax()`` one number: one
+experiment's values would make it for all that are stacked with it.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +16,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from raypatch.definitions import OUTPUT_LOGITS
+from raypatch.engine.graph import CaptureError
 from raypatch.engine.guards import distributions_unchecked, truth_that_goes_on
-from raypatch.engine.layers import Args, forward, tensors_in
+from raypatch.engine.layers import (
+    Args,
+    Hook,
+    forward,
+    hooked,
+    map_tensors,
+    record_activations,
+    tensors_in,
+)
+from raypatch.errors import one_line
 
+Poison = Callable[[Tensor], Tensor]
 READS_VALUES = {
     *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.is_nonzero),
     *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.equal, Tensor.allclose),
@@ -29,8 +43,57 @@ SIZED_BY_VALUES = {
 READS_SIZES = {Tensor.__len__, Tensor.size, Tensor.numel, torch.numel, Tensor.shape.__get__}  # type: ignore[attr-defined]
 
 
-def decides_by_values(network: nn.Module, args: Args) -> bool:
-    """Whether, in a forward on ``args``, Python reads the numbers of what follows from them."""
+# What inputs become: what arithmetic passes on, or where a network refuses that, what shows.
+POISONS = (lambda x: torch.full_like(x, float("nan")), lambda x: x + 1000)
+
+
+def refuse_mixing(network: nn.Module, layers: list[str], args: Args) -> None:
+    """Raises CaptureError where the experiments of a batch would not each be by itself."""
+    for poison in POISONS:
+        try:
+            mixes = _mixes_inputs(network, layers, args, poison)
+        except Exception as error:  # a network's own code, which may refuse such numbers
+            reason = f"whether it mixes inputs is not known: {one_line(error)}"
+            continue
+        if mixes:
+            raise CaptureError("what it gives for one input depends on others")
+        return
+    raise CaptureError(reason)
+
+
+def _mixes_inputs(network: nn.Module, layers: list[str], args: Args, poison: Poison) -> bool:
+    """Whether, in a forward on ``args`` twice over, anything of one half reaches the outputs of the
+    other, where its inputs and what every layer makes of it are poisoned."""
+    alone = record_activations(network, args, [*layers, OUTPUT_LOGITS])
+    expected = alone[OUTPUT_LOGITS][0]
+    twice = map_tensors(lambda x: torch.cat([x, x]) if x.dim() else x, args)
+    for half in (0, 1):
+        poisoned = partial(_poisoned, half=half, poison=poison)
+        hooks = {name: _where_stacked(alone[name], poisoned) for name in layers}
+        with torch.no_grad(), distributions_unchecked(), hooked(network, hooks):
+            other = forward(network, map_tensors(poisoned, twice)).chunk(2)[1 - half]
+        if not torch.allclose(other, expected, rtol=1e-3, atol=1e-5, equal_nan=True):
+            return True
+    return False
+
+
+def _where_stacked(alone: list[Tensor], poisoned: Poison) -> Hook:
+    """A hook for a layer that gives ``alone`` where nothing is stacked: it may see no input."""
+    return lambda call, output: poisoned(output) if len(output) == 2 * len(alone[call]) else None
+
+
+def _poisoned(x: Tensor, half: int, poison: Poison) -> Tensor:
+    """A copy, of which the first or second half is poisoned."""
+    if not x.dim() or not x.is_floating_point():
+        return x
+    halves = list(x.chunk(2))
+    halves[half] = poison(halves[half])
+    return torch.cat(halves)
+
+
+def decides_by_values(network: nn.Module, args: Args) -> bool | None:
+    """Whether, in a forward on ``args``, Python reads the numbers of what follows from them; None
+    where it cannot be watched."""
     watch = _Watch()
 
     def start(_: nn.Module, given: Any) -> None:
@@ -40,6 +103,8 @@ def decides_by_values(network: nn.Module, args: Args) -> bool:
     try:
         with torch.no_grad(), distributions_unchecked(), watch:
             forward(network, args)
+    except Exception:  # torch.cond and the like go no further under a mode
+        return True if watch.found else None
     finally:
         handle.remove()
     return watch.found

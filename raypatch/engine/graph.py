@@ -25,6 +25,10 @@ class CaptureError(Exception):
     """The network cannot be captured as a graph; the text says why."""
 
 
+class InputsMeetError(CaptureError):
+    """A value is one of several inputs together, so that experiments cannot be stacked either."""
+
+
 @dataclass(frozen=True)
 class Ref:
     """Stands for another node's value among a node's arguments."""

@@ -180,11 +180,20 @@ def hooked(network: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
                 replaced = None if first is None else hook(next(calls), first)
                 if replaced is None or isinstance(output, Tensor):
                     return replaced
-                return (replaced, *output[1:])
+                several = (replaced, *output[1:])
+                return (
+                    type(output)(*several) if hasattr(output, "_fields") else type(output)(several)
+                )
 
             handle = network.get_submodule(name).register_forward_hook(forward_hook)
             stack.callback(handle.remove)
         yield
+
+
+def _of_kind(several: Any, values: tuple[Any, ...]) -> Any:
+    """The values as a list, tuple or named tuple, as ``several`` is."""
+    kind = type(several)
+    return kind(*values) if hasattr(several, "_fields") else kind(values)
 
 
 def find_layers(network: nn.Module, args: Args) -> dict[str, Layer]:

@@ -32,6 +32,7 @@ from raypatch.engine.sources import (
     GivenFill,
     MeanFill,
     SourceKind,
+    no_mean,
     resample_order,
     zero_fill,
 )
@@ -289,6 +290,8 @@ class Patcher:
             for name, calls in self._engine.layer_values(part).items():
                 totals = [call.sum(0, keepdim=True) for call in calls] if captured else calls
                 held = sums.get(name)
+                if held is not None and len(held) != len(totals):
+                    raise no_mean(name)
                 sums[name] = totals if held is None else [a + b for a, b in zip(held, totals)]
         return MeanFill({name: [t / n_inputs for t in totals] for name, totals in sums.items()})
 

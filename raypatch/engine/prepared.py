@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine import dense_ops
-from raypatch.engine.graph import CaptureError, Graph, Node
+from raypatch.engine.graph import CaptureError, Graph, InputsMeetError, Node
 from raypatch.engine.input_axes import (
     entries_at,
     entries_first,
@@ -113,7 +113,8 @@ class Prepared:
             axis = structure.axes[node.index]
             shape = shape_of(structure.sample[node.index], axis, self.n_inputs)
             if axis is None or list(value.shape) != shape:
-                raise CaptureError(
+                kind = InputsMeetError if axis is None else CaptureError
+                raise kind(
                     f"{node.path or node.target}: its output {list(value.shape)} does not keep "
                     f"{self.n_inputs} inputs along one axis"
                 )

@@ -106,6 +106,13 @@ class GivenFill:
         return given.narrow(places.axis, places.start, places.length)
 
 
+def no_mean(layer: str) -> InputError:
+    return InputError(
+        f"source kind 'mean': how often {layer!r} is called depends on its inputs, so that a call "
+        "has no mean over all of them"
+    )
+
+
 @dataclass(frozen=True)
 class MeanFill:
     """Mean ablation: a patched neuron becomes its mean over the target side's inputs.
@@ -116,6 +123,8 @@ class MeanFill:
     means: dict[str, list[Tensor]]
 
     def __call__(self, layer: str, call: int, activation: Tensor) -> Tensor:
+        if call >= len(self.means[layer]):
+            raise no_mean(layer)
         mean = self.means[layer][call]
         try:
             return mean.expand_as(activation)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
 
@@ -69,6 +71,10 @@ class StackedPrepared:
                 name: [fill(name, number, call) for number, call in enumerate(calls)]
                 for name, calls in own.items()
             }
+        self._of_first: dict[str, list[Tensor]] = {}  # by layer, what it gives for the first target
+        if source is not None and self.n_inputs > 1:
+            with suppress(Exception):  # a network's own code, which may want several
+                self._of_first = engine.layer_values(inputs_between(target, 0, 1))
         self._row_bytes = self.baseline.element_size() * sum(
             call[0].numel() for calls in own.values() for call in calls if call.dim()
         )
@@ -120,17 +126,25 @@ class StackedPrepared:
 
     def _source_of(self, name: str, call: int, output: Tensor, n_experiments: int) -> Tensor:
         source = next(iter(self.values[name][call : call + 1]), None)
-        if source is not None and output.numel() in (
-            n_experiments * source.numel(),
-            source.numel(),
-        ):
-            return source
-        other = "nothing" if source is None else list(source.shape)
-        raise InputError(
-            f"layer {name!r} gives {list(output.shape)} for these targets and {other} for the "
-            "sources: which inputs it gets depends on their values, so that no value of the source "
-            "stands for one of the target"
-        )
+        sizes = () if source is None else (n_experiments * source.numel(), source.numel())
+        if source is None or output.numel() not in sizes or self._is_routed(name, call, source):
+            other = "nothing" if source is None else list(source.shape)
+            raise InputError(
+                f"layer {name!r} gives {list(output.shape)} for these targets and {other} for the "
+                "sources: which inputs it gets depends on their values, so that no value of the "
+                "source stands for one of the target"
+            )
+        return source
+
+    def _is_routed(self, name: str, call: int, value: Tensor) -> bool:
+        """Whether a layer gets some of the inputs only, of which those of source and target may be
+        others: then what it gives for one is not its share of what it gives for all."""
+        if (calls := self._of_first.get(name)) is None:
+            return False
+        if not calls:
+            return True
+        share = calls[min(call, len(calls) - 1)].numel()
+        return value.numel() not in (share, share * self.n_inputs)  # the first: it sees no input
 
     def _axis(self, name: str, output: Tensor) -> int:
         layer = self.engine.layers.get(name)

@@ -21,8 +21,8 @@ from raypatch.engine.arguments import (
 from raypatch.engine.capture import capture
 from raypatch.engine.capture_export import capture_export
 from raypatch.engine.copies import copied, left_as_it_was
-from raypatch.engine.decisions import decides_by_values
-from raypatch.engine.graph import CaptureError
+from raypatch.engine.decisions import decides_by_values, refuse_mixing
+from raypatch.engine.graph import CaptureError, InputsMeetError
 from raypatch.engine.guards import distributions_unchecked
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.layers import (
@@ -50,6 +50,7 @@ EFFECT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 NO_SCALE = 1e6
 # A trial is small: nothing of it is cut to fit.
 TRIAL_BYTES = 1 << 40
+WAYS = ("torch.fx", "torch.export", "stacked")  # the fastest first
 
 
 def choose_engine(
@@ -64,30 +65,30 @@ def choose_engine(
 
     ``not_captured`` is a reason, found elsewhere, why no captured graph will do.
     """
-    output = network_output(network, probe)
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise InputError(f"the network gives {shape}; patching needs one tensor [inputs, outputs]")
-    if not output.is_floating_point():
-        raise InputError(f"the network gives {output.dtype}; patching needs logits, float numbers")
-    again = network_output(network, probe)
-    if again.shape != output.shape or not _compared(again, output, dtype)[1]:
-        raise InputError(
-            "the network gives other outputs for the same inputs when it is called again: it draws "
-            "random numbers or changes what it holds; patching needs a forward that does neither"
-        )
+    _check_outputs(network, probe, dtype)
     layers = find_layers(network, probe)
+    # A way that cannot be taken for what the network is says why, whatever a trial shows.
+    unfit: dict[str, str] = {}
+    decides = decides_by_values(network, probe)
+    if decides is None:
+        unfit["stacked"] = "whether its Python decides by values cannot be seen"
+    elif decides:
+        unfit = dict.fromkeys(WAYS, "its Python decides by values")
     own = _Trial(network, layers, probe, dtype, savings)
     wide = _in_float64(own)
     reasons: list[str] = [not_captured] if not_captured else []
-    for how in ("stacked",) if not_captured else ("torch.fx", "torch.export", "stacked"):
+    for how in WAYS[-1:] if not_captured else WAYS:
         try:
-            if how == "stacked" and decides_by_values(network, probe):
-                raise CaptureError("its Python decides by values")
+            if how in unfit:
+                raise CaptureError(unfit[how])
+            if how == "stacked":
+                refuse_mixing(network, list(layers), probe)
             engine = _passed(how, wide, own)
             break
         except CaptureError as reason:
             reasons = list(dict.fromkeys([*reasons, str(reason)]))
+            if isinstance(reason, InputsMeetError):
+                unfit["stacked"] = str(reason)
     else:
         return Stacked(network, layers, limit=1), f"single ({'; '.join(reasons)})"
     del wide  # its copy of the network makes room
@@ -113,6 +114,30 @@ def _passed(how: str, wide: _Trial | None, own: _Trial) -> Engine | None:
             return own.passed(how)
         return None
     return own.passed(how)
+
+
+def _check_outputs(network: nn.Module, probe: Args, dtype: torch.dtype) -> None:
+    """Raises InputError where a network's outputs are not what can be patched."""
+    output = network_output(network, probe)
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(f"the network gives {shape}; patching needs one tensor [inputs, outputs]")
+    if not output.is_floating_point():
+        raise InputError(f"the network gives {output.dtype}; patching needs logits, float numbers")
+    before = _state(network)
+    again = network_output(network, probe)
+    is_kept = _state(network) == before or torch.equal(again, output)
+    if again.shape != output.shape or not is_kept or not _compared(again, output, dtype)[1]:
+        raise InputError(
+            "the network gives other outputs for the same inputs when it is called again: it draws "
+            "random numbers or changes what it holds; patching needs a forward that does neither"
+        )
+
+
+def _state(network: nn.Module) -> list[tuple[int, int]]:
+    """What tells whether a forward has written into the tensors of its modules, or replaced any."""
+    held = [tensor for module in network.modules() for tensor in tensors_in(vars(module))]
+    return [(id(tensor), tensor._version) for tensor in held]
 
 
 def network_output(network: nn.Module, args: Args) -> Any:

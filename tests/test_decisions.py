@@ -1,0 +1,234 @@
+"""Networks whose experiments cannot be stacked, also where the first inputs do not show it."""
+
+from collections import namedtuple
+
+import pytest
+import torch
+from networks import check_equal
+from torch import nn
+
+from raypatch.engine.patcher import Patcher
+from raypatch.engine.reference import reference_outputs
+from raypatch.errors import InputError
+
+
+class Between(nn.Module):
+    """Two layers with something between them that the first inputs, being small, do not show."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(6, 8), nn.Linear(8, 3), between
+
+    def forward(self, x):
+        return self.b(self.between(torch.relu(self.a(x))))
+
+
+def checked_on_small_then_large(between):
+    """The path after both calls gave what plain hooks do."""
+    torch.manual_seed(0)
+    network = Between(between).eval()
+    patcher = Patcher(network, dtype=torch.float64)
+    experiments = [{"a": [i]} for i in range(8)] + [{"b": [0]}, {"a": "all"}]
+    for scale in (1, 40):
+        source, target = torch.randn(4, 6) * scale, torch.randn(4, 6) * scale
+        expected = reference_outputs(network, experiments, source, target)
+        check_equal(patcher(experiments, source, target), expected, torch.float64)
+    return patcher.path
+
+
+MIXES = {
+    "largest": lambda h: h / torch.clamp(h.amax(), min=8),
+    "any": lambda h: torch.where((h > 8).any(), h / 2, h),
+    "count": lambda h: h / (1 + (h > 8).sum()),
+    "no number replaced": lambda h: h / torch.nan_to_num(h).max().clamp(min=8),
+    "places": lambda h: h * (1 + (h.argmax(0)[None] == 0) * (h > 8)),
+}
+
+
+@pytest.mark.parametrize("mixes", MIXES)
+def test_what_mixes_inputs_for_large_values_only_goes_one_experiment_at_a_time(mixes):
+    assert checked_on_small_then_large(MIXES[mixes]).startswith("single (")
+
+
+def test_mixing_that_no_capture_sees_is_found_by_what_is_no_number():
+    def between(h):
+        out = torch.zeros_like(h)
+        for i, row in enumerate(h):
+            out[i] = row / torch.clamp(h.amax(), min=8)
+        return out
+
+    path = checked_on_small_then_large(between)
+    assert path.startswith("single (") and "for one input depends on others" in path
+
+
+def raises_and_catches(h):
+    try:
+        if (h.abs() > 8).any():
+            raise ValueError("saturated")
+    except ValueError:
+        return torch.tanh(h)
+    return h
+
+
+def swallows(h):
+    try:
+        large = int(h.max())
+    except Exception:
+        large = 0
+    return h / (1 + min(large // 8, 1))
+
+
+@pytest.mark.parametrize("decides", [raises_and_catches, swallows])
+def test_a_decision_whose_error_in_tracing_the_network_catches_is_no_graph(decides):
+    assert checked_on_small_then_large(decides) == "single (its Python decides by values)"
+
+
+def test_a_forward_that_cannot_be_watched_is_patched():
+    def between(h):
+        return torch.cond(h.sum() > 50, lambda h: h * 2.0, lambda h: h - 0.5, (h,))
+
+    assert checked_on_small_then_large(between).startswith("single (")
+
+
+class Slow(nn.Module):
+    """Moves its statistics a little in every forward."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("mean", torch.zeros(6))
+        self.count = count
+
+    def forward(self, x):
+        self.mean += (x.mean(0) - self.mean) / self.count
+        return self.b(torch.relu(self.a(x - self.mean)))
+
+
+@pytest.mark.parametrize("count", [1e2, 1e6])
+def test_a_network_that_changes_in_every_forward_is_refused_however_little(count):
+    with pytest.raises(InputError, match="other outputs for the same inputs"):
+        Patcher(Slow(count))([{"a": [0]}], torch.randn(4, 6) + 1, torch.randn(4, 6) + 1)
+
+
+class Routes(nn.Module):
+    """Each input by one of two experts, which get only theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(2, 4), nn.Linear(2, 4)])
+
+    def forward(self, x):
+        out = x.new_zeros(len(x), 4)
+        for i, expert in enumerate(self.experts):
+            (places,) = torch.where((x[:, 0] > 0) == bool(i))
+            if len(places):
+                out.index_copy_(0, places, expert(x[places]))
+        return out
+
+
+def test_as_many_inputs_of_a_layer_on_both_sides_need_not_be_the_same():
+    one, other = torch.tensor([[1.0, 2.0]]), torch.tensor([[-1.0, 3.0]])
+    network, experiments = Routes(), [{"experts.1": [0]}]
+    with pytest.raises(InputError, match="which inputs it gets depends on their values"):
+        Patcher(network)(experiments, torch.cat([one, other]), torch.cat([other, one]))
+    found = Patcher(network)(experiments, 2 * one, one)
+    check_equal(found, reference_outputs(network, experiments, 2 * one, one), torch.float32)
+
+
+class Halts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.a(x)
+        for _ in range(4):
+            h = torch.tanh(self.b(h))
+            if bool((h.sum(1) > 0).all()):
+                break
+        return h
+
+
+def test_a_layer_that_is_called_as_often_as_inputs_say_has_no_mean():
+    torch.manual_seed(1)
+    with pytest.raises(InputError, match="how often 'b' is called depends on its inputs"):
+        Patcher(Halts())([{"b": [0]}], target=torch.randn(8, 6) * 3, kind="mean")
+
+
+# ------------------------------------------------------------- what modules give and hold
+
+Pair = namedtuple("Pair", ["logits", "value"])
+
+
+class Head(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.weight, self.kind = nn.Parameter(torch.randn(6, 8)), kind
+
+    def forward(self, x):
+        h = x @ self.weight
+        return self.kind(h, h.sum(-1, keepdim=True))
+
+
+class ReadsPair(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.head, self.out, self.kind = Head(kind), nn.Linear(9, 3), kind
+
+    def forward(self, x):
+        given = self.head(x)
+        if self.kind is Pair:
+            return self.out(torch.cat([given.logits.tanh(), given.value], 1))
+        return self.out(torch.cat([*given[:1], *given[1:]] + given[2:], 1))
+
+
+@pytest.mark.parametrize("kind", [Pair, lambda *several: list(several)], ids=["named", "list"])
+def test_a_layer_may_give_a_named_tuple_or_a_list(kind):
+    network, source, target = ReadsPair(kind).eval(), torch.randn(4, 6), torch.randn(4, 6)
+    found = Patcher(network, dtype=torch.float64)([{"head": [3]}, {"head": "all"}], source, target)
+    expected = reference_outputs(network, [{"head": [3]}, {"head": "all"}], source, target)
+    check_equal(found, expected, torch.float64)
+    assert not torch.equal(found[0], found[1])
+
+
+class Compiled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def trunk(self, x):
+        return torch.relu(self.b(torch.relu(self.a(x))))
+
+    def forward(self, x):
+        return self.c(self.trunk(x))
+
+
+class CompiledInClass(Compiled):
+    @torch.compile(backend="eager")
+    def trunk(self, x):
+        return torch.relu(self.b(torch.relu(self.a(x))))
+
+
+class CompiledInInstance(Compiled):
+    def __init__(self):
+        super().__init__()
+        self.trunk = torch.compile(self.trunk, backend="eager")
+
+
+@pytest.mark.parametrize("kind", [CompiledInClass, CompiledInInstance])
+def test_layers_in_a_compiled_method_are_patched_and_the_users_network_stays_compiled(kind):
+    network, plain = kind().eval(), Compiled().eval()
+    plain.load_state_dict(network.state_dict())
+    source, target = torch.randn(4, 6), torch.randn(4, 6)
+    experiments = [{"a": [1]}, {"b": [2], "a": [0]}, {"c": [0]}]
+    found = Patcher(network, dtype=torch.float64)(experiments, source, target)
+    check_equal(found, reference_outputs(plain, experiments, source, target), torch.float64)
+    assert hasattr(network.trunk, "_torchdynamo_orig_callable")
+
+
+def test_a_module_of_tensors_that_hold_no_numbers_may_be_part_of_a_network():
+    network = Between(torch.tanh).eval()
+    network.form = nn.Linear(6, 8, device="meta")  # as ensembles keep one
+    source, target = torch.randn(4, 6), torch.randn(4, 6)
+    found = Patcher(network)([{"a": [1]}], source, target)
+    check_equal(found, reference_outputs(network, [{"a": [1]}], source, target), torch.float32)
