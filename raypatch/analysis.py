@@ -18,6 +18,8 @@ from raypatch.results.schema import STATISTICS
 BOTH = "both"
 COMBINATIONS = ("average", "maximum")
 RESAMPLES, CONFIDENCE = 2000, 0.95
+# From fewer inputs, resampled ones lie far closer together than others would.
+LEAST_INPUTS = 5
 DRAWS_AT_A_TIME = 1 << 20
 # Metrics that go up or down from 0, and those that are 1 where nothing changes; of all others
 # the largest is the strongest effect.
@@ -35,6 +37,12 @@ def strength(metric: str, values: np.ndarray, statistic: str = "mean") -> np.nda
     if metric in SIGNED:
         return np.abs(values)
     return 1 - values if metric in LIKENESS else values
+
+
+def usual_combination(metric: str) -> str:
+    """How both directions become one number: where one goes up as the other goes down, as the
+    stronger of the two, or they would cancel."""
+    return "maximum" if metric in SIGNED else "average"
 
 
 @dataclass
@@ -86,7 +94,7 @@ def rank(
     *,
     statistic: str = "mean",
     direction: str = BOTH,
-    combine: str = "average",
+    combine: str | None = None,
     top: int | None = 10,
     bottom: bool = False,
     layer: str | None = None,
@@ -97,14 +105,17 @@ def rank(
     largest number, of signed metrics the farthest from 0, of similarities the smallest.
 
     ``direction`` "both" combines the two by ``combine``, "average" or "maximum" (of the two the
-    stronger effect). ``bottom`` gives the weakest first. ``layer`` keeps experiments that patch it;
-    ``internal_only`` leaves out those that patch ``output_logits``. Each row holds rank,
-    experiment_index, name, patches (layers and neurons as text), ``<metric>_<statistic>``, z_score
-    and normalised (among all experiments that are ranked), action_changed_rate (None for continuous
-    actions) and, with ``bootstrap``, ci_low and ci_high: the 95 % percentile interval over
-    resampled inputs, None where a run kept no rows. Experiments for which the metric is undefined
-    are left out. Reads part by part, in bounded memory for any ``top`` that is not None.
+    stronger effect), None for :func:`usual_combination`. ``bottom`` gives the weakest first.
+    ``layer`` keeps experiments that patch it; ``internal_only`` leaves out those that patch
+    ``output_logits``. Each row holds rank, experiment_index, name, patches (layers and neurons as
+    text), ``<metric>_<statistic>``, z_score and normalised (among all experiments that are ranked),
+    action_changed_rate (None for continuous actions) and, with ``bootstrap``, ci_low and ci_high:
+    the 95 % percentile interval over resampled inputs, None where a run kept no rows, where fewer
+    than five inputs are defined, and of the statistics min and max, which resampling cannot exceed.
+    Experiments for which the metric is undefined are left out. Reads part by part, in bounded
+    memory for any ``top`` that is not None.
     """
+    combine = combine or usual_combination(metric)
     _check(results, metric, statistic, combine)
     chosen = _directions(results, direction)
     layers = results.sweep["identity"]["layers"]
@@ -128,7 +139,7 @@ def rank(
     names = described["name"].to_pylist()
     patches = map(patched, described["layers"].to_pylist(), described["neurons"].to_pylist())
     intervals = {}
-    if bootstrap and results.has_rows:
+    if bootstrap and results.has_rows and statistic in ("mean", "std"):
         intervals = _intervals(results, metric, statistic, chosen, combine, indices)
     return [
         {
@@ -201,11 +212,15 @@ def _parts(
             name: as_numpy(part[name]).astype(np.float64).reshape(-1, n_directions)[:, keep]
             for name in ("action_changed_rate", *columns)
         }
+        values = combined(by_name[f"{metric}_{statistic}"], combine, metric, statistic)
+        lowest, highest = by_name[f"{metric}_min"], by_name[f"{metric}_max"]
+        if statistic == "std":  # no value of an input
+            lowest = highest = values[:, None]
         yield _Part(
             as_numpy(part["experiment_index"])[::n_directions],
-            combined(by_name[f"{metric}_{statistic}"], combine, metric, statistic),
-            combined(by_name[f"{metric}_min"], combine, metric),
-            combined(by_name[f"{metric}_max"], combine, metric),
+            values,
+            np.fmin.reduce(lowest, axis=1),
+            np.fmax.reduce(highest, axis=1),
             combined(by_name["action_changed_rate"], "average"),
         )
 
@@ -222,11 +237,6 @@ def combined(values: np.ndarray, how: str, metric: str = "", statistic: str = "m
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-_REDUCTIONS: dict[str, Any] = {
-    "std": np.nanstd, "min": np.nanmin, "max": np.nanmax,
-}  # fmt: skip
-
-
 def _intervals(
     results: Results, metric: str, statistic: str, chosen: Sequence[str], combine: str,
     indices: Sequence[int],
@@ -235,6 +245,7 @@ def _intervals(
     n_inputs = len(results.sweep["input_ids"])
     columns: list[np.ndarray] = []
     owners: list[int] = []
+    few: set[int] = set()
     for index, rows in results.rows_of(indices, [metric]).items():
         values = as_numpy(rows[metric]).astype(np.float64)
         by_direction = values.reshape(len(results.directions), n_inputs)
@@ -243,12 +254,14 @@ def _intervals(
             if not np.isnan(one).all():
                 columns.append(one)
                 owners.append(index)
+                if np.count_nonzero(~np.isnan(one)) < LEAST_INPUTS:
+                    few.add(index)
     if not columns:
         return {}
     resampled = _resampled(np.stack(columns, 1), statistic)
     found = {}
     tail = 100 * (1 - CONFIDENCE) / 2
-    for index in dict.fromkeys(owners):
+    for index in dict.fromkeys(owner for owner in owners if owner not in few):
         both = combined(resampled[:, np.array(owners) == index], combine, metric, statistic)
         low, high = np.nanpercentile(both, [tail, 100 - tail])
         found[index] = (float(low), float(high))
@@ -271,14 +284,14 @@ def _resampled(values: np.ndarray, statistic: str) -> np.ndarray:
         with warnings.catch_warnings(), np.errstate(invalid="ignore"):
             # A draw of nothing but undefined inputs is undefined itself.
             warnings.simplefilter("ignore", RuntimeWarning)
-            if (reduction := _REDUCTIONS.get(statistic)) is None:
+            if statistic == "mean":
                 draws += n_inputs * np.arange(len(draws))[:, None]
                 times = np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape)
                 sums = times.astype(np.float64) @ weighted
                 part[:] = sums[:, :n_columns] / sums[:, n_columns:]
             else:
                 for column in range(n_columns):
-                    part[:, column] = reduction(values[draws, column], axis=1)
+                    part[:, column] = np.nanstd(values[draws, column], axis=1)
     return found
 
 
@@ -327,13 +340,14 @@ def single_neuron_effects(
     results: Results, metric: str, direction: str, statistic: str
 ) -> dict[str, np.ndarray]:
     """See :meth:`raypatch.results.reader.Results.effect_matrix`."""
-    _check(results, metric, statistic, "average")
+    combine = usual_combination(metric)
+    _check(results, metric, statistic, combine)
     chosen = _directions(results, direction)
     sizes = results.sweep["identity"]["layers"]
     found = {layer: np.full(size, np.nan) for layer, size in sizes.items()}
     values = {
         int(index): value
-        for part in _parts(results, metric, statistic, chosen, "average")
+        for part in _parts(results, metric, statistic, chosen, combine)
         for index, value in zip(part.ids, part.values)
     }
     for batch in results.experiment_batches():

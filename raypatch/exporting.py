@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,7 +122,7 @@ def _flattened(table: pa.Table) -> pa.Table:
 
 def _by_experiment(results: Results, folder: Path) -> None:
     """``<direction>/<name>.json``: input id to what the patch did to it."""
-    names = _Names()
+    names = _Names(of_files=True)
     for index, name, spec, rows in _experiments(results):
         unique = names.unique(_file_name(name), index)
         for direction, by_input in rows.items():
@@ -138,7 +139,7 @@ def _by_experiment(results: Results, folder: Path) -> None:
 
 def _by_input(results: Results, folder: Path) -> None:
     """``<direction>/<input>.json``: experiment name to configuration, results and analysis."""
-    names, files = _Names(), _Names()
+    names, files = _Names(), _Names(of_files=True)
     ids = results.sweep["input_ids"]
     safe = {
         key: files.unique(_file_name(key.replace(".", "_")), number)
@@ -161,17 +162,22 @@ def _by_input(results: Results, folder: Path) -> None:
 
 
 class _Names:
-    """Names made unique by the experiment's index where one comes twice."""
+    """Names made unique by the experiment's index where one comes twice; those of files also where
+    a disk that takes ``A`` for ``a`` would have one come twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, of_files: bool = False) -> None:
+        self._of_files = of_files
         self._seen: set[str] = set()
 
     def unique(self, name: str, index: int) -> str:
         found, more = name, itertools.count(index)
-        while found in self._seen:
+        while self._key(found) in self._seen:
             found = f"{name}_{next(more)}"
-        self._seen.add(found)
+        self._seen.add(self._key(found))
         return found
+
+    def _key(self, name: str) -> str:
+        return unicodedata.normalize("NFC", name).casefold() if self._of_files else name
 
 
 def _file_name(name: str) -> str:
@@ -263,23 +269,23 @@ def _write_summary_json(results: Results, direction: str, folder: Path) -> None:
             )
             found.add(mean, low, high)
     described, names = _described(results), _Names()
-    # The one metric that is undefined for some inputs: where both sides act alike.
-    actions = [[row["baseline_action"] for row in rows] for rows in _baselines(results).values()]
-    defined = {}
-    if len(actions) == 2:
-        defined["logit_diff_recovered"] = sum(a != b for a, b in zip(*actions))
+    each = (-1, n_directions, len(results.sweep["input_ids"]))
     with (folder / f"patching_summary_{direction}.json").open("w") as file:
         separator = "{"
-        for part in results.summary_parts(None):
-            for row in part.slice(at).to_pylist()[::n_directions]:
+        row_parts = results.row_parts(list(results.metrics))
+        for part, rows in zip(results.summary_parts(None), row_parts):
+            counts = {  # [experiments]: for how many inputs a metric is defined
+                metric: rows[metric].is_valid().to_numpy().reshape(each)[:, at].sum(1).tolist()
+                for metric in moments
+            }
+            for number, row in enumerate(part.slice(at).to_pylist()[::n_directions]):
                 name = names.unique(described(row["experiment_index"])[0], row["experiment_index"])
-                n_inputs = row["n_inputs"]
                 metrics = {
-                    metric: _metric_summary(row, metric, found, defined.get(metric, n_inputs))
+                    metric: _metric_summary(row, metric, found, counts[metric][number])
                     for metric, found in moments.items()
                     if row[f"{metric}_mean"] is not None
                 }
-                entry = {"metrics": metrics, "input_count": n_inputs}
+                entry = {"metrics": metrics, "input_count": row["n_inputs"]}
                 file.write(f"{separator}\n{json.dumps(name)}: {json.dumps(entry, indent=2)}")
                 separator = ","
         file.write("\n}\n")

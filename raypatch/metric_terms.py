@@ -6,7 +6,8 @@ with the experiments of a block last, what belongs to an input is one number for
 memory, and sums over outputs or inputs add such runs.
 
 Formulas are written in the differences d = p - b, so that tiny effects keep their digits: in
-float64 they are exact for float32 logits whose sizes are not more than 2^29 apart. With
+float64 they are exact for float32 logits whose sizes are not more than 2^29 apart; of others the
+probabilities are compared themselves. With
 m = sum P_b d and e = d - m,
 
     S              = 1 + sum P_b expm1(e) - sum P_b e              because sum P_b e = 0
@@ -41,6 +42,7 @@ from raypatch.arrays import (
 )
 
 SMALL = 1e-10  # keeps the saturating ratios defined, as in the original
+FAR_APART = 2.0**29  # between logits, beyond which their difference is not exact
 WILD = 500  # beyond this exp comes near the end of float64's range
 DIGITS_LEFT = 1e-6  # of float64's sixteen digits, a difference may lose six
 
@@ -160,9 +162,9 @@ def softmax(columns: Array) -> Array:
     return powers
 
 
-def log_sum_exp(columns: Array) -> Array:
-    top, xp = largest(columns), library(columns)
-    return xp.log(xp.exp(columns - top[:, None]).sum(1)) + top
+def log_softmax(columns: Array) -> Array:
+    below, xp = columns - largest(columns)[:, None], library(columns)
+    return below - xp.log(xp.exp(below).sum(1))[:, None]
 
 
 def length(x: Array) -> Array:
@@ -258,19 +260,25 @@ class Rows:
         return 1 + self.excess
 
     @cached_property
+    def longest(self) -> float:
+        """The largest |d|."""
+        return float(self.squared_norm.max()) ** 0.5
+
+    @cached_property
+    def absorbed(self) -> Array:
+        """Rows of differences so large that nothing may be left in them of the smaller logits."""
+        return self.squared_norm > FAR_APART**2
+
+    @cached_property
     def wild(self) -> Array | None:
-        """Rows whose probabilities change by more than float64's range; None if there are none."""
+        """Rows whose probabilities change by more than float64's range, or whose differences do not
+        tell; None if there are none."""
         # No element of e is larger than twice the length of d.
-        bound = 2 * float(self.squared_norm.max()) ** 0.5
-        return (self.e > WILD).any(1) if bound > WILD else None
+        return (self.e > WILD).any(1) | self.absorbed if 2 * self.longest > WILD else None
 
     @cached_property
     def log_s(self) -> Array:
-        log_s = library(self.excess).log1p(self.excess)
-        if self.wild is not None:
-            exact = log_sum_exp(self.p) - log_sum_exp(self.fixed.b) - self.mean_d
-            log_s = library(log_s).where(self.wild, exact, log_s)
-        return log_s
+        return library(self.excess).log1p(self.excess)
 
     def or_if_wild(self, usual: Array, exact: Callable[[], Array]) -> Array:
         """``usual``, but what ``exact`` computes for wild rows; either may hold outputs."""
@@ -355,6 +363,8 @@ class Rows:
         delicate = rest < DIGITS_LEFT * self.squared_norm
         if always_in_line:
             delicate[...] = False
+        if self.longest > FAR_APART:
+            delicate |= self.absorbed
         if not least > self.fixed.surely_long:
             delicate |= squared < self.fixed.least_length
         if delicate.any():

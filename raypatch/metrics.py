@@ -12,7 +12,14 @@ import torch
 
 from raypatch.arrays import Array, at_least, dot, largest, library, weighted
 from raypatch.errors import InputError
-from raypatch.metric_terms import Rows, length, log_sum_exp, pick, softmax, unit
+from raypatch.metric_terms import Rows, length, log_softmax, pick, softmax, unit
+
+
+def _kl(r: Rows) -> Array:
+    def exact() -> Array:
+        return weighted(r.fixed.prob, log_softmax(r.fixed.b) - log_softmax(r.p))
+
+    return at_least(r.or_if_wild(r.log_s, exact), 0)
 
 
 def _reverse_kl(r: Rows) -> Array:
@@ -21,8 +28,7 @@ def _reverse_kl(r: Rows) -> Array:
     kl -= r.log_s
 
     def exact() -> Array:
-        top, base = log_sum_exp(r.p), log_sum_exp(r.fixed.b)
-        return dot(softmax(r.p), r.p - top[:, None] - (r.fixed.b - base[:, None]))
+        return dot(softmax(r.p), log_softmax(r.p) - log_softmax(r.fixed.b))
 
     return at_least(r.or_if_wild(kl, exact), 0)
 
@@ -44,8 +50,12 @@ def _recovered(r: Rows) -> Array:
     a_source, span = r.fixed.recovery
     gained = pick(r.d, a_source)  # LD_p - LD_b, but for the target's own action
     gained -= r.d_a
-    gained /= span
-    return gained
+
+    def exact() -> Array:
+        b, a = r.fixed.b, r.fixed.a
+        return pick(r.p, a_source) - pick(r.p, a) - (pick(b, a_source) - pick(b, a))
+
+    return r.or_if_wild(gained, exact) / span
 
 
 def _proportion_change(r: Rows) -> Array:
@@ -74,7 +84,7 @@ METRICS: dict[str, Metric] = {
     "logit_difference_norm": Metric(lambda r: r.norm, "logits", discrete=False),
     "action_probability_delta": Metric(lambda r: r.prob_change_a, "probability"),
     "top_action_probability_gap": Metric(_probability_gap, "probability"),
-    "kl_divergence": Metric(lambda r: at_least(r.log_s, 0), "nats"),
+    "kl_divergence": Metric(_kl, "nats"),
     "reverse_kl_divergence": Metric(_reverse_kl, "nats"),
     "hellinger_distance": Metric(_hellinger, "1"),
     "confidence_margin_change": Metric(lambda r: r.margin_change, "probability"),

@@ -24,6 +24,7 @@ from raypatch.inprocess import Bench
 from raypatch.results.reader import Results
 from raypatch.results.schema import TARGET_SIDE
 
+LEAST_NEURONS = 5  # of a layer, that a correlation tells anything
 METRIC = "top_logit_delta_magnitude"
 
 
@@ -160,7 +161,7 @@ def compared(results: Results, path: str) -> dict[str, Any]:
                     "names": [f"{layer}_neuron_{i}" for i in known],
                     "truth": a.tolist(),
                     "estimate": b.tolist(),
-                    "correlation": rank_correlation(a, b),
+                    "correlation": rank_correlation(a, b) if len(known) >= LEAST_NEURONS else None,
                 }
             )
     if not layers:

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +106,31 @@ def test_the_maximum_of_both_directions_is_the_stronger_effect(run_inline, singl
         for direction in results.directions
     ]
     strongest = min if metric == "cosine_similarity" else lambda values: max(values, key=abs)
-    for row in results.rank(metric, combine="maximum", top=None):
+    rows = results.rank(metric, combine="maximum", top=None)
+    for row in rows:
         assert row[column] == strongest([means[row["name"]] for means in each])
+    # What is signed goes up in one direction as it goes down in the other, and would cancel.
+    usual = "maximum" if metric == "output_logit_delta" else "average"
+    assert results.rank(metric, top=None) == results.rank(metric, combine=usual, top=None)
+    matrix = np.concatenate(list(results.effect_matrix(metric).values()))
+    by_index = sorted(results.rank(metric, top=None), key=lambda row: row["experiment_index"])
+    np.testing.assert_array_equal(matrix[: len(by_index)], [row[column] for row in by_index])
+
+
+@pytest.mark.parametrize("statistic", ["mean", "std"])
+@pytest.mark.parametrize("direction", ["both", "noising"])
+def test_normalised_is_0_at_the_smallest_value_that_is_ranked_and_1_at_the_largest(
+    lava_run, values, statistic, direction
+):
+    metric = "logit_difference_norm"
+    chosen = {"both": [0, 1], "noising": [1]}[direction]
+    spread = values[metric][:, chosen]
+    by_experiment = REDUCE[statistic](spread, axis=2).mean(1)
+    bounds = by_experiment if statistic == "std" else spread
+    for row in rank(lava_run, metric, statistic=statistic, direction=direction, top=20):
+        value = by_experiment[row["experiment_index"]]
+        expected = (value - bounds.min()) / (bounds.max() - bounds.min())
+        assert row["normalised"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_metric_that_is_defined_nowhere_is_said_to_be_and_not_what_to_look_at_next(
@@ -136,6 +160,26 @@ def test_bootstrap_intervals_agree_with_scipys(lava_run, values):
         assert row["ci_low"] == pytest.approx(other.low, abs=0.15 * width)
         assert row["ci_high"] == pytest.approx(other.high, abs=0.15 * width)
         assert row["ci_low"] <= row[f"{metric}_mean"] <= row["ci_high"]
+
+
+def test_there_is_no_interval_where_resampling_tells_nothing(
+    lava_run, run_inline, single_neurons, tmp_path
+):
+    metric = "logit_difference_norm"
+    for statistic in ("min", "max"):
+        rows = rank(lava_run, metric, statistic=statistic, bootstrap=True)
+        assert {(row["ci_low"], row["ci_high"]) for row in rows} == {(None, None)}
+    ids = lava_run.sweep["input_ids"]
+    for n_inputs in (4, 5):
+        out = run_inline(
+            LAVA,
+            single_neurons(LAVA),
+            "--input_ids",
+            ",".join(ids[:n_inputs]),
+            out=tmp_path / str(n_inputs),
+        )
+        rows = rank(raypatch.open_results(out), metric, bootstrap=True)
+        assert (rows[0]["ci_low"] is None) == (n_inputs < 5)
 
 
 def test_moments_of_parts_are_those_of_the_whole():
@@ -258,6 +302,23 @@ def test_the_originals_layouts_hold_the_same_numbers(lava_run, values, tmp_path,
         np.testing.assert_allclose(
             means, values["kl_divergence"][:, d].mean(1), rtol=1e-5, atol=1e-9
         )
+
+
+def test_an_exported_summary_counts_the_inputs_that_a_metric_is_defined_for(
+    run_inline, single_neurons, tmp_path
+):
+    out = run_inline(LAVA, single_neurons(LAVA), "--source", "resample")
+    results = raypatch.open_results(out)
+    folder = export(results, "json", "experiment", str(tmp_path / "e"))
+    shape = (-1, 2, len(results.sweep["input_ids"]))
+    column = results.dataset().to_table()["logit_diff_recovered"]
+    defined = column.is_valid().to_numpy().reshape(shape).sum(2)
+    assert 0 < defined.min() < shape[2]
+    for d, direction in enumerate(results.directions):
+        summary = json.loads((folder / f"patching_summary_{direction}.json").read_text())
+        entries = [entry["metrics"] for entry in summary.values()]
+        assert [e["logit_diff_recovered"]["count"] for e in entries] == defined[:, d].tolist()
+        assert {e["kl_divergence"]["count"] for e in entries} == {shape[2]}
 
 
 def keys_of(value, path=""):
@@ -388,14 +449,16 @@ def test_names_are_never_read_as_folders_and_never_too_long(named, run_inline, t
 
 def test_names_that_meet_stay_apart(named, run_inline, tmp_path):
     layer = "q_net.0"
-    agent = named(layer, "q_net.2", ids=("1.5", "1_5_2", "1-5", "1_5"))
-    results = swept(run_inline, agent, [{layer: [1]}] * 3, tmp_path)
+    # Some disks take capitals, and letters composed or not, for the same.
+    agent = named(layer, "Q_net.0", ids=("1.5", "1_5_2", "1-5", "1_5", "A", "a", "é", "e\u0301"))
+    results = swept(run_inline, agent, [{layer: [1]}] * 3 + [{"Q_net.0": [1]}], tmp_path)
     folder = export(results, "json", "experiment", str(tmp_path / "e"))
-    assert len(list((folder / "noising").iterdir())) == 3
+    assert len({path.name.casefold() for path in (folder / "noising").iterdir()}) == 4
     folder = export(results, "json", "input", str(tmp_path / "i"))
     files = list((folder / "noising").iterdir())
-    assert len(files) == 4
-    assert all(len(json.loads(path.read_text())) == 3 for path in files)
+    names = {unicodedata.normalize("NFC", path.name).casefold() for path in files}
+    assert len(files) == len(names) == 8
+    assert all(len(json.loads(path.read_text())) == 4 for path in files)
 
 
 def test_a_name_that_looks_like_the_printers_markup_is_shown_as_it_is(

@@ -179,7 +179,7 @@ class ReadsPair(nn.Module):
         given = self.head(x)
         if self.kind is Pair:
             return self.out(torch.cat([given.logits.tanh(), given.value], 1))
-        return self.out(torch.cat([*given[:1], *given[1:]] + given[2:], 1))
+        return self.out(torch.cat(given.copy(), 1))
 
 
 @pytest.mark.parametrize("kind", [Pair, lambda *several: list(several)], ids=["named", "list"])

@@ -220,7 +220,8 @@ def test_the_screen_writes_a_definition_that_runs_and_a_comparison(
     whole = run_inline(LAVA, single_neurons(LAVA), out=tmp_path / "whole")
     found = compared(raypatch.open_results(whole), str(estimates))
     assert [len(layer["truth"]) for layer in found["layers"]] == [64, 64, 64, 3]
-    assert all(layer["correlation"] > 0.5 for layer in found["layers"])
+    *many, few = (layer["correlation"] for layer in found["layers"])
+    assert min(many) > 0.5 and few is None  # three neurons tell nothing
     bad = command("report", out, "--screen", definition, "--output", tmp_path / "x.html")
     assert bad.code == 2 and not (tmp_path / "x.html").exists()
 

@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from raypatch.commands.options import AGENT_OPTIONS, INPUT_OPTIONS, LOCAL_PATH, with_options
+from raypatch.commands.options import (
+    AGENT_OPTIONS,
+    COMBINE_HELP,
+    INPUT_OPTIONS,
+    LOCAL_PATH,
+    with_options,
+)
 
 
 @click.command()
@@ -71,9 +77,7 @@ SEARCH_OPTIONS = [
 @click.option("--metric", required=True, help="What makes a coalition strong.")
 @click.option("--candidates", default=20, show_default=True, help="Tried at each step.")
 @click.option("--max_size", default=30, show_default=True, help="Neurons at most.")
-@click.option(
-    "--combine", default="average", show_default=True, help="Both directions: average or maximum."
-)
+@click.option("--combine", help=COMBINE_HELP)
 @click.option(
     "--against",
     default="baseline",
@@ -89,7 +93,7 @@ SEARCH_OPTIONS = [
 def coalition(
     metric: str,
     candidates: int,
-    combine: str,
+    combine: str | None,
     against: str,
     monotone: bool,
     direction: str,
@@ -109,6 +113,9 @@ def coalition(
             f"{step.size:3}  {step.layer}_neuron_{step.neuron}  {metric} {step.score:.4g}{flips}"
         )
 
+    from raypatch.analysis import usual_combination
+
+    combine = combine or usual_combination(metric)
     options = SearchOptions(metric, candidates, direction, combine, against, monotone)
     steps = find_coalition(
         output_dir=output_dir, options=options, max_size=max_size, on_step=show, **given

@@ -8,7 +8,13 @@ from typing import Any
 
 import click
 
-from raypatch.commands.options import AGENT_OPTIONS, LOCAL_PATH, open_run, with_options
+from raypatch.commands.options import (
+    AGENT_OPTIONS,
+    COMBINE_HELP,
+    LOCAL_PATH,
+    open_run,
+    with_options,
+)
 from raypatch.errors import InputError
 
 
@@ -51,9 +57,7 @@ def verify(output_dir: str, **given: Any) -> None:
 @click.option("--metric", help="Default: kl_divergence, or the first that was computed.")
 @click.option("--statistic", default="mean", show_default=True, help="mean, std, min or max.")
 @click.option("--direction", default="both", show_default=True, help="Or one of the two.")
-@click.option(
-    "--combine", default="average", show_default=True, help="Both directions: average or maximum."
-)
+@click.option("--combine", help=COMBINE_HELP)
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1))
 @click.option("--bottom", is_flag=True, help="The weakest first.")
 @click.option("--layer", help="Only experiments that patch this layer.")

@@ -6,13 +6,14 @@ distributions and scatter plots a seeded sample.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from raypatch.analysis import combined, rank, single_neurons
+from raypatch.analysis import combined, rank, single_neurons, usual_combination
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.results.reader import Results
 from raypatch.results.schema import TARGET_SIDE
@@ -69,6 +70,7 @@ class Gathered:
     strips: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     flips: dict[str, np.ndarray] = field(default_factory=dict)
     n_experiments: int = 0
+    sampled: set[str] = field(default_factory=set)  # layers of which ``effects`` are not all
 
 
 def gather(results: Results) -> Gathered:
@@ -94,7 +96,11 @@ def gather(results: Results) -> Gathered:
     places = [int(i) for i in scatter.rows[:, 0]]
     order = np.argsort(places)
     described = results.describe([places[i] for i in order])["name"].to_pylist()
-    names = dict(zip((places[i] for i in order), described))
+    twice = {name for name, count in Counter(described).items() if count > 1}
+    names = {
+        place: f"{name} (experiment {place})" if name in twice else name
+        for place, name in zip((places[i] for i in order), described)
+    }
     found = Gathered(
         metrics=metrics,
         directions=directions,
@@ -105,6 +111,7 @@ def gather(results: Results) -> Gathered:
         scatter_names=[names[i] for i in places],
         top={metric: rank(results, metric, top=TOP, bootstrap=True) for metric in metrics},
         n_experiments=n_experiments,
+        sampled={layer for layer, s in effects.items() if s.seen > s.size},
     )
     if results.has_rows:
         found.strips = _strips(results, found.top)
@@ -174,7 +181,7 @@ def _fill_heat(
 
 
 def _strips(results: Results, top: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Per-input values of each metric's top experiments, averaged over the directions."""
+    """Per-input values of each metric's top experiments, the directions combined as in ranks."""
     n_inputs, n_directions = len(results.sweep["input_ids"]), len(results.directions)
     indices = sorted({row["experiment_index"] for rows in top.values() for row in rows})
     rows = results.rows_of(indices, list(results.metrics))
@@ -184,7 +191,8 @@ def _strips(results: Results, top: dict[str, list[dict[str, Any]]]) -> dict[str,
         for row in ranked:
             index = row["experiment_index"]
             values = rows[index][metric].to_numpy(zero_copy_only=False).astype(np.float64)
-            per_input = combined(values.reshape(n_directions, n_inputs).T, "average")
+            both = values.reshape(n_directions, n_inputs).T
+            per_input = combined(both, usual_combination(metric), metric)
             found[metric][str(index)] = per_input[:MAX_STRIP_INPUTS]
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from raypatch.analysis import SIGNED, strength
+from raypatch.analysis import LIKENESS, SIGNED, strength
 from raypatch.errors import InputError, missing_package
 from raypatch.progress import counted, duration, short_number
 from raypatch.reporting.gather import Gathered, gather, ordered_layers
@@ -62,6 +62,7 @@ def _data(results: Results, found: Gathered) -> dict[str, Any]:
         # The page opens on the first.
         "metrics": sorted(found.metrics, key=lambda name: name != DEFAULT_METRIC),
         "signed": sorted(SIGNED.intersection(found.metrics)),
+        "likeness": sorted(LIKENESS.intersection(found.metrics)),
         "directions": list(found.directions),
         "units": found.units,
         "layers": layers[:MAX_LAYERS],
@@ -85,6 +86,7 @@ def _data(results: Results, found: Gathered) -> dict[str, Any]:
         "input_ids": results.sweep["input_ids"][:200],
         "flips": {d: counts.tolist() for d, counts in found.flips.items()},
         "n_experiments": found.n_experiments,
+        "sampled": sorted(found.sampled),
     }
 
 

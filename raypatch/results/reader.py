@@ -200,8 +200,8 @@ class Results:
         single neuron; NaN for neurons that were not patched alone or where it is undefined.
 
         ``metric`` None is :attr:`default_metric`.
-        ``direction`` None averages the directions. Raises InputError for a metric or
-        direction that was not run.
+        ``direction`` None averages the directions, of signed metrics it takes the stronger. Raises
+        InputError for a metric or direction that was not run.
         """
         from raypatch.analysis import BOTH, single_neuron_effects
 
