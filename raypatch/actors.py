@@ -127,6 +127,12 @@ class RayBackend:
                 os.environ.setdefault(name, value)
             import ray
 
+            if ray.is_initialized():
+                raise InputError(
+                    "Ray is initialised in this process already, and raypatch starts and ends its "
+                    "own: call ray.shutdown() before, or give backend='inline'; to use a Ray that "
+                    "runs elsewhere give its address"
+                )
             self._ray = ray
             self._init()
             self._choose_actors()

@@ -65,6 +65,7 @@ def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = No
         job = Job(config, backend, interruption)
         job.read()
         job.plan()
+        interruption.catch()
         with job.opened(say):
             say(job.describe())
             job.compute()
@@ -141,7 +142,6 @@ class Job:
         )
         self.outputs_by_side = self._baselines()
         self.backend.wait_started()
-        self.interruption.catch()
         self.identity = self._identity()
         self.fingerprint = sweep.fingerprint(self.identity)
         recovery.held_receipts(self.store, self.identity, overwrite=config.overwrite)

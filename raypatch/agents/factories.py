@@ -21,13 +21,30 @@ from raypatch.errors import AgentError
 def importable(*directories: Path, last: Path | None = None) -> Iterator[None]:
     """Directories at the front of ``sys.path`` for the time of a load; ``last`` behind all
     others, so that nothing there takes the place of a module that is found elsewhere."""
-    before = list(sys.path)
+    folders = [directory.resolve() for directory in (*directories, *([last] if last else []))]
+    for name, file in _imported.items():
+        for found in (d / f for d in folders for f in (f"{name}.py", f"{name}/__init__.py")):
+            if found.is_file() and found != file:
+                raise AgentError(
+                    f"{found}: {name!r} was imported from {file} before, and Python has one module "
+                    "of a name; rename one, or load the two agents in processes of their own"
+                )
+    before, known = list(sys.path), set(sys.modules)
     after = [] if last is None else [str(last.resolve())]
     sys.path[:] = [str(directory.resolve()) for directory in directories] + before + after
     try:
         yield
     finally:
         sys.path[:] = before
+        for name in sys.modules.keys() - known:
+            file = Path(getattr(sys.modules[name], "__file__", None) or "").resolve()
+            home = file.parent.parent if file.name == "__init__.py" else file.parent
+            if "." not in name and home in folders:
+                _imported[name] = file
+
+
+# Top-level modules that were imported from agents' directories, for good.
+_imported: dict[str, Path] = {}
 
 
 def build_with_factory(factory: str, directory: Path) -> nn.Module:
@@ -46,7 +63,8 @@ def build_with_factory(factory: str, directory: Path) -> nn.Module:
         function = getattr(module, function_name, None)
         if not callable(function):
             raise AgentError(
-                f"--agent_factory {factory}: {module.__file__} has no function {function_name!r}"
+                f"--agent_factory {factory}: {getattr(module, '__file__', module_name)} has no "
+                f"function {function_name!r}"
             )
         try:
             network = function()

@@ -76,6 +76,11 @@ def load_rl_module(folder: Path, options: AgentOptions) -> Agent:
                 f"{folder}: RLlib could not load it: {type(error).__name__}: {error}"
             ) from None
     space = module.action_space
+    if (kind := type(space).__name__) not in ("Discrete", "Box"):
+        raise AgentError(
+            f"{folder}: its action space is {kind}, not Discrete or Box; give its network with "
+            "--agent_factory"
+        )
     discrete = hasattr(space, "n")
     n_outputs = int(space.n) if discrete else math.prod(space.shape)
     parts = _parts(module, folder)

@@ -6,6 +6,7 @@ Plain MLPs are rebuilt from them where nothing is guessed; a factory builds anyt
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -163,12 +164,32 @@ def _chains(
     """Up to two orders in which each layer takes what the one before gives."""
     if not paths:
         return [()]
+    if not _may_chain([tuple(weights[path].shape[:2]) for path in paths], width):
+        return []
     found: list[tuple[str, ...]] = []
     for path in paths:
         if width in (None, weights[path].shape[1]) and len(found) < 2:
             rest = tuple(other for other in paths if other != path)
             found += [(path, *tail) for tail in _chains(rest, weights, weights[path].shape[0])]
     return found[:2]
+
+
+def _may_chain(shapes: list[tuple[int, ...]], width: int | None) -> bool:
+    """Whether there is such an order at all, from ``width`` on where that is given (Euler's
+    condition for a path along every edge once: widths are places, layers lead from one to another);
+    without it looking for one may take the factorial of the number of layers."""
+    starts = Counter(n_in for _, n_in in shapes)
+    starts.subtract(n_out for n_out, _ in shapes)
+    first = [width] if width is not None else [place for place, more in starts.items() if more > 0]
+    if max(map(abs, starts.values())) > 1 or len(first) > 1:
+        return False
+    if width is not None and any(more > 0 and place != width for place, more in starts.items()):
+        return False
+    reached, before = {*first} or {shapes[0][1]}, 0
+    while len(reached) > before:
+        before = len(reached)
+        reached |= {n_out for n_out, n_in in shapes if n_in in reached}
+    return reached >= {n_in for _, n_in in shapes}
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -46,9 +46,7 @@ AGENT_OPTIONS = [
     click.option("--actions", metavar="KIND", help="discrete or continuous, where files are mute."),
 ]
 
-COMBINE_HELP = (
-    "Both directions: average, or maximum, the default of signed metrics."
-)
+COMBINE_HELP = "Both directions: average, or maximum, the default of signed metrics."
 INPUT_OPTIONS = [
     click.option(name, type=LOCAL_PATH, metavar="FILE", help="Default: in the agent's directory.")
     for name in ("--clean_inputs", "--corrupted_inputs")

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -18,6 +20,7 @@ from raypatch.engine.apart import OneByOne
 from raypatch.engine.graph import Graph, Node, Ref
 
 ADDRESS = re.compile(" at 0x[0-9a-f]+")
+OF_ALL_MODULES = vars(nn.Module()).keys()  # weights, submodules and hooks among them
 
 
 def network_digest(network: nn.Module, graph: Graph | None) -> str:
@@ -41,18 +44,12 @@ def _operation(node: Node) -> str:
 
 
 def _module(name: str, module: nn.Module) -> list[str]:
-    """A module's kind; the code and plain attributes of a class that is the user's own."""
+    """A module's kind; the code and attributes of a class that is the user's own."""
     kind = type(module)
     if kind.__module__.startswith(("torch.nn.", "raypatch.")):
         return [f"{name} {kind.__qualname__} {ADDRESS.sub('', module.extra_repr())}"]
-    plain = {k: v for k, v in vars(module).items() if _is_plain(v)}
-    return [f"{name} {kind.__qualname__} {sorted(plain.items())}", _source(module)]
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (bool, int, float, str, type(None)))
+    own = {k: v for k, v in vars(module).items() if k not in OF_ALL_MODULES}
+    return [f"{name} {kind.__qualname__} {_text(own)}", _source(module)]
 
 
 def _source(module: nn.Module) -> str:
@@ -70,6 +67,19 @@ def _text(value: Any) -> str:
         return f"{value.dtype} {list(value.shape)} {hashlib.sha256(held.data).hexdigest()}"
     if isinstance(value, Ref):
         return f"%{value.node}"
+    if isinstance(value, np.ndarray):
+        numbers = np.ascontiguousarray(value).tobytes()
+        return f"{value.dtype} {value.shape} {hashlib.sha256(numbers).hexdigest()}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(sorted(f'{_text(k)}: {_text(v)}' for k, v in value.items()))}}}"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, partial):
+        return f"partial {_text([value.func, value.args, value.keywords])}"
+    if inspect.isfunction(value) and not (value.__module__ or "").startswith("torch."):
+        code = value.__code__
+        constants = [c for c in code.co_consts if isinstance(c, (bool, int, float, str))]
+        return f"{value.__qualname__} {code.co_code.hex()} {code.co_names} {constants}"
     if isinstance(value, (bool, int, float, complex, str, slice, type(None), torch.dtype)):
         return repr(value)
     if isinstance(value, nn.Module):

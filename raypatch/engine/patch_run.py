@@ -177,9 +177,9 @@ class PatchRun:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if rows <= self.n_inputs:
+                if rows <= prepared.n_inputs:
                     raise RunError(
-                        f"out of memory with one experiment in a batch ({self.n_inputs} inputs); "
+                        f"out of memory with one experiment on {prepared.n_inputs} inputs; "
                         "lower --memory_per_actor so that inputs are taken in parts"
                     ) from error
                 self._halvings += 1

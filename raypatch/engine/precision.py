@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,38 +17,64 @@ _MKLDNN: list[Any] = [
 ]
 
 
+_lock = threading.Lock()
+_inside = 0
+_undo: list[Callable[[], None]] = []
+
+
 @contextmanager
 def exact_math() -> Iterator[None]:
-    """Products of float32 in float32, whatever the user has allowed; restored afterwards.
+    """Products of float32 in float32, whatever the user has allowed; restored afterwards, as the
+    switches are the whole process's by the last of several threads.
 
     Tensors are plain ones, also within the user's ``torch.inference_mode``, as they may be used
-    after it.
+    after it, and lie on the CPU where nothing says otherwise.
     """
-    held = _switches()
-    for part, name, _, exact in held:
-        setattr(part, name, exact)
+    global _inside, _undo
+    with _lock:
+        if _inside == 0:
+            _undo = _made_exact()
+        _inside += 1
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
-        for part, name, before, _ in held:
-            setattr(part, name, before)
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                for undo in _undo:
+                    undo()
 
 
-def _switches() -> list[tuple[Any, str, Any, Any]]:
-    """Every switch that allows less: its owner, its name, its value now, its exact value."""
+def _made_exact() -> list[Callable[[], None]]:
+    """Turn off every switch that allows less; what puts each back, in this order."""
+    undo: list[Callable[[], None]] = []
+
+    def switch(part: Any, name: str, exact: Any) -> None:
+        undo.append(partial(setattr, part, name, getattr(part, name)))
+        setattr(part, name, exact)
+
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    found: list[tuple[Any, str, Any, Any]] = []
+    newer = [cuda.matmul, *(getattr(cudnn, name) for name in ("conv", "rnn"))]
+    mkldnn = [part for part in _MKLDNN if part.fp32_precision != "none"]
     try:
-        for part in (cuda.matmul, cudnn):
-            found.append((part, "allow_tf32", part.allow_tf32, False))
+        whole = torch.get_float32_matmul_precision()
+        older = [part.allow_tf32 for part in (cuda.matmul, cudnn)]
     except RuntimeError:
         # The user has set newer switches; torch refuses the older ones then, but only then.
-        parts = [cuda.matmul, *(getattr(cudnn, name) for name in ("conv", "rnn"))]
-        found = [(part, "fp32_precision", part.fp32_precision, "ieee") for part in parts]
-    held = [(part, part.fp32_precision) for part in _MKLDNN]
-    return found + [(part, "fp32_precision", now, "ieee") for part, now in held if now != "none"]
+        for part in newer:
+            switch(part, "fp32_precision", "ieee")
+    else:
+        undo.append(partial(setattr, cuda.matmul, "allow_tf32", older[0]))
+        undo.append(partial(setattr, cudnn, "allow_tf32", older[1]))
+        undo.append(partial(torch.set_float32_matmul_precision, whole))  # "medium" is more
+        cuda.matmul.allow_tf32 = cudnn.allow_tf32 = False
+    for part in mkldnn:
+        switch(part, "fp32_precision", "ieee")
+    return undo

@@ -30,9 +30,9 @@ def resample_order(n_inputs: int, seed: int) -> Tensor:
         raise InputError(f"seed {seed!r}: a seed is a whole number of at most 64 bits") from None
     order = list(range(n_inputs))
     for i in range(n_inputs - 1, 0, -1):
-        j = int(torch.randint(i, (1,), generator=generator))
+        j = int(torch.randint(i, (1,), generator=generator, device="cpu"))
         order[i], order[j] = order[j], order[i]
-    return torch.tensor(order, dtype=torch.int64)
+    return torch.tensor(order, dtype=torch.int64, device="cpu")
 
 
 def zero_fill(layer: str, call: int, activation: Tensor) -> Tensor:
@@ -45,7 +45,8 @@ def noise_fill(layer: str, call: int, activation: Tensor) -> Tensor:
     wherever inputs lie among the other axes, if anywhere, and for every call: a graph does not hold
     the calls that nobody reads."""
     generator = torch.Generator().manual_seed(zlib.crc32(layer.encode()))
-    return activation + torch.randn(activation.shape[-1:], generator=generator).to(activation)
+    noise = torch.randn(activation.shape[-1:], generator=generator, device="cpu")
+    return activation + noise.to(activation)
 
 
 @dataclass(frozen=True)

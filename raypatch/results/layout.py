@@ -161,6 +161,11 @@ _SWEEP_FIELDS: dict[tuple[str, ...], type] = {
     ("input_ids",): list,
     ("n_outputs",): int,
     ("options",): dict,
+    ("definition_file",): str,
+    ("input_files",): list,
+    ("units",): dict,
+    ("device",): str,
+    ("precision",): str,
     ("runs",): list,
 }
 

@@ -29,10 +29,13 @@ RECORDS_BYTE = 1 << 62
 # The whole directory: more experiments than any definition has.
 ALL_EXPERIMENTS = 1 << 61
 PATIENCE_S = 1.0
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 # POSIX locks belong to the process and fall when any handle of the file is closed, so a
 # process opens each lock file once and keeps it.
 _handles: dict[str, int] = {}
+# Neither do they keep this process's own runs apart: its ranges by directory.
+_ranges: dict[str, list[tuple[int, int]]] = {}
 
 
 def _handle(root: Path) -> int | None:
@@ -54,7 +57,7 @@ def _set(handle: int, kind: int, start: int, length: int) -> bool:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+        if error.errno in NO_LOCKS:
             return True  # a file system without locks: nothing to hold
         raise
     return True
@@ -84,6 +87,7 @@ class RangeLock:
 
     def __init__(self, root: Path, first: int, last: int) -> None:
         self._root, self._first, self._length = root, first, last - first
+        self._own = (first, last)
 
     def __enter__(self) -> None:
         import fcntl
@@ -94,8 +98,11 @@ class RangeLock:
                 f"{self._root}: cannot be written: no lock file can be made there; make it "
                 "writable or choose another --output_dir"
             )
+        own = _ranges.setdefault(str(self._root.resolve()), [])
         deadline = time.monotonic() + PATIENCE_S
-        while not _set(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, self._first, self._length):
+        while any(first < self._own[1] and self._first < last for first, last in own) or not _set(
+            handle, fcntl.LOCK_EX | fcntl.LOCK_NB, self._first, self._length
+        ):
             if time.monotonic() > deadline:
                 raise InputError(
                     f"--output_dir {self._root}: another run is writing these experiments; "
@@ -103,14 +110,17 @@ class RangeLock:
                     "directory or range"
                 )
             time.sleep(0.05)
+        own.append(self._own)
 
     def __exit__(self, *_: object) -> None:
         import fcntl
 
-        handle = _handles.pop(str(self._root.resolve()), None)
-        if handle is not None:
-            _set(handle, fcntl.LOCK_UN, self._first, self._length)
-            os.close(handle)
+        key = str(self._root.resolve())
+        _set(_handles[key], fcntl.LOCK_UN, self._first, self._length)
+        _ranges[key].remove(self._own)
+        if not _ranges[key]:
+            del _ranges[key]
+            os.close(_handles.pop(key))
 
     @staticmethod
     def held(root: Path) -> bool:
