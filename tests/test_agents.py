@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CARTPOLE, LAVA
+from safetensors.torch import save_file
 from torch import nn
 
 import raypatch
@@ -258,6 +259,34 @@ def test_the_observations_shape_is_that_of_the_inputs_that_are_named(tmp_path, m
     (beside / "clean_inputs.json").write_text('{"x": {"input": {"obs": [1.0], "h": [2.0]}}}')
     with pytest.raises(AgentError, match=r"several parts \(obs, h\).*raypatch.patch takes tuples"):
         load_agent(tmp_path, agent_factory="made:conv")
+
+
+def test_two_agents_with_factories_of_one_name_are_not_taken_for_each_other(tmp_path):
+    for name, activation in (("one", "ReLU"), ("two", "Tanh")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "of_one_name.py").write_text(
+            "from torch import nn\n"
+            "def make():\n"
+            f"    return nn.Sequential(nn.Linear(3, 4), nn.{activation}(), nn.Linear(4, 2))\n"
+        )
+        network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        torch.save(network.state_dict(), folder / "policy.pt")
+    for _ in range(2):  # the same one again is no other
+        agent = load_agent(tmp_path / "one", agent_factory="of_one_name:make")
+        assert isinstance(agent.network[1], nn.ReLU)
+    with pytest.raises(AgentError, match=r"two/of_one_name.py: 'of_one_name' was imported from"):
+        load_agent(tmp_path / "two", agent_factory="of_one_name:make")
+    with pytest.raises(AgentError, match="sys has no function 'nothing'"):
+        load_agent(tmp_path / "one", agent_factory="sys:nothing")
+
+
+@pytest.mark.timeout(20)
+def test_many_layers_of_which_one_fits_nowhere_are_refused_at_once(tmp_path):
+    layers = {f"layer{i}.weight": torch.ones(4, 4) for i in range(14)}
+    save_file({**layers, "odd.weight": torch.ones(2, 3)}, tmp_path / "policy.safetensors")
+    with pytest.raises(AgentError, match="odd.weight|do not chain|fit"):
+        load_agent(tmp_path, activation="relu")
 
 
 def test_a_network_that_squeezes_away_the_axis_of_a_lone_observation_is_loaded(

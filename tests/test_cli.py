@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +14,18 @@ from conftest import CARTPOLE, LAVA, ROOT, expected_outputs, outputs_of
 
 import raypatch
 from raypatch import progress
+from raypatch.actors import PoolOptions, RayBackend
+from raypatch.errors import InputError
 
 # ---------------------------------------------------------------- the original's examples
+
+
+def test_a_ray_that_the_user_has_initialised_is_left_alone(monkeypatch):
+    """No second one is started in the process, and that one is not shut down."""
+    fake = SimpleNamespace(is_initialized=lambda: True, shutdown=lambda: pytest.fail("shut down"))
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    with RayBackend(PoolOptions()) as backend, pytest.raises(InputError, match="initialised in"):
+        backend.wait_started()
 
 
 @pytest.mark.parametrize(

@@ -52,16 +52,16 @@ def as_if_large(yes):
 # ------------------------------------------------------------------------- every path
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", sorted(ZOO))
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     data=st.data(),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
     seed=st.integers(0, 1000),
     kind=st.sampled_from([k for k in SOURCE_KINDS if k != "given"]),
     large=st.booleans(),
 )
-def test_random_experiments_equal_plain_hooks(name, dtype, data, seed, kind, large):
+def test_random_experiments_equal_plain_hooks(name, data, dtype, seed, kind, large):
     network, source, target = build(name, seed)
     experiments = experiments_for(counts_of(network, target), data.draw)
     patcher = Patcher(network, dtype=dtype)

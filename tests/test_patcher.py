@@ -32,14 +32,18 @@ from raypatch.engine.patch_run import PatchRun
 {allowed}
 parts = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
 def show():
-    return [part.fp32_precision for part in parts]
+    try:
+        whole = torch.get_float32_matmul_precision()
+    except RuntimeError:  # newer switches are set
+        whole = None
+    return [whole, *(part.fp32_precision for part in parts)]
 before, inside, plan = show(), [], PatchRun.plan
 PatchRun.plan = lambda *args: (plan(*args), inside.append(show()))[0]
 evaluate = PatchRun._evaluate
 PatchRun._evaluate = lambda *args: (inside.append(show()), evaluate(*args))[1]
 net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
 raypatch.patch(net, [{{"0": [3]}}], torch.randn(5, 4), torch.randn(5, 4))
-print(before == show(), any(held in ("tf32", "bf16") for held in inside[-1]))
+print(before == show(), any(held in ("tf32", "bf16") for held in inside[-1][1:]))
 """
 
 

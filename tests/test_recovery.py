@@ -17,6 +17,7 @@ from kill_points import state_of
 
 import raypatch
 from raypatch import recovery
+from raypatch.errors import InputError
 from raypatch.results import layout, locks, store
 from raypatch.sweep import Range
 
@@ -170,6 +171,23 @@ def test_a_second_driver_is_refused_while_the_first_lives_and_not_after_it_was_k
         assert len(ended.err.strip().splitlines()) == 1
     assert not locks.RangeLock.held(out)
     assert resume(command, small, out).code == 0
+
+
+def test_ranges_of_one_process_hold_their_own_experiments_until_each_ends(tmp_path):
+    first, second = locks.RangeLock(tmp_path, 0, 50), locks.RangeLock(tmp_path, 50, 100)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    with pytest.raises(InputError, match="another run is writing these experiments"):
+        locks.RangeLock(tmp_path, 0, 60).__enter__()
+    program = (
+        "import sys; from pathlib import Path; from raypatch.results.locks import RangeLock\n"
+        "print(RangeLock.held(Path(sys.argv[1])))"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    assert subprocess.run(words, capture_output=True, text=True).stdout.strip() == "True"
+    second.__exit__()
+    assert not locks.RangeLock.held(tmp_path)
 
 
 def test_two_drivers_on_disjoint_ranges_of_one_directory_make_one_sweep(

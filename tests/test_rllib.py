@@ -73,6 +73,14 @@ def test_a_module_gives_its_own_outputs_and_patches_as_hooks_do(tmp_path, name):
     np.testing.assert_allclose(patched, truth, atol=1e-5)
 
 
+def test_an_action_space_of_several_actions_is_refused_not_guessed(tmp_path, monkeypatch):
+    several = gym.spaces.MultiDiscrete([3, 5])
+    monkeypatch.setitem(CASES, "several", ("PPO", several, None, "", ""))
+    saved(tmp_path / "checkpoint", "several")
+    with pytest.raises(AgentError, match="its action space is MultiDiscrete, not Discrete or Box"):
+        raypatch.load_agent(tmp_path / "checkpoint", trust_agent_code=True)
+
+
 def test_a_distribution_of_returns_is_refused_not_guessed(tmp_path):
     saved(tmp_path / "c", "dqn_dueling", num_atoms=5, v_min=-1.0, v_max=1.0)
     with pytest.raises(AgentError, match="distributional"):

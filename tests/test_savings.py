@@ -11,6 +11,7 @@ from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.patch_run import Limits
 from raypatch.engine.patcher import Patcher
+from raypatch.engine.prepared import Prepared
 from raypatch.engine.reference import reference_outputs
 from raypatch.engine.sources import SOURCE_KINDS
 from raypatch.errors import RunError
@@ -146,6 +147,24 @@ def test_batches_are_halved_when_memory_runs_out_and_stay_halved(monkeypatch):
     run([{"a": [0]}, {"a": [1]}])
     run([{"b": [0]}])
     assert sizes == [64, 32, 16, 16]
+
+
+def test_batches_are_halved_down_to_one_experiment_on_a_part_of_the_inputs(monkeypatch):
+    network = mlp([4, 8, 2], nn.ReLU)
+    source, target = torch.randn(64, 4), torch.randn(64, 4)
+    patcher = Patcher(network)
+    whole = patcher([{"0": [0]}, {"0": [1]}], source, target)
+    run = Patcher(network, memory_bytes=20_000).prepare(source, target)
+    assert run.inputs_at_a_time < 32
+    real = Prepared.evaluate
+
+    def evaluate(prepared, group, out, batch_rows):
+        if batch_rows > run.inputs_at_a_time:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(prepared, group, out, batch_rows)
+
+    monkeypatch.setattr(Prepared, "evaluate", evaluate)
+    torch.testing.assert_close(run([{"0": [0]}, {"0": [1]}]), whole)
 
 
 def test_out_of_memory_with_one_experiment_says_what_to_lower(monkeypatch):

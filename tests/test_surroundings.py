@@ -10,6 +10,7 @@ from networks import Deciding
 from torch import nn
 
 from raypatch.engine.patcher import Patcher
+from raypatch.engine.precision import exact_math
 from raypatch.errors import InputError
 
 EXPERIMENTS = [{"0": [i]} for i in range(8)] + [{"0": "all"}, {"2": [0]}]
@@ -49,6 +50,35 @@ def test_threads_leave_the_default_type_as_it_was():
     for thread in threads:
         thread.join()
     assert torch.get_default_dtype() is torch.float32
+
+
+def test_threads_leave_the_precision_of_products_as_it_was_and_have_it_exact():
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        one, other = exact_math(), exact_math()
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        assert not matmul.allow_tf32  # the other is still inside
+        other.__exit__(None, None, None)
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
+
+
+def test_a_default_device_of_the_users_is_no_place_for_what_a_patcher_makes(monkeypatch):
+    torch.manual_seed(0)
+    network, x = plain(), torch.randn(5, 6)
+    found = {}
+    for device in ("cpu", "meta"):
+        torch.set_default_device(device)
+        try:
+            kinds = ("zero", "mean", "resample")
+            found[device] = [Patcher(network)(EXPERIMENTS, target=x, kind=kind) for kind in kinds]
+        finally:
+            torch.set_default_device(None)
+    assert all(map(torch.equal, found["cpu"], found["meta"]))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from conftest import CARTPOLE, LAVA
+from torch import nn
 
 from raypatch import driver
+from raypatch.engine.identity import network_digest
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.structure import Savings
 from raypatch.errors import RunError
@@ -250,6 +256,45 @@ def test_a_manifest_or_a_factory_that_means_another_network_makes_another_sweep(
     )  # fmt: skip
     ended = command(*words)
     assert ended.code == 2 and "another sweep; different: network;" in ended.err
+
+
+def test_verifying_leaves_the_processs_signals_as_they_were(run_inline, single_neurons):
+    from raypatch.verifying import verify_run
+
+    out = run_inline(LAVA, single_neurons(LAVA))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    verify_run(str(out), sample=1, seed=0)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+class Holds(nn.Module):
+    """Goes by hooks, so that its digest is of what it holds."""
+
+    def __init__(self, **held):
+        super().__init__()
+        self.a = nn.Linear(4, 2)
+        vars(self).update(held)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"act": torch.relu}, {"act": torch.tanh}),
+        ({"act": lambda h: h * 2}, {"act": lambda h: h * 3}),
+        ({"act": partial(torch.clamp, min=0)}, {"act": partial(torch.clamp, min=1)}),
+        ({"options": {"gain": 1.0}}, {"options": {"gain": 5.0}}),
+        ({"scale": np.ones(3)}, {"scale": np.zeros(3)}),
+        ({"scale": torch.ones(3)}, {"scale": torch.zeros(3)}),
+        ({"sizes": [(1, 2)]}, {"sizes": [(1, 3)]}),
+    ],
+    ids=["function", "lambda", "partial", "dict", "array", "tensor", "list"],
+)
+def test_networks_that_hold_something_else_have_other_digests(one, other):
+    def digest(held):
+        torch.manual_seed(0)
+        return network_digest(Holds(**held), None)
+
+    assert digest(one) == digest(one) != digest(other)
 
 
 LEAF = """
