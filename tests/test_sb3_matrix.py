@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 
 import gymnasium as gym
@@ -141,6 +143,22 @@ CASES = {
 }  # fmt: skip
 
 
+@functools.cache
+def trained(name):
+    """A model, and what the library saves of it."""
+    algorithm, policy_name, observation, action, kwargs = CASES[name]
+    model, file = make(algorithm, policy_name, observation, action, **kwargs), io.BytesIO()
+    model.save(file)
+    return model, file.getvalue()
+
+
+def saved_by(name, folder):
+    """The library's file in a folder; the policy that is in it."""
+    model, content = trained(name)
+    (folder / f"{name}.zip").write_bytes(content)
+    return model.policy.float()  # as before a test made it double
+
+
 def packed(agent, space, samples) -> torch.Tensor:
     """Observations as raypatch takes them: one row an observation, keys one after another."""
     if not agent.observation_parts:
@@ -160,9 +178,8 @@ def packed(agent, space, samples) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_equal_those_of_the_librarys_own_network(tmp_path, name, monkeypatch):
-    algorithm, policy_name, observation, action, kwargs = CASES[name]
-    model = make(algorithm, policy_name, observation, action, **kwargs)
-    model.save(tmp_path / f"{name}.zip")
+    _, _, observation, action, _ = CASES[name]
+    policy = saved_by(name, tmp_path)
     agent = raypatch.load_agent(tmp_path)
     assert "no code run" in agent.loaded_as
     assert agent.discrete == isinstance(action, spaces.Discrete)
@@ -170,7 +187,7 @@ def test_outputs_equal_those_of_the_librarys_own_network(tmp_path, name, monkeyp
     assert agent.actions == kinds.get(type(action).__name__, "several")
     observation.seed(7)
     samples = [observation.sample() for _ in range(6)]
-    x, policy = packed(agent, observation, samples), model.policy
+    x = packed(agent, observation, samples)
     policy.set_training_mode(False)
     many = stacked(samples)
     expected = policy_output(policy, many)
@@ -243,11 +260,10 @@ def write_inputs(folder, samples_by_side) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_sweep_equals_plain_hooks_on_the_librarys_own_network(tmp_path, name):
-    algorithm, policy_name, observation, action, kwargs = CASES[name]
-    model = make(algorithm, policy_name, observation, action, **kwargs)
+    observation = CASES[name][2]
     folder = tmp_path / "agent"
     folder.mkdir()
-    model.save(folder / f"{name}.zip")
+    policy = saved_by(name, folder)
     observation.seed(3)
     sides = {side: [observation.sample() for _ in range(2)] for side in ("clean", "corrupted")}
     write_inputs(folder / "activation_inputs", sides)
@@ -261,7 +277,6 @@ def test_a_sweep_equals_plain_hooks_on_the_librarys_own_network(tmp_path, name):
     )  # fmt: skip
     outputs = np.stack(results.dataset().to_table()["patched_output"].to_pylist())
     outputs = outputs.reshape(len(specs), 2, 2, -1)
-    policy = model.policy
     policy.set_training_mode(False)
     clean, corrupted = (stacked(sides[side]) for side in ("clean", "corrupted"))
     for (layer, chosen), found in zip(specs, outputs):
