@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         click.echo(error.format_message())
         return 2
     except click.ClickException as error:
-        return _fail(error.format_message().replace("\n", " "), 2)
+        return _fail(" ".join(error.format_message().split()), 2)
     except Interrupted as error:
         return _fail(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):

@@ -144,8 +144,8 @@ _AT_LEAST = {
 }  # fmt: skip
 
 
-def check_config(config: RunConfig) -> None:
-    """Everything that can be refused without reading a file."""
+def check_options(config: RunConfig) -> None:
+    """Everything that can be refused on any machine."""
     for name, valid in _CHOICES.items():
         value = getattr(config, name)
         if value not in valid:
@@ -179,6 +179,11 @@ def check_config(config: RunConfig) -> None:
             "--source_activations holds the activations of one side: give --direction denoising "
             "where they are those of the clean inputs, noising where of the corrupted ones"
         )
+
+
+def check_config(config: RunConfig) -> None:
+    """Everything that can be refused without reading a file."""
+    check_options(config)
     for name in ("definition_file", "agent_path"):
         place = getattr(config, name)
         if "://" not in place and not Path(place).exists():

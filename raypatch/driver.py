@@ -175,7 +175,8 @@ class Job:
             if len(bad):
                 raise InputError(
                     f"{side} input {self.inputs.ids[bad[0]]!r}: the agent's own output holds NaN "
-                    "or infinity; leave this input out (--input_ids), or check the agent"
+                    "or infinity; leave this input out (--input_ids), or check the agent (actions "
+                    "are masked by a large number, as -1e8)"
                 )
         return found
 
@@ -305,13 +306,16 @@ class Job:
         """One line on what is about to run."""
         config, left = self.config, sum(map(len, self.ranges))
         resumed = f", {self.n_committed:,} already committed" if self.n_committed else ""
-        notes = "".join(f"note: {note}\n" for note in self.agent.notes)
-        sides = counted(len(self.directions), "direction")
+        found, sides = list(self.agent.notes), list(self.inputs.sides.values())
+        if config.source == "pair" and len(sides) == 2 and np.array_equal(sides[0], sides[1]):
+            found.append("clean and corrupted inputs are the same: no patch changes anything")
+        notes = "".join(f"note: {note}\n" for note in found)
+        directions = counted(len(self.directions), "direction")
         if len(self.directions) == 1:
-            sides += f" ({self.directions[0]})"
+            directions += f" ({self.directions[0]})"
         return (
             f"{self.agent.loaded_as}\n{notes}"
-            f"{counted(left, 'experiment')} x {counted(len(self.inputs), 'pair')} x {sides} "
+            f"{counted(left, 'experiment')} x {counted(len(self.inputs), 'pair')} x {directions} "
             f"= {left * self.passes_each:,} passes{resumed}; "
             f"{self.patcher.path}, {config.dtype} on {self.device_class}"
         )

@@ -22,7 +22,7 @@ def status_of(results: Results) -> dict[str, Any]:
         "state": _state(results),
         "experiments": n_experiments,
         "experiments_committed": done,
-        "rows": sum(r.rows for r in results.receipts),
+        "rows": sum(r.rows for r in results.receipts) if results.has_rows else 0,
         "bytes": sum((r.bytes or 0) + r.summary_bytes for r in results.receipts),
         "items_committed": len(results.receipts),
         "quarantined": [asdict(failure) for failure in results.failures],
@@ -52,12 +52,10 @@ def _next_command(facts: dict[str, Any]) -> str:
 
 
 def _another(results: Results) -> str:
-    """A metric to look at next that is defined here: what is recovered of the source needs one, a
-    correlation several outputs."""
-    has_source = results.sweep["identity"]["source"] in ("pair", "resample")
-    useful = [m for m in results.metrics if has_source or m != "logit_diff_recovered"]
-    if results.sweep["n_outputs"] == 1:
-        useful = [m for m in useful if "correlation" not in m]
+    """A metric to look at next that is defined for some experiment of the first part."""
+    means = [f"{metric}_mean" for metric in results.metrics]
+    part = next(results.summary_parts(means))
+    useful = [m for m in results.metrics if part[f"{m}_mean"].null_count < len(part)]
     return (useful or list(results.metrics))[-1]
 
 

@@ -215,6 +215,19 @@ BAD_DIRECTORIES = [
 ]  # fmt: skip
 
 
+def test_a_manifest_may_begin_with_a_byte_order_mark(tmp_path):
+    shutil.copytree(LAVA, tmp_path / "agent")
+    manifest = tmp_path / "agent" / "agent.json"
+    manifest.write_text(manifest.read_text(), encoding="utf-8-sig")
+    assert load_agent(tmp_path / "agent").loaded_as == load_agent(LAVA).loaded_as
+
+
+@pytest.mark.parametrize("given", [{"activation": "relu"}, {"agent_output": "actor"}])
+def test_what_a_file_says_itself_cannot_be_said_otherwise(given):
+    with pytest.raises(AgentError, match=r"agent.zip: leave out .* says itself what it is"):
+        load_agent(CARTPOLE, **given)
+
+
 @pytest.mark.parametrize(("make", "options", "message"), BAD_DIRECTORIES)
 def test_a_directory_that_cannot_be_loaded_is_refused_in_one_line(tmp_path, make, options, message):
     make(tmp_path)

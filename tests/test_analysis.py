@@ -148,6 +148,16 @@ def test_a_metric_that_is_defined_nowhere_is_said_to_be_and_not_what_to_look_at_
     assert ranked.code == 0
 
 
+def test_what_to_look_at_next_is_a_metric_that_is_defined(command, single_neurons, tmp_path):
+    same = LAVA / "activation_inputs" / "clean_inputs.json"
+    ended = command(
+        "run", "--agent_path", LAVA, "--definition_file", single_neurons(LAVA), "--output_dir",
+        tmp_path / "out", "--backend", "inline", "--clean_inputs", same, "--corrupted_inputs", same,
+    )  # fmt: skip
+    assert ended.code == 0 and "note: clean and corrupted inputs are the same" in ended.err
+    assert re.search("Next: raypatch rank .* --metric reversed_pearson_correlation", ended.out)
+
+
 def test_bootstrap_intervals_agree_with_scipys(lava_run, values):
     metric = "logit_difference_norm"
     rows = rank(lava_run, metric, top=5, bootstrap=True)
@@ -394,6 +404,15 @@ def test_a_summary_run_exports_its_summary_and_ranks_without_intervals(
     ]  # fmt: skip
     assert json.loads(command("rank", out, "--json").out)[0]["ci_low"] is None
     assert "interval" not in command("rank", out).out
+
+
+@pytest.mark.parametrize("package", ["pandas", "polars"])
+def test_a_frame_of_a_package_that_is_not_installed_says_what_to_install(
+    lava_run, monkeypatch, package
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=f"to_{package} needs {package}: pip install {package}"):
+        getattr(lava_run, f"to_{package}")()
 
 
 def test_rank_correlation_is_spearmans():

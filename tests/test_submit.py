@@ -113,14 +113,15 @@ def test_a_wrong_token_is_refused_with_where_tokens_come_from(job_server, single
     ("address", "output", "message", "code"),
     [("http://127.0.0.1:1", "/tmp/out", "no job server answers", 1),
      ("127.0.0.1:8265", "/tmp/out", "starts with http://", 2),
-     ("http://127.0.0.1:1", "out", "give a URI", 2)],
+     ("http://127.0.0.1:1", "out", "give a URI", 2),
+     ("http://127.0.0.1:1", "/tmp/out --direction up", "--direction: 'up' is not one of", 2)],
 )  # fmt: skip
 def test_what_cannot_be_submitted_is_one_line(
     command, single_neurons, address, output, message, code
 ):
     ended = command(
         "submit", "--address", address, "--", "--agent_path", LAVA, "--definition_file",
-        single_neurons(LAVA), "--output_dir", output,
+        single_neurons(LAVA), "--output_dir", *output.split(),
     )  # fmt: skip
     assert ended.code == code and message in ended.err
     assert len(ended.err.strip().splitlines()) == 1

@@ -35,6 +35,7 @@ def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: 
     options = options or AgentOptions(**fields)
     directory = _existing_directory(path)
     if (module := _rl_module(directory, options)) is not None:
+        _refuse_unused(module, options)
         from raypatch.agents.rllib import load_rl_module
 
         return load_rl_module(module, options)
@@ -43,6 +44,8 @@ def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: 
         raise AgentError(
             f"{directory}: actions {options.actions!r} is not one of {', '.join(ACTIONS)}"
         )
+    if file.suffix in (".zip", ".pt2"):
+        _refuse_unused(file, options)
     if file.suffix == ".zip":
         if options.actions is not None:
             raise AgentError(
@@ -60,6 +63,15 @@ def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: 
     says_so = manifest.name == MANIFEST and manifest.is_file()
     files = (*agent.files, manifest) if says_so else agent.files
     return replace(agent, discrete=False, output_kind="mean", files=files)
+
+
+def _refuse_unused(file: Path, options: AgentOptions) -> None:
+    """What a file says itself cannot be said otherwise; nothing that is given is passed over."""
+    for name, key in (("activation", "activation"), ("agent_output", "output")):
+        if getattr(options, name) is not None:
+            raise AgentError(
+                f"{file}: leave out {key!r} (--{name}): this kind of file says itself what it is"
+            )
 
 
 def _load(file: Path, options: AgentOptions) -> Agent:
@@ -191,7 +203,7 @@ def _choose(directory: Path, options: AgentOptions) -> tuple[Path, AgentOptions]
 def _manifest(path: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
     """Read ``agent.json``; what the command line says goes before what the manifest says."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError, RecursionError) as error:
         raise AgentError(f"{path}: not a readable JSON manifest: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("file"), str):

@@ -158,11 +158,12 @@ def run_options(given: dict[str, Any]) -> dict[str, Any]:
 def submit(address: str, no_wait: bool, run_words: tuple[str, ...]) -> None:
     """The same run as a job on a Ray cluster: raypatch submit --address URL -- RUN OPTIONS."""
     given = run.make_context("run", list(run_words)).params
-    from raypatch.config import config_of
+    from raypatch.config import check_options, config_of
     from raypatch.submitting import submit as send
 
     options = run_options(dict(given))
-    config = config_of(options)  # refuses what run would refuse
+    config = config_of(options)
+    check_options(config)  # files may be where the job runs only
     chosen = {name: value for name in options if (value := getattr(config, name)) is not None}
     done = send(address, chosen, wait=not no_wait, say=lambda text: click.echo(text, err=True))
     if done.exit_code is not None:

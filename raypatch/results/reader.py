@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,11 +118,15 @@ class Results:
         return pa.concat_tables(self.summary_parts(None))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """All rows as a pandas frame."""
+        """All rows as a pandas frame; InputError where pandas is not installed."""
+        if importlib.util.find_spec("pandas") is None:
+            raise InputError("to_pandas needs pandas: pip install pandas")
         return self.dataset().to_table().to_pandas()
 
     def to_polars(self) -> polars.LazyFrame:
-        """All rows as a lazy polars frame."""
+        """All rows as a lazy polars frame; InputError where polars is not installed."""
+        if importlib.util.find_spec("polars") is None:
+            raise InputError("to_polars needs polars: pip install polars")
         import polars
 
         return polars.scan_pyarrow_dataset(self.dataset())
