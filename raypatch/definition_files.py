@@ -199,6 +199,8 @@ def write_definition(
     Takes experiments one by one or packed in parts. The file appears whole or not at all.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"--output {path}: is a directory; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -38,6 +38,9 @@ def screen(
     """
     if top < 1:
         raise InputError(f"--top: {top} is below 1")
+    for name, place in (("output", output), ("estimates", estimates)):
+        if Path(place).is_dir():
+            raise InputError(f"--{name} {place}: is a directory; name a file in it")
     bench = Bench(agent_path, **bench_options)
     if not bench.agent.discrete:
         raise InputError(

@@ -226,6 +226,38 @@ def test_layers_in_a_compiled_method_are_patched_and_the_users_network_stays_com
     assert hasattr(network.trunk, "_torchdynamo_orig_callable")
 
 
+class Ensemble(nn.Module):
+    """Runs one module with the weights of several (torch.vmap)."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.head = nn.Linear(6, 3), nn.Linear(3, 3)
+        self.weights = nn.Parameter(torch.randn(4, 3, 6))
+
+    def one(self, weight, x):
+        return torch.func.functional_call(self.base, {"weight": weight}, (x,))
+
+    def forward(self, x):
+        return self.head(torch.vmap(self.one, in_dims=(0, None))(self.weights, x).mean(0))
+
+
+def test_layers_that_are_called_for_several_weights_at_once_are_left_out():
+    torch.manual_seed(0)
+    network, source, target = Ensemble().eval(), torch.randn(4, 6), torch.randn(4, 6)
+    patcher = Patcher(network, dtype=torch.float64)
+    found = patcher([{"head": [0]}, {"output_logits": [1]}], source, target)
+    with torch.no_grad():
+        wide = Ensemble().double()
+        wide.load_state_dict(network.state_dict())
+        given, own = wide(source.double()), wide(target.double())
+    for number, neuron in enumerate((0, 1)):
+        expected = own.clone()
+        expected[:, neuron] = given[:, neuron]
+        check_equal(found[number], expected, torch.float64)
+    with pytest.raises(InputError, match="'base' is never called by the forward, or gives no"):
+        patcher([{"base": [0]}], source, target)
+
+
 def test_a_module_of_tensors_that_hold_no_numbers_may_be_part_of_a_network():
     network = Between(torch.tanh).eval()
     network.form = nn.Linear(6, 8, device="meta")  # as ensembles keep one

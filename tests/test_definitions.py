@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+from conftest import LAVA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,16 @@ def layers_and_neurons():
         min_size=1, max_size=3, unique_by=lambda entry: entry[0],
     )  # fmt: skip
     return st.lists(entries.map(dict), min_size=1, max_size=12)
+
+
+def test_a_directory_is_no_place_for_a_definition(command, tmp_path):
+    words = ("--agent_path", LAVA, "--output", tmp_path)
+    for ended in (command("generate", "--type", "layer", *words), command("screen", *words)):
+        assert ended.code == 2 and f"--output {tmp_path}: is a directory" in ended.err
+    words = ("screen", "--agent_path", LAVA, "--estimates", tmp_path)
+    ended = command(*words, "--output", tmp_path / "d.json")
+    assert ended.code == 2 and f"--estimates {tmp_path}: is a directory" in ended.err
+    assert not (tmp_path / "d.json").exists()
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".arrow", ".parquet"])

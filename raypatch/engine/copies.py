@@ -28,7 +28,10 @@ def own_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
     for name, module in network.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             which = f"its module {name!r}" if name else "the network"
-            raise InputError(f"{which} is a ScriptModule; give the nn.Module that it was made from")
+            raise InputError(
+                f"{which} is a ScriptModule; give the nn.Module that it was made from (with "
+                "PYTORCH_JIT=0 in the environment torch.jit.script leaves modules as they are)"
+            )
     if any(is_lazy(p) for p in network.parameters()):
         raise InputError("the network has lazy layers of unknown size; run it once before")
     try:

@@ -161,9 +161,11 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def first_tensor(output: Any) -> Tensor | None:
     """What a layer's neurons are read from: its output, or the first of several outputs; None where
-    that is no tensor."""
+    that is no tensor, or one of several at once (of torch.vmap) which cannot be kept."""
     first = output[0] if isinstance(output, (tuple, list)) and output else output
-    return first if isinstance(first, Tensor) and first.dim() else None
+    if not isinstance(first, Tensor) or not first.dim():
+        return None
+    return None if torch._C._functorch.is_functorch_wrapped_tensor(first) else first
 
 
 @contextmanager

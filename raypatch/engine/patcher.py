@@ -311,9 +311,7 @@ def _why_no_layer(module: nn.Module) -> str:
             "is never called by the forward, or gives no tensor; where its weights are used, it "
             "may be by another module"
         )
-    return (
-        f"is a {type(module).__name__}: only modules with a weight matrix or kernel can be patched"
-    )
+    return f"is a {type(module).__name__}: only modules with a weight matrix or kernel among their parameters can be patched"
 
 
 def _usable(device: torch.device | str) -> torch.device:

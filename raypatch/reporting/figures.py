@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from raypatch.analysis import SIGNED
+from raypatch.analysis import LIKENESS, SIGNED
 from raypatch.errors import InputError, missing_package
 from raypatch.reporting.gather import Gathered, gather, ordered_layers
 from raypatch.results.reader import Results
@@ -34,6 +34,9 @@ def write_figures(results: Results, metric: str, output: str, form: str) -> list
         )
     results.require_rows()
     found = gather(results)
+    at = 1 + found.metrics.index(metric) * len(found.directions)
+    if np.isnan(found.scatter[:, at : at + len(found.directions)]).all():
+        raise InputError(f"--metric: {metric!r} is undefined for every experiment of this run")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, Any] = {"distributions": _distributions(found, metric)}
@@ -73,6 +76,25 @@ def _square(x: np.ndarray) -> np.ndarray:
 ROOTS = (_root, _square)
 
 
+def _root_ticks(low: float, high: float) -> list[float]:
+    """Ticks at about even distances on a square-root scale, as short numbers."""
+    most = float(np.sqrt(max(-low, high)))
+    even = _square(np.linspace(-most, most, 9) if low < 0 else np.linspace(0, most, 5))
+    return sorted({float(f"{tick:.1g}") for tick in even if low <= float(f"{tick:.1g}") <= high})
+
+
+def _on_root_scale(axes: Any, axis: str, values: np.ndarray, label: str) -> None:
+    """Let the ``axis`` ``x`` or ``y`` of some values have such a scale, and say so."""
+    known = values[~np.isnan(values)]
+    low, high = min(0.0, known.min(initial=0.0)), known.max(initial=0.0) or 1.0
+    ends = _root(np.array([low, high]))
+    ticks = _root_ticks(low, high)
+    getattr(axes, f"set_{axis}scale")("function", functions=ROOTS)
+    getattr(axes, f"set_{axis}lim")(*_square(ends + np.array([-0.04, 0.04]) * (ends[1] - ends[0])))
+    getattr(axes, f"set_{axis}ticks")(ticks, [f"{tick:g}" for tick in ticks])
+    getattr(axes, f"set_{axis}label")(f"{label}, root scale")
+
+
 def _heat_map(found: Gathered, metric: str, direction: str) -> Any:
     from matplotlib import pyplot
     from matplotlib.colors import FuncNorm
@@ -87,7 +109,10 @@ def _heat_map(found: Gathered, metric: str, direction: str) -> Any:
         grid[row, : len(by_layer[layer])] = by_layer[layer]
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(layers)))
     both_ways = metric in SIGNED
-    most = float(np.nanmax(np.abs(grid)))
+    label = _label(found, metric)
+    if metric in LIKENESS:  # 1 is no effect
+        grid, label = 1 - grid, f"1 - {label}"
+    most = float(np.nanmax(np.abs(grid))) or 1.0
     least = -most if both_ways else min(0.0, float(np.nanmin(grid)))
     image = axes.imshow(
         grid, aspect="auto", cmap=BOTH_WAYS if both_ways else COLOURS, interpolation="nearest",
@@ -96,13 +121,13 @@ def _heat_map(found: Gathered, metric: str, direction: str) -> Any:
     axes.set_yticks(range(len(layers)), layers)
     axes.set_xlabel("neuron")
     axes.set_title(direction)
-    figure.colorbar(image, ax=axes, label=_label(found, metric))
+    bar = figure.colorbar(image, ax=axes, label=f"{label}, root scale")
+    bar.set_ticks(ticks := _root_ticks(least, most), labels=[f"{tick:g}" for tick in ticks])
     return figure
 
 
 def _distributions(found: Gathered, metric: str) -> Any:
     from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
 
     layers = ordered_layers(found.effects)
     m, n_directions = found.metrics.index(metric), len(found.directions)
@@ -118,9 +143,7 @@ def _distributions(found: Gathered, metric: str) -> Any:
             medianprops={"color": "#00527c"},
         )  # fmt: skip
         axes.set_yticks(range(1, len(layers) + 1), layers)
-        axes.set_xscale("function", functions=ROOTS)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel(_label(found, metric))
+        _on_root_scale(axes, "x", np.concatenate(columns), _label(found, metric))
         axes.set_title(direction)
     every[0][0].invert_yaxis()  # shared: the first layer on top in all
     return figure
@@ -133,8 +156,6 @@ def _scatter(found: Gathered, metric: str) -> Any:
     figure, axes = pyplot.subplots(figsize=(5, 5))
     axes.scatter(found.scatter[:, first], found.scatter[:, first + 1], s=9, alpha=0.5, c="#00527c")
     x_label, y_label = (f"{d}: {_label(found, metric)}" for d in found.directions)
-    axes.set_xscale("function", functions=ROOTS)
-    axes.set_yscale("function", functions=ROOTS)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    _on_root_scale(axes, "x", found.scatter[:, first], x_label)
+    _on_root_scale(axes, "y", found.scatter[:, first + 1], y_label)
     return figure

@@ -392,10 +392,13 @@ def _cut_torn_line(file: Any) -> int:
 
 
 def sync_directory(path: Path) -> None:
-    """Make a rename in a directory survive a power cut."""
+    """Make a rename in a directory survive a power cut, where the file system can."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(handle)
 
