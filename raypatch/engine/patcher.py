@@ -311,7 +311,10 @@ def _why_no_layer(module: nn.Module) -> str:
             "is never called by the forward, or gives no tensor; where its weights are used, it "
             "may be by another module"
         )
-    return f"is a {type(module).__name__}: only modules with a weight matrix or kernel among their parameters can be patched"
+    kind = type(module).__name__
+    return (
+        f"is a {kind}: only modules with a matrix or kernel among their parameters can be patched"
+    )
 
 
 def _usable(device: torch.device | str) -> torch.device:
