@@ -312,9 +312,7 @@ def _why_no_layer(module: nn.Module) -> str:
             "may be by another module"
         )
     kind = type(module).__name__
-    return (
-        f"is a {kind}: only modules with a matrix or kernel among their parameters can be patched"
-    )
+    return f"is a {kind}: only modules with a matrix or kernel as a parameter can be patched"
 
 
 def _usable(device: torch.device | str) -> torch.device:
