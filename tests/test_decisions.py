@@ -80,7 +80,20 @@ def swallows(h):
 
 @pytest.mark.parametrize("decides", [raises_and_catches, swallows])
 def test_a_decision_whose_error_in_tracing_the_network_catches_is_no_graph(decides):
-    assert checked_on_small_then_large(decides) == "single (its Python decides by values)"
+    path = checked_on_small_then_large(decides)
+    assert path.startswith("single (torch.fx: the network ") and "decides by values" in path
+
+
+def test_a_check_that_reads_numbers_keeps_no_network_from_being_traced():
+    def between(h):
+        shares = torch.softmax(h, -1)
+        if not torch.allclose(shares.sum(-1), torch.ones(len(h), dtype=h.dtype)):
+            raise ValueError("no shares")
+        if torch.isnan(h).any().item():
+            raise ValueError("no numbers")
+        return shares
+
+    assert checked_on_small_then_large(between) == "incremental (torch.fx)"
 
 
 def test_a_forward_that_cannot_be_watched_is_patched():

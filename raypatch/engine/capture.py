@@ -49,6 +49,8 @@ def capture(network: nn.Module, args: Args) -> Graph:
         try:
             with lengths_traced(network), _sizes_traced(), as_in_forward(network, args):
                 traced = tracer.trace(network, concrete_args=_defaults(network, len(args)))
+            if tracer.refused:  # and some "except" of the network's went on
+                raise CaptureError(f"torch.fx: {tracer.refused}")
             overwrites = overwritten(traced, network, map_tensors(Tensor.clone, args))
             nodes, output = _nodes(traced, network, overwrites, len(args))
             return finished_graph(nodes, output, "torch.fx", guarded=tracer.guarded)
@@ -71,6 +73,7 @@ class _Tracer(fx.Tracer):
         self.proxy_buffer_attributes = proxy_buffers
         self.own_layers = False  # whether there are any
         self.guarded = False  # whether there is code that only raises, and what for is not known
+        self.refused = ""  # what was asked of a value that its trace cannot tell
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if _steps_of(module) is not None:
@@ -89,9 +92,14 @@ class _Tracer(fx.Tracer):
             asking = asking.f_back
         truth = None if asking is None else truth_that_goes_on(asking, capture.__code__)
         if truth is None:
+            self.refused = "the network decides by a value"
             return super().to_bool(obj)
         self.guarded |= not _is_of_form(obj.node)
         return truth
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        self.refused = "the network iterates over a value"
+        return super().iter(obj)
 
     def proxy(self, node: fx.Node) -> Proxy:
         return Proxy(node, self)

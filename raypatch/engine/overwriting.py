@@ -32,12 +32,22 @@ class OverwritingError(Exception):
 
 
 class Proxy(fx.Proxy):
-    """Traces ``x += y`` as what it is: for torch's own proxies it is ``x = x + y``."""
+    """Traces ``x += y`` as what it is: for torch's own proxies it is ``x = x + y``. Who asks it for
+    a number is refused, and the tracer knows."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
             raise OverwritingError(f"sets the attribute {name!r} of a value")
         super().__setattr__(name, value)
+
+
+def _no_number(self: Proxy) -> Any:
+    self.tracer.refused = "the network asks a value for its number"  # type: ignore[attr-defined]
+    raise TypeError("a traced value has no number")
+
+
+for _name in ("__int__", "__float__"):  # torch itself asks for "__index__", and goes on
+    setattr(Proxy, _name, _no_number)
 
 
 def _traced(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -72,8 +72,8 @@ def choose_engine(
     decides = decides_by_values(network, probe)
     if decides is None:
         unfit["stacked"] = "whether its Python decides by values cannot be seen"
-    elif decides:
-        unfit = dict.fromkeys(WAYS, "its Python decides by values")
+    elif decides:  # tracing by symbols notices by itself, and goes on where only an assertion asks
+        unfit = dict.fromkeys(WAYS[1:], "its Python decides by values")
     own = _Trial(network, layers, probe, dtype, savings)
     wide = _in_float64(own)
     reasons: list[str] = [not_captured] if not_captured else []
