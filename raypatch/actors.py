@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 EARLY_ACTORS = 2
 OBJECT_STORE_BYTES = 256 << 20
+CONNECT_S = 10.0
 # How often a cluster is asked whether it has grown.
 RESIZE_EVERY_S = 5.0
 _QUIET_ENVIRONMENT = {
@@ -155,6 +157,7 @@ class RayBackend:
             "namespace": "raypatch",
         }
         self._local = address == "local"
+        _check_answers(address)
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
         if not self._local and not in_job:  # a submitted job has brought its own
             # Machines of a cluster need torch and pyarrow, but not raypatch.
@@ -324,6 +327,20 @@ class RayBackend:
                 raise RunError(f"{error}; run the same command again to resume") from None
             return None
         return dispatch.actor_died(event.actor)
+
+
+def _check_answers(address: str) -> None:
+    """Raises InputError where nobody is at ``host:port``: Ray itself would try for ten minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "local", "auto" and the like
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"--address {address} (or RAY_ADDRESS): nothing answers there ({one_line(error)}); "
+            "give the address of a Ray that runs, as its head's host:6379"
+        ) from None
 
 
 def _torch_sees_gpu() -> bool:

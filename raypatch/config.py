@@ -184,6 +184,12 @@ def check_options(config: RunConfig) -> None:
 def check_config(config: RunConfig) -> None:
     """Everything that can be refused without reading a file."""
     check_options(config)
+    try:
+        config.output_dir.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"--output_dir {config.output_dir!r}: is not text; choose a name without such bytes"
+        ) from None
     for name in ("definition_file", "agent_path"):
         place = getattr(config, name)
         if "://" not in place and not Path(place).exists():

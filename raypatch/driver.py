@@ -64,8 +64,10 @@ def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = No
     with signals_caught() as interruption, backend:
         job = Job(config, backend, interruption)
         job.read()
+        interruption.check()
         job.plan()
         interruption.catch()
+        interruption.check()
         with job.opened(say):
             say(job.describe())
             job.compute()

@@ -32,6 +32,10 @@ class RunError(RaypatchError):
     """The run itself failed: an actor that cannot start, a full disk."""
 
 
+class NoRoomError(RunError):
+    """One experiment takes more memory than there is: the fault of that experiment, in a sweep."""
+
+
 class VerificationError(RunError):
     """Numbers are not what the reference or a new computation gives."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
-from raypatch.errors import RaypatchError, RunError, gpu_failed, one_line
+from raypatch.errors import NoRoomError, RaypatchError, RunError, gpu_failed, one_line
 from raypatch.pool import Dispatch, Send
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Fleet:
             value = self._ray.get(reference)
         except exceptions.RayTaskError as error:
             cause = error.cause if error.cause is not None else error
-            if isinstance(cause, RaypatchError):
+            if isinstance(cause, RaypatchError) and not isinstance(cause, NoRoomError):
                 raise cause from None
             if pending.starting:
                 raise RunError(f"an actor could not start: {one_line(cause)}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
-from raypatch.errors import InputError, RaypatchError, RunError, gpu_failed, one_line
+from raypatch.errors import InputError, NoRoomError, RaypatchError, RunError, gpu_failed, one_line
 from raypatch.pool import Dispatch, Failed
 
 if TYPE_CHECKING:
@@ -108,9 +108,9 @@ class InlineBackend:
                             worker.probe(experiments)
                         else:
                             yield worker.compute(send.item, experiments, send.tries)
-                    except RaypatchError:
-                        raise
-                    except Exception as error:  # the agent's network may raise anything
+                    except (Exception, SystemExit) as error:  # a network may raise anything
+                        if isinstance(error, RaypatchError) and not isinstance(error, NoRoomError):
+                            raise
                         if gpu_failed(error):
                             raise RunError(
                                 f"{send.item}: the GPU failed: {one_line(error)}; run the same "

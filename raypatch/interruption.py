@@ -29,6 +29,11 @@ class Interruption:
             for number in SIGNALS:
                 signal.signal(number, self.handle)
 
+    def check(self) -> None:
+        """Raises Interrupted where nothing has begun that would have to be finished."""
+        if self.signal_number is not None:
+            raise Interrupted("stopped before anything was computed", self.signal_number)
+
     def handle(self, number: int, _: Any) -> None:
         if hasattr(signal, "alarm"):
             signal.alarm(0)  # Ray's handler has the process aborted after three seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -91,7 +92,8 @@ class Progress:
             if self.done:
                 left = (self.n_experiments - self.done) * self.seconds / self.done
                 ending = f"{duration(left)} left"
-            print(f"{self.text()}, {ending}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # a run goes on where nobody reads of it any more
+                print(f"{self.text()}, {ending}", file=sys.stderr, flush=True)
 
 
 def short_number(value: float) -> str:

@@ -53,6 +53,22 @@ def eats():
         time.sleep(0.005)
 
 
+def asks():
+    torch.empty(1 << 50)
+
+
+def exits():
+    raise SystemExit(3)
+
+
+def asking():
+    return Fragile(asks)
+
+
+def exiting():
+    return Fragile(exits)
+
+
 def raising():
     return Fragile(raises)
 

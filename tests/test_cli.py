@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -18,6 +19,18 @@ from raypatch.actors import PoolOptions, RayBackend
 from raypatch.errors import InputError
 
 # ---------------------------------------------------------------- the original's examples
+
+
+def test_an_address_where_nothing_answers_is_one_line_at_once():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"127.0.0.1:{free.getsockname()[1]}"
+    for address in (nobody, f"ray://{nobody}"):
+        with (
+            RayBackend(PoolOptions(address)) as backend,
+            pytest.raises(InputError, match=f"--address {address} .*: nothing answers there"),
+        ):
+            backend.wait_started()
 
 
 def test_a_ray_that_the_user_has_initialised_is_left_alone(monkeypatch):

@@ -94,6 +94,20 @@ def test_an_experiment_that_raises_is_quarantined_with_its_error_and_the_rest_is
     check_all_but_the_poison(out)
 
 
+@pytest.mark.parametrize(
+    ("factory", "error"),
+    [("asking", "out of memory with one experiment"), ("exiting", "SystemExit")],
+)
+def test_an_experiment_for_which_there_is_no_memory_or_that_ends_python_is_quarantined(
+    fragile, command, tmp_path, factory, error
+):
+    out, (place, length) = tmp_path / "out", shortened(fragile[1])
+    ended = command(*words(fragile, out, factory, "--backend", "inline"))
+    assert ended.code == 3, ended.err
+    results = check_all_but_the_poison(out, place, length)
+    assert error in results.failures[0].error
+
+
 def test_a_gpu_that_fails_ends_an_inline_run_and_no_experiment_is_blamed(
     fragile, command, tmp_path, monkeypatch
 ):

@@ -340,7 +340,7 @@ def test_a_write_that_is_cut_short_is_an_error_and_leaves_no_file(tmp_path):
     told = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
     ).stdout
-    assert "cannot be written: File too large" in told
+    assert "cannot be written: File too large; raise the limit" in told
     assert list(tmp_path.iterdir()) == []
 
 

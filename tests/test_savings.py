@@ -14,7 +14,7 @@ from raypatch.engine.patcher import Patcher
 from raypatch.engine.prepared import Prepared
 from raypatch.engine.reference import reference_outputs
 from raypatch.engine.sources import SOURCE_KINDS
-from raypatch.errors import RunError
+from raypatch.errors import NoRoomError
 
 # ------------------------------------------------------------------------- the savings
 
@@ -175,7 +175,7 @@ def test_out_of_memory_with_one_experiment_says_what_to_lower(monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(run._prepare(0), "evaluate", evaluate)
-    with pytest.raises(RunError, match="lower --memory_per_actor"):
+    with pytest.raises(NoRoomError, match="lower --memory_per_actor"):
         run([{"a": [0]}])
 
 

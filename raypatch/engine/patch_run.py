@@ -23,7 +23,7 @@ from raypatch.engine.precision import exact_math
 from raypatch.engine.prepared import Prepared
 from raypatch.engine.sources import Fill, GivenFill
 from raypatch.engine.stacked import Stacked, StackedPrepared
-from raypatch.errors import InputError, RunError
+from raypatch.errors import InputError, NoRoomError
 
 # Dense values of one batch on a CPU: a part of what the last level of cache holds.
 CPU_BATCH_BYTES = 8 << 20
@@ -178,7 +178,7 @@ class PatchRun:
                 if not is_out_of_memory(error):
                     raise
                 if rows <= prepared.n_inputs:
-                    raise RunError(
+                    raise NoRoomError(
                         f"out of memory with one experiment on {prepared.n_inputs} inputs; "
                         "lower --memory_per_actor so that inputs are taken in parts"
                     ) from error

@@ -391,6 +391,12 @@ def _cut_torn_line(file: Any) -> int:
     return int(keep)
 
 
+# What is wrong with a path itself, so that running again cannot help.
+NO_PLACE = {
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
+}
+
+
 def sync_directory(path: Path) -> None:
     """Make a rename in a directory survive a power cut, where the file system can."""
     handle = os.open(path, os.O_RDONLY)
@@ -424,6 +430,10 @@ def _disk_errors(path: Path, verb: str = "written") -> Iterator[None]:
             fix = "free some space and run the same command again to resume"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             fix = "make it writable or choose another --output_dir"
+        elif error.errno in NO_PLACE:
+            fix = "choose another --output_dir"
+        elif error.errno == errno.EFBIG:
+            fix = "raise the limit on the size of files (ulimit -f)"
         else:
             fix = "run the same command again to resume"
         raise RunError(f"{path}: cannot be {verb}: {error.strerror}; {fix}") from None
