@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 from raypatch.errors import Interrupted
 
@@ -34,15 +34,25 @@ class Interruption:
         if self.signal_number is not None:
             raise Interrupted("stopped before anything was computed", self.signal_number)
 
-    def handle(self, number: int, _: Any) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         if hasattr(signal, "alarm"):
             signal.alarm(0)  # Ray's handler has the process aborted after three seconds
-        if self.signal_number is not None:
+        if self.signal_number is not None and not _imports(frame):
             raise Interrupted(
                 "stopped at once; committed results are kept, run the same command again to resume",
                 number,
             )
         self.signal_number = number
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether Python is in the middle of an import: what is raised there may leave its locks held,
+    for ever. The run ends after it, at the next :meth:`Interruption.check`."""
+    while frame is not None and frame.f_code.co_name != "run_config":  # which may be in one itself
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

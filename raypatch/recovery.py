@@ -256,10 +256,10 @@ def repair(store: Store, found: Survey) -> None:
             for receipt in layout.read_manifest(content):
                 if (receipt.first, receipt.last) not in lost:
                     mine.setdefault((receipt.first, receipt.last), receipt)
+            if found.broken:  # before a manifest that lacks something
+                store.remove(layout.SUCCESS)
             lines = "".join(f"{receipt.line()}\n" for receipt in mine.values())
             store.write(layout.MANIFEST, lines.encode())
-        if found.broken:
-            store.remove(layout.SUCCESS)
 
 
 def drop_stray_failures(store: Store, wanted: Range) -> None:

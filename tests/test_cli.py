@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import sys
 from types import SimpleNamespace
@@ -16,9 +17,30 @@ from conftest import CARTPOLE, LAVA, ROOT, expected_outputs, outputs_of
 import raypatch
 from raypatch import progress
 from raypatch.actors import PoolOptions, RayBackend
-from raypatch.errors import InputError
+from raypatch.errors import InputError, Interrupted
+from raypatch.interruption import Interruption
 
 # ---------------------------------------------------------------- the original's examples
+
+
+def test_a_second_signal_within_an_import_waits_for_its_end(tmp_path, monkeypatch):
+    """What is raised there may leave the import's locks held: another thread would wait for ever."""
+    interruption = Interruption()
+    interruption.handle(signal.SIGINT, sys._getframe())
+    monkeypatch.setitem(globals(), "interruption", interruption)
+    (tmp_path / "long_import.py").write_text(
+        "import signal, sys\n"
+        "import test_cli\n"
+        "test_cli.interruption.handle(signal.SIGINT, sys._getframe())\n"
+        "ended = True\n"
+    )
+    monkeypatch.setitem(sys.modules, "test_cli", sys.modules[__name__])
+    monkeypatch.syspath_prepend(tmp_path)
+    assert __import__("long_import").ended
+    with pytest.raises(Interrupted, match="stopped before anything was computed"):
+        interruption.check()
+    with pytest.raises(Interrupted, match="stopped at once"):
+        interruption.handle(signal.SIGINT, None)
 
 
 def test_an_address_where_nothing_answers_is_one_line_at_once():
