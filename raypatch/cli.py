@@ -5,6 +5,7 @@ Help is instant: torch, ray and pyarrow are imported by what a command calls, ne
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import click
@@ -27,6 +28,9 @@ for command in (
     agents.coalition, agents.screen,
 ):  # fmt: skip
     cli.add_command(command)
+
+
+NO_OUTPUT = {errno.ENOSPC, errno.EIO, errno.EBADF}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,8 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        if error.filename is None or "--debug" in arguments:
+        if "--debug" in arguments or not (error.filename or error.errno in NO_OUTPUT):
             raise
+        if error.filename is None:  # all files are named
+            return _fail(f"standard output cannot be written: {error.strerror}", 1)
         return _fail(f"{error.filename}: cannot be used: {error.strerror}; give another path", 2)
 
 

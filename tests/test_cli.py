@@ -6,7 +6,9 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +23,16 @@ from raypatch.errors import InputError, Interrupted
 from raypatch.interruption import Interruption
 
 # ---------------------------------------------------------------- the original's examples
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no such device here")
+def test_output_that_cannot_be_written_is_one_line(run_inline, single_neurons):
+    out = run_inline(LAVA, single_neurons(LAVA))
+    with Path("/dev/full").open("wb") as full:
+        words = [sys.executable, "-m", "raypatch.cli", "status", str(out)]
+        ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == "raypatch: standard output cannot be written: No space left on device\n"
 
 
 def test_a_second_signal_within_an_import_waits_for_its_end(tmp_path, monkeypatch):
