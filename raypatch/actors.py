@@ -131,9 +131,8 @@ class RayBackend:
 
             if ray.is_initialized():
                 raise InputError(
-                    "Ray is initialised in this process already, and raypatch starts and ends its "
-                    "own: call ray.shutdown() before, or give backend='inline'; to use a Ray that "
-                    "runs elsewhere give its address"
+                    "Ray is initialised in this process already, and raypatch starts or joins and "
+                    "leaves one itself: call ray.shutdown() before, or give backend='inline'"
                 )
             self._ray = ray
             self._init()

@@ -55,7 +55,9 @@ def _recovered(r: Rows) -> Array:
         b, a = r.fixed.b, r.fixed.a
         return pick(r.p, a_source) - pick(r.p, a) - (pick(b, a_source) - pick(b, a))
 
-    return r.or_if_wild(gained, exact) / span
+    gained = r.or_if_wild(gained, exact)
+    gained /= span
+    return gained
 
 
 def _proportion_change(r: Rows) -> Array:
