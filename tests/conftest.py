@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
+import raypatch
 from raypatch import cli
 
 # Small networks: two threads that wait for each other on a busy machine take many times as long.
@@ -129,3 +130,26 @@ def flag(tmp_path):
     path = tmp_path / "executed"
     yield path
     assert not path.exists()
+
+
+@pytest.fixture(scope="session")
+def lava_run(tmp_path_factory):
+    """A finished single-neuron sweep of the example agent."""
+    folder = tmp_path_factory.mktemp("analysis")
+    definition = folder / "d.json"
+    cli.main(["generate", "--type", "single_neuron", "--agent_path", str(LAVA), "--output",
+              str(definition)])  # fmt: skip
+    return raypatch.run(
+        agent_path=str(LAVA), definition_file=str(definition), output_dir=str(folder / "out"),
+        backend="inline",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def values(lava_run):
+    """``[experiments, directions, inputs]`` by metric, from the rows."""
+    table = lava_run.dataset().to_table()
+    shape = (-1, 2, len(lava_run.sweep["input_ids"]))
+    return {m: table[m].to_numpy().astype(np.float64).reshape(shape) for m in lava_run.metrics} | {
+        "changed": table["action_changed"].to_numpy().reshape(shape)
+    }
