@@ -11,7 +11,7 @@ import numpy as np
 
 from raypatch.arrow_arrays import as_numpy, word
 from raypatch.definitions import OUTPUT_LOGITS
-from raypatch.errors import InputError
+from raypatch.errors import InputError, offer
 from raypatch.results.reader import Results
 from raypatch.results.schema import STATISTICS
 
@@ -120,10 +120,8 @@ def rank(
     chosen = _directions(results, direction)
     layers = results.sweep["identity"]["layers"]
     if layer is not None and layer not in layers and layer != OUTPUT_LOGITS:
-        raise InputError(
-            f"--layer: unknown layer {layer!r}; valid: "
-            f"{', '.join(dict.fromkeys([*layers, OUTPUT_LOGITS]))}"
-        )
+        names = list(dict.fromkeys([*layers, OUTPUT_LOGITS]))
+        raise InputError(f"--layer: unknown layer {layer!r}; {offer(layer, names)}")
     wanted = _layer_filter(results, layer, internal_only)
     best, moments = np.empty((0, 3)), Moments()
     sign = 1.0 if bottom else -1.0
@@ -180,10 +178,7 @@ def patched(layers: Sequence[str], neurons: Sequence[Sequence[int]]) -> str:
 
 
 def _check(results: Results, metric: str, statistic: str, combine: str) -> None:
-    if metric not in results.metrics:
-        raise InputError(
-            f"--metric: {metric!r} was not computed; this run holds {', '.join(results.metrics)}"
-        )
+    results.require_metric(metric)
     if statistic not in STATISTICS:
         raise InputError(f"--statistic: {statistic!r} is not one of {', '.join(STATISTICS)}")
     if combine not in COMBINATIONS:

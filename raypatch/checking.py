@@ -5,16 +5,15 @@ Importing this module loads neither torch nor ray.
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from raypatch.definitions import Experiment, Experiments, Neurons
-from raypatch.errors import InputError
+from raypatch.errors import InputError, offer
 
 # Of a layer: what fits the columns' int32.
 MAX_NEURONS = (1 << 31) - 1
@@ -196,9 +195,7 @@ class Checker:
     def unknown(self, name: str, found: list[str]) -> str:
         if found:
             return f"layer {_brief(name)} could be any of {', '.join(found)}; write one of them"
-        near = difflib.get_close_matches(name, self.layers, n=3, cutoff=0.5)
-        offer = f"did you mean {' or '.join(near)}?" if near else f"valid: {few(self.layers)}"
-        return f"unknown layer {_brief(name)}; {offer}"
+        return f"unknown layer {_brief(name)}; {offer(name, list(self.layers))}"
 
     def neurons_are_good(self, where: str, layer: str, neurons: Any) -> bool:
         size = self.layers[layer]
@@ -236,9 +233,3 @@ def _brief(value: Any, limit: int = 60) -> str:
         value = dict(value)
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def few(names: Iterable[str], limit: int = 8) -> str:
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

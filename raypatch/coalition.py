@@ -21,6 +21,7 @@ from raypatch.errors import InputError
 from raypatch.inprocess import Bench
 from raypatch.results.store import DiskStore
 from raypatch.sweep import check_identity, files_digest, sha256_of, unreadable_records
+from raypatch.whole_files import whole_file
 
 AGAINST = ("baseline", "current")
 OPTIONS, STEPS, DEFINITION, CURVE = (
@@ -242,5 +243,6 @@ def _draw_curve(steps: list[Step], options: SearchOptions, path: Path) -> None:
         other = axes.twinx()
         other.plot(sizes, flips, "s--", color="#D55E00", markersize=3)
         other.set_ylabel("greedy actions changed", color="#D55E00")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=150, bbox_inches="tight")
     pyplot.close(figure)

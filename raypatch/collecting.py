@@ -22,6 +22,7 @@ from raypatch.agents.factories import importable
 from raypatch.engine.layers import forward
 from raypatch.errors import InputError, missing_package, one_line
 from raypatch.inputs import INPUTS_FOLDER, SIDES
+from raypatch.whole_files import whole_file
 
 CORRUPTIONS = ("other_state", "shuffle", "noise", "zero", "mean")
 # States visited for each pair that is kept, so that pairs are not neighbours in time.
@@ -247,14 +248,12 @@ def _write(
 ) -> None:
     """Both files, each whole or not at all."""
     for side, file in zip(SIDES, files):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial{file.suffix}")
-        if file.suffix == ".npz":
-            np.savez(partial, ids=np.array(ids), inputs=np.stack(kept[side]))
-        else:
-            rows = {key: {"input": _listed(row)} for key, row in zip(ids, kept[side])}
-            partial.write_text(json.dumps(rows), encoding="utf-8")
-        partial.replace(file)
+        with whole_file(file) as partial:
+            if file.suffix == ".npz":
+                np.savez(partial, ids=np.array(ids), inputs=np.stack(kept[side]))
+            else:
+                rows = {key: {"input": _listed(row)} for key, row in zip(ids, kept[side])}
+                partial.write_text(json.dumps(rows), encoding="utf-8")
 
 
 def _listed(row: np.ndarray) -> Any:

@@ -23,12 +23,12 @@ from raypatch.checking import (
     Pairs,
     bad_experiments,
     check_experiments,
-    few,
     parse_json,
     read_text,
 )
 from raypatch.definitions import CHUNK, Experiment, Experiments
-from raypatch.errors import InputError
+from raypatch.errors import InputError, few
+from raypatch.whole_files import whole_file
 
 
 def read_definition(path: str | Path, layers: Mapping[str, int]) -> Experiments:
@@ -201,14 +201,8 @@ def write_definition(
     path = Path(path)
     if path.is_dir():
         raise InputError(f"--output {path}: is a directory; name a file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        count = _WRITERS.get(path.suffix, _write_json)(_in_parts(experiments), partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
+    with whole_file(path) as partial:
+        return _WRITERS.get(path.suffix, _write_json)(_in_parts(experiments), partial)
 
 
 def _in_parts(experiments: Iterable[Any]) -> Iterator[Experiments]:

@@ -6,6 +6,9 @@ pickling, because they cross process borders between actors and driver.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 
 class RaypatchError(Exception):
     """Base of all errors raised on purpose; ``exit_code`` is what the command ends with."""
@@ -17,6 +20,19 @@ class InputError(RaypatchError):
     """The user's input is wrong: the text names the value, the place and the fix."""
 
     exit_code = 2
+
+
+def few(names: Iterable[str], limit: int = 8) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def offer(name: str, valid: Sequence[str]) -> str:
+    """What to write instead of a name that does not exist: those that look like it, else all."""
+    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"valid: {few(valid, limit=20)}"
 
 
 def missing_package(what: str, package: str, extra: str) -> str:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import shutil
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,8 @@ from raypatch.analysis import Moments
 from raypatch.errors import InputError
 from raypatch.results.reader import Results
 from raypatch.results.schema import TARGET_SIDE
+from raypatch.whole_files import whole_folder
 
-FORMATS = ("json", "parquet", "csv")
-LAYOUTS = ("experiment", "input")
 # Leaves room for a number and a suffix.
 MAX_NAME_BYTES = 200
 
@@ -51,7 +48,7 @@ def export(results: Results, form: str, by: str, output: str) -> Path:
             f"{results.path}: was run with --save {results.sweep['identity']['save']}; the json "
             "layouts hold the patched outputs, so they need --save full"
         )
-    with _appearing(target) as folder:
+    with whole_folder(target) as folder:
         if form == "json":
             writer = _by_experiment if by == "experiment" else _by_input
             for direction in results.directions:
@@ -68,19 +65,6 @@ def export(results: Results, form: str, by: str, output: str) -> Path:
             if results.has_rows:
                 write(folder, "rows", results.row_parts(None), results.row_schema())
     return target
-
-
-@contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name only when everything is in it."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_parquet(folder: Path, name: str, parts: Iterator[pa.Table], schema: pa.Schema) -> None:

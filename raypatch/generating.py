@@ -24,7 +24,7 @@ def generate_definition(
     kind: str,
     agent_path: str | None = None,
     layer_structure: str | None = None,
-    group_size: int = DEFAULT_GROUP_SIZE,
+    group_size: int | None = None,
     custom_spec: str | None = None,
     output: str | None = None,
     include_output_logits: bool = True,
@@ -35,6 +35,10 @@ def generate_definition(
 
     Parameters are the command's options. Raises InputError for what cannot be used.
     """
+    if group_size is not None and kind != "neuron_groups":
+        # The original tool takes it with every type.
+        print(f"raypatch: note: --group_size does nothing for --type {kind}", file=sys.stderr)
+    group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
     if not 0 < group_size <= MAX_NEURONS:
         raise InputError(f"--group_size: {group_size} is not between 1 and {MAX_NEURONS}")
     options = AgentOptions(**agent_options)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from raypatch.agents import AgentOptions, load_agent
 from raypatch.definitions import Experiment
 from raypatch.engine.patch_run import PatchRun
 from raypatch.engine.patcher import Patcher
-from raypatch.errors import InputError
+from raypatch.errors import InputError, offer
 from raypatch.inputs import INPUTS_FOLDER, SIDES, ObservationShape, find_inputs, read_inputs
 from raypatch.metric_table import MetricTable
 from raypatch.metric_terms import Baselines
@@ -74,9 +74,7 @@ class Bench:
     def check_metric(self, metric: str) -> None:
         """Raises InputError for a metric this agent has not."""
         if metric not in METRICS:
-            raise InputError(
-                f"--metric {metric!r}: unknown metric; a search goes by one of {', '.join(METRICS)}"
-            )
+            raise InputError(f"--metric: unknown metric {metric!r}; {offer(metric, list(METRICS))}")
         choose_metrics(metric, discrete=self.agent.discrete)
 
     def scores(

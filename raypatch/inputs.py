@@ -270,11 +270,13 @@ def _array(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
     if array.shape != shape and not flat:
         raise InputError(f"{where}: shape {list(array.shape)}, but the agent takes {list(shape)}")
     with np.errstate(over="ignore"):
-        array = array.reshape(shape).astype(np.float32)
-    if not np.isfinite(array).all():
-        at = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise InputError(f"{where}: value {at} is {array.ravel()[at]}; every value must be finite")
-    return array
+        single = array.reshape(shape).astype(np.float32)
+    if not np.isfinite(single).all():
+        at = int(np.flatnonzero(~np.isfinite(single))[0])
+        raise InputError(
+            f"{where}: value {at} is {array.ravel()[at]}; every value must be finite, in float32"
+        )
+    return single
 
 
 def _some(ids: Sequence[str], limit: int = 5) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from raypatch.arrays import Array, at_least, dot, largest, library, weighted
-from raypatch.errors import InputError
+from raypatch.errors import InputError, offer
 from raypatch.metric_terms import Rows, length, log_softmax, pick, softmax, unit
 
 
@@ -130,7 +130,7 @@ def choose_metrics(text: str | None, *, discrete: bool) -> tuple[str, ...]:
     for name in names:
         if name not in METRICS:
             raise InputError(
-                f"--metrics: unknown metric {name!r}; valid: all, {', '.join(METRICS)}"
+                f"--metrics: unknown metric {name!r}; {offer(name, ['all', *METRICS])}"
             )
         if not usable(name):
             raise InputError(

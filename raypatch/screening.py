@@ -23,6 +23,7 @@ from raypatch.errors import InputError
 from raypatch.inprocess import Bench
 from raypatch.results.reader import Results
 from raypatch.results.schema import TARGET_SIDE
+from raypatch.whole_files import whole_file
 
 LEAST_NEURONS = 5  # of a layer, that a correlation tells anything
 METRIC = "top_logit_delta_magnitude"
@@ -59,9 +60,8 @@ def screen(
     order = np.argsort(-np.concatenate(list(means.values())), kind="stable")[:top]
     write_definition([{neurons[i][0]: [neurons[i][1]]} for i in order], output)
     record = {layer: values.tolist() for layer, values in means.items()}
-    path = Path(estimates)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"metric": METRIC, "estimates": record}), encoding="utf-8")
+    with whole_file(Path(estimates)) as file:
+        file.write_text(json.dumps({"metric": METRIC, "estimates": record}), encoding="utf-8")
     return record
 
 

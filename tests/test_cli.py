@@ -145,6 +145,11 @@ def test_options_of_generate_with_dashes_and_underscores(command, tmp_path):
     assert json.loads((tmp_path / "0.json").read_text())[-1] == {"action_net": [0, 1]}
 
 
+def test_a_group_size_for_another_type_is_said_to_do_nothing(command, in_empty_folder):
+    ended = command("generate", "--type", "layer", "--group_size", 3, "--agent_path", LAVA)
+    assert ended.code == 0 and "--group_size does nothing for --type layer" in ended.err
+
+
 def test_an_unreadable_agent_falls_back_with_a_warning(command, in_empty_folder):
     (in_empty_folder / "agent").mkdir()
     ended = command("generate", "--type", "single_neuron", "--agent_path", "agent")

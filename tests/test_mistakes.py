@@ -32,6 +32,7 @@ MISTAKES = [
     ({"--direction": "up"}, r"--direction: 'up' is not one of both, denoising, noising"),
     ({"--source": "x"}, r"--source: 'x' is not one of pair, zero, mean, resample"),
     ({"--metrics": "x"}, r"--metrics: unknown metric 'x'; valid: all, "),
+    ({"--metrics": "kl_divergance"}, r"'kl_divergance'; did you mean kl_divergence or "),
     ({"--save": "x"}, r"--save: 'x' is not one of full, metrics, summary"),
     ({"--dtype": "float16"}, r"--dtype: 'float16' is not one of float32, float64"),
     ({"--device": "tpu"}, r"--device: 'tpu' is not one of auto, cpu, cuda"),
@@ -121,6 +122,14 @@ def test_a_directory_with_foreign_files_is_refused(command, tmp_path):
 def test_a_directory_without_a_sweep_is_refused(command, tmp_path, words):
     ended = command(*words, tmp_path)
     assert ended.code == 2 and "no sweep here" in ended.err
+
+
+def test_looking_at_a_part_of_a_sweep_says_how_much_there_is(command, tmp_path, run_inline):
+    definition = good(tmp_path)["--definition_file"]
+    out = run_inline(LAVA, definition, "--end_index", 1)
+    assert "note: 1 of 2 experiments so far" in command("rank", out).err
+    run_inline(LAVA, definition)
+    assert "so far" not in command("rank", out).err
 
 
 def test_an_unknown_metric_or_layer_to_rank_by_is_refused(command, tmp_path, run_inline):

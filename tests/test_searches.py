@@ -142,7 +142,7 @@ def test_what_a_search_writes_can_be_run(command, run_inline, tmp_path):
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(("--metric", "x"), "unknown metric"), (("--metric", "all"), "goes by one of"),
+    [(("--metric", "x"), "unknown metric"), (("--metric", "all"), "unknown metric 'all'; valid: "),
      (("--candidates", 0), "below 1"),
      (("--combine", "x"), "not one of average, maximum"), (("--direction", "x"), "--direction")],
 )  # fmt: skip

@@ -18,9 +18,8 @@ from raypatch.agents.agent import Agent, make_agent
 from raypatch.agents.program import read_program
 from raypatch.agents.spaces import MAX_VALUES
 from raypatch.agents.state_dict import add_submodule, add_tensor
-from raypatch.checking import few
 from raypatch.engine.capture_export import exported_graph_module
-from raypatch.errors import AgentError, one_line
+from raypatch.errors import AgentError, few, one_line
 
 CONVOLUTIONS: dict[str, type[Any]] = {
     "conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d,

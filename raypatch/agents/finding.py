@@ -10,9 +10,9 @@ from typing import Any
 
 from raypatch.agents.agent import Agent, AgentOptions
 from raypatch.agents.archives import DAMAGE
-from raypatch.checking import few
 from raypatch.definitions import OUTPUT_LOGITS
-from raypatch.errors import AgentError
+from raypatch.errors import AgentError, few
+from raypatch.whole_files import whole_file
 
 MANIFEST = "agent.json"
 MANIFEST_KEYS = ("file", "activation", "factory", "output", "actions")
@@ -114,7 +114,8 @@ def write_manifest(directory: Path, file: Path, options: AgentOptions) -> Path:
         "actions": options.actions,
     }
     text = json.dumps({key: value for key, value in content.items() if value is not None})
-    path.write_text(text + "\n", encoding="utf-8")
+    with whole_file(path) as file:
+        file.write_text(text + "\n", encoding="utf-8")
     return path
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from raypatch.checking import few
-from raypatch.errors import AgentError
+from raypatch.errors import AgentError, few
 from raypatch.inputs import INPUTS_FOLDER, find_inputs, read_observations
 
 

@@ -19,8 +19,7 @@ from raypatch.agents.agent import Agent, AgentOptions, make_agent
 from raypatch.agents.archives import check_torch_file, is_archive
 from raypatch.agents.factories import action_network, build_with_factory, importable
 from raypatch.agents.observations import trial_observation
-from raypatch.checking import few
-from raypatch.errors import AgentError
+from raypatch.errors import AgentError, few
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

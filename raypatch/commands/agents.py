@@ -84,7 +84,11 @@ SEARCH_OPTIONS = [
     show_default=True,
     help="Choose by the effect on the baseline, or on the current coalition's outputs.",
 )
-@click.option("--monotone", is_flag=True, help="Stop where no candidate makes it stronger.")
+@click.option(
+    "--monotone",
+    is_flag=True,
+    help="Stop where no candidate makes it stronger, or changes as many actions.",
+)
 @click.option(
     "--output_dir", type=LOCAL_PATH, default="coalition", show_default=True, metavar="DIR"
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from raypatch.commands.options import (
     with_options,
 )
 from raypatch.errors import InputError
+
+if TYPE_CHECKING:
+    from raypatch.results.reader import Results
 
 
 @click.command()
@@ -67,7 +70,7 @@ def rank(output_dir: str, metric: str | None, as_json: bool, as_csv: bool, **opt
     """The experiments that move the outputs most, and how sure that is."""
     if as_json and as_csv:
         raise InputError("--json and --csv: one form at a time; leave out one")
-    results = open_run(output_dir)
+    results = _opened(output_dir)
     results.require_rows()
     metric = metric or results.default_metric
     rows = results.rank(metric, bootstrap=True, **options)
@@ -81,6 +84,15 @@ def rank(output_dir: str, metric: str | None, as_json: bool, as_csv: bool, **opt
         from raypatch.ending import show_ranking
 
         show_ranking(rows, metric, options["statistic"])
+
+
+def _opened(output_dir: str) -> Results:
+    """The results there are; says so where more are to come."""
+    results = open_run(output_dir)
+    if not results.complete:
+        done, total = results.n_tried, results.sweep["identity"]["n_experiments"]
+        click.echo(f"note: {done:,} of {total:,} experiments so far", err=True)
+    return results
 
 
 def _echo_csv(rows: list[dict[str, Any]]) -> None:
@@ -106,7 +118,7 @@ def export(output_dir: str, form: str, by: str, output: str) -> None:
     """Results as Parquet, CSV, or JSON in the original tool's layouts."""
     from raypatch.exporting import export as write
 
-    click.echo(f"written to {write(open_run(output_dir), form, by, output)}")
+    click.echo(f"written to {write(_opened(output_dir), form, by, output)}")
 
 
 @click.command()
@@ -119,7 +131,7 @@ def report(output_dir: str, output: str | None, screen: str | None) -> None:
     """One self-contained HTML page: heat maps, distributions, the strongest neurons."""
     from raypatch.reporting.page import write_report
 
-    results = open_run(output_dir)
+    results = _opened(output_dir)
     target = output or f"{output_dir.rstrip('/').rpartition('/')[2]}_report.html"
     click.echo(f"written to {write_report(results, target, screen)}")
 
@@ -135,6 +147,6 @@ def plot(output_dir: str, metric: str | None, output: str, form: str) -> None:
     """Figures for papers: heat maps, distributions by layer, denoising against noising."""
     from raypatch.reporting.figures import write_figures
 
-    results = open_run(output_dir)
+    results = _opened(output_dir)
     for path in write_figures(results, metric or results.default_metric, output, form):
         click.echo(f"written to {path}")

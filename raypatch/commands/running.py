@@ -26,7 +26,11 @@ FINISHED_WITH_FAILURES = 3
 @click.option(
     "--layer_structure", metavar="JSON|FILE", help="Layers and sizes; goes before the agent."
 )
-@click.option("--group_size", default=DEFAULT_GROUP_SIZE, show_default=True, type=int)
+@click.option(
+    "--group_size",
+    type=int,
+    help=f"Neurons patched together, of neuron_groups.  [default: {DEFAULT_GROUP_SIZE}]",
+)
 @click.option("--custom_spec", metavar="JSON|FILE", help="Experiments of --type custom.")
 @click.option(
     "--output", type=LOCAL_PATH, metavar="FILE", help="Default: Definitions/<type>_experiment.json"

@@ -11,8 +11,8 @@ from raypatch.analysis import LIKENESS, SIGNED
 from raypatch.errors import InputError, missing_package
 from raypatch.reporting.gather import Gathered, gather, ordered_layers
 from raypatch.results.reader import Results
+from raypatch.whole_files import whole_file
 
-FORMATS = ("png", "svg", "pdf")
 COLOURS = "cividis"
 BOTH_WAYS = "PuOr"
 
@@ -28,17 +28,12 @@ def write_figures(results: Results, metric: str, output: str, form: str) -> list
         matplotlib.use("Agg")
     except ImportError:
         raise InputError(missing_package("raypatch plot", "matplotlib", "report")) from None
-    if metric not in results.metrics:
-        raise InputError(
-            f"--metric: {metric!r} was not computed; this run holds {', '.join(results.metrics)}"
-        )
+    results.require_metric(metric)
     results.require_rows()
     found = gather(results)
     at = 1 + found.metrics.index(metric) * len(found.directions)
     if np.isnan(found.scatter[:, at : at + len(found.directions)]).all():
         raise InputError(f"--metric: {metric!r} is undefined for every experiment of this run")
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, Any] = {"distributions": _distributions(found, metric)}
     for direction in found.directions:
         figure = _heat_map(found, metric, direction)
@@ -48,10 +43,11 @@ def write_figures(results: Results, metric: str, output: str, form: str) -> list
         drawn["scatter"] = _scatter(found, metric)
     written = []
     for name, figure in drawn.items():
-        path = folder / f"{metric}_{name}.{form}"
+        path = Path(output) / f"{metric}_{name}.{form}"
         # No date in the file: the same results give the same bytes.
         metadata = {"Date": None} if form == "svg" else {}
-        figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=200, bbox_inches="tight", metadata=metadata)
         written.append(path)
     import matplotlib.pyplot
 

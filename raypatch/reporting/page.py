@@ -16,6 +16,7 @@ from raypatch.errors import InputError, missing_package
 from raypatch.progress import counted, duration, short_number
 from raypatch.reporting.gather import Gathered, gather, ordered_layers
 from raypatch.results.reader import DEFAULT_METRIC, Results
+from raypatch.whole_files import whole_file
 
 MAX_CELLS = 256
 MAX_LAYERS = 80
@@ -48,10 +49,8 @@ def write_report(results: Results, output: str, screen: str | None = None) -> Pa
     }
     # In one pass: a name of the user's may look like one of these marks.
     content = re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], template)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(target)
+    with whole_file(target) as file:
+        file.write_text(content, encoding="utf-8")
     return target
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from raypatch.arrow_arrays import as_numpy, numbers
-from raypatch.errors import InputError, one_line
+from raypatch.errors import InputError, offer, one_line
 from raypatch.results import layout, schema
 from raypatch.results.store import Store, open_store
 
@@ -71,6 +71,12 @@ class Results:
                 f"{self.path}: no experiment has results; all that were tried are quarantined in "
                 f"{layout.FAILURES}"
             )
+
+    def require_metric(self, metric: str) -> None:
+        """Raises InputError for a metric that this run has not computed."""
+        if metric not in self.metrics:
+            held = offer(metric, self.metrics)
+            raise InputError(f"--metric: {metric!r} was not computed by this run; {held}")
 
     @property
     def metrics(self) -> tuple[str, ...]:
