@@ -14,6 +14,7 @@ from raypatch import __version__
 from raypatch.commands import agents, results, running
 from raypatch.commands.options import SETTINGS
 from raypatch.errors import Interrupted, RaypatchError
+from raypatch.terminal import open_standard_streams, say
 
 
 @click.group(context_settings=SETTINGS)
@@ -35,6 +36,7 @@ NO_OUTPUT = {errno.ENOSPC, errno.EIO, errno.EBADF}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on stderr."""
+    open_standard_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         # What a command ends with through its context comes back as a number.
@@ -66,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _fail(message: str, code: int) -> int:
     for line in message.splitlines():
-        click.echo(f"raypatch: {line}", err=True)
+        say(f"raypatch: {line}")
     return code
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from raypatch.agents.factories import importable
 from raypatch.engine.layers import forward
 from raypatch.errors import InputError, missing_package, one_line
 from raypatch.inputs import INPUTS_FOLDER, SIDES
+from raypatch.terminal import say
 from raypatch.whole_files import whole_file
 
 CORRUPTIONS = ("other_state", "shuffle", "noise", "zero", "mean")
@@ -267,9 +267,8 @@ def show_collected(found: Collected) -> None:
     """Say what was written, and how strong the corruption is."""
     if found.differing is not None:
         share = found.differing / found.n_drawn
-        print(
+        say(
             f"the greedy action differs on {found.differing} of {found.n_drawn} pairs "
-            f"({share:.0%}), from {found.episodes} episodes",
-            file=sys.stderr,
+            f"({share:.0%}), from {found.episodes} episodes"
         )
     print(f"{found.n_pairs} pairs written to {' and '.join(map(str, found.files))}")

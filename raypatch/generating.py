@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from raypatch.agents.agent import AgentOptions
@@ -16,6 +15,7 @@ from raypatch.definitions import (
     generate_chunks,
 )
 from raypatch.errors import AgentError, InputError
+from raypatch.terminal import say
 
 DEFAULT_FOLDER = Path("Definitions")
 
@@ -37,7 +37,7 @@ def generate_definition(
     """
     if group_size is not None and kind != "neuron_groups":
         # The original tool takes it with every type.
-        print(f"raypatch: note: --group_size does nothing for --type {kind}", file=sys.stderr)
+        say(f"raypatch: note: --group_size does nothing for --type {kind}")
     group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
     if not 0 < group_size <= MAX_NEURONS:
         raise InputError(f"--group_size: {group_size} is not between 1 and {MAX_NEURONS}")
@@ -101,7 +101,7 @@ def _layers(
             if doubt is not None:
                 if strict:
                     raise InputError(f"--strict: {doubt}")
-                print(f"raypatch: note: {doubt}", file=sys.stderr)
+                say(f"raypatch: note: {doubt}")
             return layers, n_outputs
         except AgentError as error:
             if strict:
@@ -109,11 +109,10 @@ def _layers(
             reason = str(error)
     elif strict:
         raise InputError(f"--strict: {reason}")
-    print(
+    say(
         f"raypatch: WARNING: {reason}\n"
         "raypatch: WARNING: USING THE DEFAULT LAYER STRUCTURE, which is probably not your "
         f"agent's: {', '.join(f'{name}: {size}' for name, size in FALLBACK_LAYERS.items())}\n"
-        "raypatch: WARNING: --strict makes this an error",
-        file=sys.stderr,
+        "raypatch: WARNING: --strict makes this an error"
     )
     return dict(FALLBACK_LAYERS), list(FALLBACK_LAYERS.values())[-1]

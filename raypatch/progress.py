@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import suppress
 from types import TracebackType
 from typing import Any
+
+from raypatch.terminal import say
 
 LOG_EVERY_S = 5.0
 
@@ -92,8 +93,7 @@ class Progress:
             if self.done:
                 left = (self.n_experiments - self.done) * self.seconds / self.done
                 ending = f"{duration(left)} left"
-            with suppress(OSError):  # a run goes on where nobody reads of it any more
-                print(f"{self.text()}, {ending}", file=sys.stderr, flush=True)
+            say(f"{self.text()}, {ending}")
 
 
 def short_number(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import socket
@@ -25,7 +26,10 @@ from raypatch.interruption import Interruption
 # ---------------------------------------------------------------- the original's examples
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no such device here")
+needs_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="not there")
+
+
+@needs_full_device
 def test_output_that_cannot_be_written_is_one_line(run_inline, single_neurons):
     out = run_inline(LAVA, single_neurons(LAVA))
     with Path("/dev/full").open("wb") as full:
@@ -33,6 +37,18 @@ def test_output_that_cannot_be_written_is_one_line(run_inline, single_neurons):
         ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1
     assert ended.stderr == "raypatch: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "closed", ["2>&-", ">&- 2>&- <&-", pytest.param("2>/dev/full", marks=needs_full_device)]
+)
+def test_a_run_that_nobody_can_read_of_is_complete(tmp_path, closed):
+    words = [
+        sys.executable, "-m", "raypatch.cli", "run", "--agent_path", LAVA, "--definition_file",
+        ROOT / "Definitions" / "layer_experiment.json", "--output_dir", tmp_path / "out", "--backend", "inline", "--save", "summary",
+    ]  # fmt: skip
+    done = subprocess.run(f"{shlex.join(map(str, words))} {closed}", shell=True)
+    assert done.returncode == 0 and (tmp_path / "out" / "_SUCCESS").exists()
 
 
 def test_a_second_signal_within_an_import_waits_for_its_end(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from raypatch.terminal import say
+
 if TYPE_CHECKING:
     from raypatch.results.reader import Results
 
@@ -70,5 +72,5 @@ def open_run(output_dir: str) -> Results:
 
     results = open_results(output_dir)
     if results.distrusted is not None:
-        click.echo(f"warning: not to be trusted: {results.distrusted}", err=True)
+        say(f"warning: not to be trusted: {results.distrusted}")
     return results

@@ -16,6 +16,7 @@ from raypatch.commands.options import (
     with_options,
 )
 from raypatch.errors import InputError
+from raypatch.terminal import say
 
 if TYPE_CHECKING:
     from raypatch.results.reader import Results
@@ -75,7 +76,7 @@ def rank(output_dir: str, metric: str | None, as_json: bool, as_csv: bool, **opt
     metric = metric or results.default_metric
     rows = results.rank(metric, bootstrap=True, **options)
     if not rows:
-        click.echo(f"{metric} is undefined for every experiment asked for", err=True)
+        say(f"{metric} is undefined for every experiment asked for")
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     elif as_csv:
@@ -91,7 +92,7 @@ def _opened(output_dir: str) -> Results:
     results = open_run(output_dir)
     if not results.complete:
         done, total = results.n_tried, results.sweep["identity"]["n_experiments"]
-        click.echo(f"note: {done:,} of {total:,} experiments so far", err=True)
+        say(f"note: {done:,} of {total:,} experiments so far")
     return results
 
 

@@ -16,6 +16,7 @@ from raypatch.commands.options import (
 )
 from raypatch.definitions import DEFAULT_GROUP_SIZE, KINDS
 from raypatch.errors import InputError, RaypatchError
+from raypatch.terminal import say
 
 FINISHED_WITH_FAILURES = 3
 
@@ -115,8 +116,7 @@ def run(**given: Any) -> None:
     from raypatch.driver import run_config
 
     config = config_of(options)
-    echo = None if config.quiet else lambda text: click.echo(text, err=True)
-    results = run_config(config, on_start=echo)
+    results = run_config(config, on_start=None if config.quiet else say)
     if not config.quiet:
         from raypatch.ending import show_ending
 
@@ -169,7 +169,7 @@ def submit(address: str, no_wait: bool, run_words: tuple[str, ...]) -> None:
     config = config_of(options)
     check_options(config)  # files may be where the job runs only
     chosen = {name: value for name in options if (value := getattr(config, name)) is not None}
-    done = send(address, chosen, wait=not no_wait, say=lambda text: click.echo(text, err=True))
+    done = send(address, chosen, wait=not no_wait, say=say)
     if done.exit_code is not None:
         _say_outcome(str(options["output_dir"]))
         click.get_current_context().exit(done.exit_code)
@@ -183,6 +183,6 @@ def _say_outcome(output_dir: str) -> None:
     try:
         facts = status_of(open_run(output_dir))
     except RaypatchError:
-        click.echo(f"{output_dir} cannot be seen from here; the job's log has its ending", err=True)
+        say(f"{output_dir} cannot be seen from here; the job's log has its ending")
         return
     show_status(facts)
