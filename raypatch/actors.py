@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from raypatch.errors import InputError, RaypatchError, RunError, one_line
 from raypatch.fleet import Crew, Event, Fleet, Watchdog
 from raypatch.inline import Tick, Work, halves, verdict, without
 from raypatch.pool import Dispatch, Failed, TooManyLosses
+from raypatch.terminal import say
 
 if TYPE_CHECKING:
     from raypatch.shipping import Shipment
@@ -33,6 +35,9 @@ OBJECT_STORE_BYTES = 256 << 20
 CONNECT_S = 10.0
 # How often a cluster is asked whether it has grown.
 RESIZE_EVERY_S = 5.0
+# How often it is looked whether Ray's daemons live.
+WATCH_EVERY_S = 0.2
+_DEATH = "Ray's {} died; committed results are kept, run the same command again to resume"
 _QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -109,10 +114,7 @@ class RayBackend:
         self._started.wait()
         if self._ray is not None and self._ray.is_initialized():
             if self._broken:
-                # Without its daemons an orderly shutdown would wait for them.
-                self._ray._private.worker._global_node.kill_all_processes(
-                    check_alive=False, allow_graceful=False
-                )
+                _end_daemons(self._ray._private.worker)
             else:
                 self._ray.shutdown()
         self._closing.set()
@@ -121,7 +123,17 @@ class RayBackend:
     def _serve(self) -> None:
         self._start()
         self._started.set()
+        while self._failure is None and not self._closing.wait(WATCH_EVERY_S):
+            if dead := self._dead_daemons():
+                self._say_why_ray_ends_this(dead[0])
+                break
         self._closing.wait()
+
+    def _say_why_ray_ends_this(self, daemon: str) -> None:
+        """Where the main thread, busy with something else, does not raise it in time: Ray itself
+        says little, or nothing, before it ends this process."""
+        if not self._closing.wait(WATCH_EVERY_S) and not self._broken:
+            say(f"raypatch: {_DEATH.format(daemon)}")
 
     def _start(self) -> None:
         try:
@@ -233,7 +245,7 @@ class RayBackend:
                 cloudpickle.unregister_pickle_by_value(module)
 
     def wait_started(self) -> None:
-        """Until Ray stands; raises RunError where it does not."""
+        """Until Ray stands; raises RunError where it does not, or no longer."""
         self._started.wait()
         if isinstance(self._failure, RaypatchError):
             raise self._failure
@@ -246,6 +258,7 @@ class RayBackend:
                     "and RAY_AUTH_TOKEN (docs/cluster.md)"
                 )
             raise RunError(f"{what}: {one_line(self._failure)}") from self._failure
+        self._check_daemons()
 
     def outcomes(self, work: Work) -> Iterator[Outcome | Quarantined | Tick]:
         """Outcomes as items finish, verdicts on experiments that cannot be computed, and a
@@ -307,13 +320,16 @@ class RayBackend:
 
     def _check_daemons(self) -> None:
         """Raises RunError where the local Ray has lost a daemon: Ray would end this process."""
-        dead = _dead_daemons(self._ray) if self._local else []
-        if dead:
+        if dead := self._dead_daemons():
             self._broken = True
-            raise RunError(
-                f"Ray's {dead[0]} died; committed results are kept, run the same command again "
-                "to resume"
-            )
+            raise RunError(_DEATH.format(dead[0]))
+
+    def _dead_daemons(self) -> list[str]:
+        """Names of the local Ray's daemons that have ended."""
+        node = getattr(self._ray._private.worker, "_global_node", None) if self._local else None
+        if node is None:
+            return []
+        return [name for name, _ in node.dead_processes() if name in ("raylet", "gcs_server")]
 
     def _failure_of(self, dispatch: Dispatch[Item], event: Event) -> Failed[Item] | None:
         """Tell the dispatch state what happened to an actor or its oldest item."""
@@ -348,12 +364,20 @@ def _torch_sees_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _dead_daemons(ray: Any) -> list[str]:
-    """Names of the local Ray's daemons that have ended."""
-    node = getattr(ray._private.worker, "_global_node", None)
-    if node is None:
-        return []
-    return [str(name) for name, _ in node.dead_processes() if name in ("raylet", "gcs_server")]
+def _end_daemons(of_ray: Any) -> None:
+    """End a local Ray that has lost a daemon: an orderly shutdown would wait for it, and so would
+    the agents of a raylet, and Ray's way to report an exception."""
+    import psutil  # Ray brings it
+
+    node, agents = of_ray._global_node, []
+    for raylet in node.all_processes.get("raylet", []):
+        with suppress(psutil.Error):
+            agents += psutil.Process(raylet.process.pid).children(recursive=True)
+    node.kill_all_processes(check_alive=False, allow_graceful=False)
+    for agent in agents:
+        with suppress(psutil.Error):
+            agent.kill()
+    sys.excepthook = of_ray.normal_excepthook
 
 
 class _Gauges:

@@ -16,7 +16,7 @@ import numpy as np
 from raypatch.agents.agent import Agent
 from raypatch.config import RunConfig, check_config, config_of
 from raypatch.definitions import Experiments
-from raypatch.errors import InputError, Interrupted
+from raypatch.errors import InputError, Interrupted, RaypatchError
 from raypatch.inputs import Inputs
 from raypatch.interruption import Interruption, signals_caught
 from raypatch.progress import Progress, counted
@@ -402,6 +402,8 @@ class Job:
         folders = [Path(self.config.agent_path).resolve(), Path.cwd()]
         try:
             return self.backend.packed(self.patcher, folders)
+        except RaypatchError:
+            raise
         except Exception as error:
             raise InputError(
                 f"--agent_path {self.config.agent_path}: the network cannot be sent to actors "

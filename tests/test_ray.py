@@ -95,6 +95,30 @@ def test_actors_need_neither_the_agents_files_nor_its_code(command, single_neuro
     np.testing.assert_allclose(outputs_of(results), expected_outputs(LAVA), atol=1e-5)
 
 
+@pytest.mark.parametrize("daemon", ["raylet", "gcs_server"])
+def test_a_daemon_of_ray_that_dies_while_nothing_is_computed_is_named(daemon):
+    code = """
+from time import sleep
+from raypatch.actors import PoolOptions, RayBackend
+with RayBackend(PoolOptions(num_actors=1)) as backend:
+    backend.wait_started()
+    print("stands", flush=True)
+    sleep(2)
+    backend.wait_started()"""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert driver.stdout.readline() == "stands\n"
+    next(
+        process for process in psutil.Process(driver.pid).children(recursive=True)
+        if daemon in " ".join(process.cmdline()[:1])
+    ).kill()  # fmt: skip
+    _, err = driver.communicate(timeout=60)
+    assert driver.returncode == 1
+    assert f"raypatch: Ray's {daemon} died; committed results are kept" in err
+    assert f"RunError: Ray's {daemon} died" in err
+
+
 def long_definition(tmp_path, repeats=8):
     """Enough work for several seconds, without a large file."""
     import json
