@@ -130,7 +130,7 @@ class StandingPool:
         receipt = None
         while not self.dispatch.done:
             for send in self.dispatch.sends():
-                self.fleet.send(send, self.case.job.experiments_of(send.item))
+                self.fleet.send(send, self.case.job.subject.experiments_of(send.item))
             if not self.dispatch.done:
                 for event in self.fleet.events():
                     self.dispatch.item_completed(event.actor)
@@ -157,7 +157,7 @@ def through_actor_pool(case: Case, n_actors: int) -> float:
     pool = ActorPool(actors)
     list(
         pool.map_unordered(
-            lambda actor, item: actor.compute.remote(item, case.job.experiments_of(item)),
+            lambda actor, item: actor.compute.remote(item, case.job.subject.experiments_of(item)),
             case.items,
         )
     )
@@ -173,7 +173,7 @@ def through_ray_data(case: Case, n_actors: int) -> float:
     def run(items: list[Item]) -> float:
         rows = [{"number": i.number, "first": i.first, "last": i.last} for i in items]
         data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            DataActor, fn_constructor_args=(case.spec("data"), case.job.experiments),
+            DataActor, fn_constructor_args=(case.spec("data"), case.job.subject.experiments),
             batch_size=1, concurrency=n_actors, num_cpus=1,
         )  # fmt: skip
         started = time.perf_counter()
@@ -191,7 +191,7 @@ def inline(case: Case) -> float:
     worker = Worker(case.spec("inline"))
     started = time.perf_counter()
     for item in case.items:
-        worker.compute(item, case.job.experiments_of(item), 1)
+        worker.compute(item, case.job.subject.experiments_of(item), 1)
     seconds = time.perf_counter() - started
     torch.set_num_threads(threads)
     return seconds
@@ -208,7 +208,7 @@ def two_processes(case: Case) -> float:
             args=(
                 case.spec(f"alone{n}"),
                 half,
-                [case.job.experiments_of(i) for i in half],
+                [case.job.subject.experiments_of(i) for i in half],
                 (ready, go, done),
             ),
         )

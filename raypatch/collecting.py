@@ -106,7 +106,7 @@ def collect_pairs(
             f"--differing: none of {n_drawn} pairs changes the greedy action; choose another "
             "--corruption"
         )
-    _write(files, kept_ids, kept, agent)
+    _write(files, kept_ids, kept)
     return Collected(
         files, len(kept_ids), n_drawn, n_differing if agent.discrete else None, player.episode + 1
     )
@@ -243,9 +243,7 @@ def _checked(corrupted: Any, states: np.ndarray, name: str) -> np.ndarray:
 # ------------------------------------------------------------------------------ writing
 
 
-def _write(
-    files: tuple[Path, ...], ids: list[str], kept: dict[str, list[np.ndarray]], agent: Agent
-) -> None:
+def _write(files: tuple[Path, ...], ids: list[str], kept: dict[str, list[np.ndarray]]) -> None:
     """Both files, each whole or not at all."""
     for side, file in zip(SIDES, files):
         with whole_file(file) as partial:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raypatch.agents.agent import Agent
 from raypatch.config import RunConfig, check_config, config_of
 from raypatch.definitions import Experiments
 from raypatch.errors import InputError, Interrupted, RaypatchError
-from raypatch.inputs import Inputs
 from raypatch.interruption import Interruption, signals_caught
 from raypatch.progress import Progress, counted
 from raypatch.results import layout
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from raypatch.actors import RayBackend
     from raypatch.engine.patcher import Patcher
     from raypatch.inline import InlineBackend
+    from raypatch.reading import Subject
     from raypatch.results.reader import Results
     from raypatch.shipping import Shipment
     from raypatch.sweep import Range
@@ -88,14 +87,7 @@ def run(**options: Any) -> Results:
 class Job:
     """One run from its config to its last commit."""
 
-    agent: Agent
-    experiments: Experiments
-    metrics: tuple[str, ...]
-    wanted: Range
-    inputs: Inputs
-    directions: tuple[str, ...]
-    source_kind: str
-    given: Mapping[str, Any]
+    subject: Subject
     patcher: Patcher
     ranges: list[Range]
     # Parts of a run before that have no record of being checked.
@@ -117,11 +109,7 @@ class Job:
         """Read and check every input; nothing is written."""
         from raypatch.reading import read_subject
 
-        subject = read_subject(self.config)
-        self.agent, self.experiments = subject.agent, subject.experiments
-        self.metrics, self.wanted = subject.metrics, subject.wanted
-        self.inputs, self.directions = subject.inputs, subject.directions
-        self.source_kind, self.given = subject.source_kind, subject.given
+        self.subject = read_subject(self.config)
 
     # --------------------------------------------------------------------------- plan
 
@@ -133,27 +121,27 @@ class Job:
         from raypatch import recovery, sweep
         from raypatch.engine.patcher import Patcher
 
-        config = self.config
+        config, subject = self.config, self.subject
         self.patcher = Patcher(
-            self.agent.network,
+            subject.agent.network,
             dtype=getattr(torch, config.dtype),
             device="cpu",
             batch_rows=config.batch_size,
             # An actor keeps the runs of every direction.
-            memory_bytes=config.memory_per_actor // len(self.directions),
+            memory_bytes=config.memory_per_actor // len(subject.directions),
         )
         self.outputs_by_side = self._baselines()
         self.backend.wait_started()
         self.identity = self._identity()
         self.fingerprint = sweep.fingerprint(self.identity)
         recovery.held_receipts(self.store, self.identity, overwrite=config.overwrite)
-        self.passes_each = len(self.directions) * len(self.inputs)
+        self.passes_each = len(subject.directions) * len(subject.inputs)
         # One multiplication per weight is the least a forward costs.
         self.item_length = sweep.item_length(
-            n_experiments=len(self.experiments),
+            n_experiments=len(subject.experiments),
             passes_each=self.passes_each,
-            operations=2 * sum(self.agent.parameters.values()),
-            n_outputs=self.agent.output_size,
+            operations=2 * sum(subject.agent.parameters.values()),
+            n_outputs=subject.agent.output_size,
             device_class=self.device_class,
         )
 
@@ -166,17 +154,18 @@ class Job:
         """Unpatched outputs by side; also settles how the network is captured."""
         import torch
 
+        inputs = self.subject.inputs
         found = {
             side: self.patcher.prepare(
                 target=torch.from_numpy(values), kind="zero"
             ).baseline.numpy()
-            for side, values in self.inputs.sides.items()
+            for side, values in inputs.sides.items()
         }
         for side, outputs in found.items():
             bad = np.flatnonzero(~np.isfinite(outputs).all(1))
             if len(bad):
                 raise InputError(
-                    f"{side} input {self.inputs.ids[bad[0]]!r}: the agent's own output holds NaN "
+                    f"{side} input {inputs.ids[bad[0]]!r}: the agent's own output holds NaN "
                     "or infinity; leave this input out (--input_ids), or check the agent (actions "
                     "are masked by a large number, as -1e8)"
                 )
@@ -187,25 +176,26 @@ class Job:
         from raypatch import sweep
         from raypatch.engine.identity import network_digest
 
-        config, inputs = self.config, self.inputs
+        config, subject = self.config, self.subject
+        inputs, given = subject.inputs, subject.given
         return {
             "format_version": FORMAT_VERSION,
-            "agent": sweep.files_digest(self.agent.files),
-            "network": network_digest(self.agent.network, self.patcher.graph),
+            "agent": sweep.files_digest(subject.agent.files),
+            "network": network_digest(subject.agent.network, self.patcher.graph),
             "inputs": sweep.sha256_of(
                 json.dumps(inputs.ids).encode(), *(inputs.sides[s] for s in sorted(inputs.sides))
             ),
             "sides": list(inputs.sides),
-            "definition": sweep.definition_digest(self.experiments),
-            "n_experiments": len(self.experiments),
-            "layers": self.agent.neuron_counts,
-            "directions": list(self.directions),
-            "source": self.source_kind,
+            "definition": sweep.definition_digest(subject.experiments),
+            "n_experiments": len(subject.experiments),
+            "layers": subject.agent.neuron_counts,
+            "directions": list(subject.directions),
+            "source": subject.source_kind,
             "source_activations": sweep.sha256_of(
-                *(part for name in sorted(self.given) for part in (name.encode(), self.given[name]))
+                *(part for name in sorted(given) for part in (name.encode(), given[name]))
             ),
             "seed": config.seed,
-            "metrics": list(self.metrics),
+            "metrics": list(subject.metrics),
             "save": config.save,
             "compression": config.compression,
             "dtype": config.dtype,
@@ -220,29 +210,30 @@ class Job:
         """The output directory held against other runs, in order, and described."""
         from raypatch import recovery, sweep
 
-        store, config = self.store, self.config
+        store, config, subject = self.store, self.config, self.subject
         store.make(*([layout.SHARDS] if config.save != "summary" else []), layout.SUMMARY)
-        held = (0, ALL_EXPERIMENTS) if config.overwrite else (self.wanted.first, self.wanted.last)
+        wanted = subject.wanted
+        held = (0, ALL_EXPERIMENTS) if config.overwrite else (wanted.first, wanted.last)
         with store.lock(*held):
             if config.overwrite:
                 recovery.clear(store)
             # Another run may have come and gone since the plan was made.
             receipts = recovery.held_receipts(store, self.identity, overwrite=config.overwrite)
             expected = recovery.Expected(
-                self.fingerprint, config.save, self.passes_each, len(self.directions),
+                self.fingerprint, config.save, self.passes_each, len(subject.directions),
                 self.item_length,
             )  # fmt: skip
-            found = recovery.survey(store, expected, receipts, self.wanted)
+            found = recovery.survey(store, expected, receipts, wanted)
             for note in found.notes():
                 say(f"note: {note}")
             recovery.repair(store, found)
-            recovery.drop_stray_failures(store, self.wanted)
+            recovery.drop_stray_failures(store, wanted)
             committed = [sweep.Range(r.first, r.last) for r in found.committed]
-            self.ranges = sweep.remaining(self.wanted, committed)
+            self.ranges = sweep.remaining(wanted, committed)
             self.n_committed = sum(map(len, committed))
             self.adopted = found.adopted
             self._describe_sweep()
-            self.beacon = recovery.beacon_name(self.wanted)
+            self.beacon = recovery.beacon_name(wanted)
             with store.changing():
                 store.write(self.beacon, b"raypatch")
             try:
@@ -257,11 +248,11 @@ class Job:
         from raypatch.results import tables
         from raypatch.results.store import digest_of
 
-        store, config = self.store, self.config
+        store, config, subject = self.store, self.config, self.subject
 
         def write_baselines() -> None:
             baselines = tables.baseline_table(
-                self.outputs_by_side, self.inputs.ids, discrete=self.agent.discrete
+                self.outputs_by_side, subject.inputs.ids, discrete=subject.agent.discrete
             )
             store.write(layout.BASELINES, tables.file_bytes(baselines, config.compression))
 
@@ -270,7 +261,7 @@ class Job:
             held = None if content is None else layout.parse_sweep(content)
             digests = {}
             writers: dict[str, Callable[[], None]] = {
-                layout.EXPERIMENTS: lambda: records.write_experiments(store, self.experiments),
+                layout.EXPERIMENTS: lambda: records.write_experiments(store, subject.experiments),
                 layout.BASELINES: write_baselines,
             }
             for name, write in writers.items():
@@ -287,11 +278,11 @@ class Job:
                 "fingerprint": self.fingerprint,
                 "identity": self.identity,
                 "options": asdict(config),
-                "agent": records.agent_record(self.agent, path, self.patcher.path),
+                "agent": records.agent_record(subject.agent, path, self.patcher.path),
                 "definition_file": _absolute(config.definition_file),
-                "input_files": [str(path.resolve()) for path in self.inputs.files],
-                "input_ids": list(self.inputs.ids),
-                "n_outputs": self.agent.output_size,
+                "input_files": [str(path.resolve()) for path in subject.inputs.files],
+                "input_ids": list(subject.inputs.ids),
+                "n_outputs": subject.agent.output_size,
                 "item_length": self.item_length,
                 "units": self._units(),
                 "device": self.backend.device,
@@ -306,18 +297,19 @@ class Job:
 
     def describe(self) -> str:
         """One line on what is about to run."""
-        config, left = self.config, sum(map(len, self.ranges))
+        config, subject, left = self.config, self.subject, sum(map(len, self.ranges))
         resumed = f", {self.n_committed:,} already committed" if self.n_committed else ""
-        found, sides = list(self.agent.notes), list(self.inputs.sides.values())
+        found, sides = list(subject.agent.notes), list(subject.inputs.sides.values())
         if config.source == "pair" and len(sides) == 2 and np.array_equal(sides[0], sides[1]):
             found.append("clean and corrupted inputs are the same: no patch changes anything")
         notes = "".join(f"note: {note}\n" for note in found)
-        directions = counted(len(self.directions), "direction")
-        if len(self.directions) == 1:
-            directions += f" ({self.directions[0]})"
+        pairs = counted(len(subject.inputs), "pair")
+        directions = counted(len(subject.directions), "direction")
+        if len(subject.directions) == 1:
+            directions += f" ({subject.directions[0]})"
         return (
-            f"{self.agent.loaded_as}\n{notes}"
-            f"{counted(left, 'experiment')} x {counted(len(self.inputs), 'pair')} x {directions} "
+            f"{subject.agent.loaded_as}\n{notes}"
+            f"{counted(left, 'experiment')} x {pairs} x {directions} "
             f"= {left * self.passes_each:,} passes{resumed}; "
             f"{self.patcher.path}, {config.dtype} on {self.device_class}"
         )
@@ -331,7 +323,8 @@ class Job:
         from raypatch.inline import Work
         from raypatch.worker import Item
 
-        config, n_items = self.config, sweep.count_items(self.ranges, self.item_length)
+        config, subject = self.config, self.subject
+        n_items = sweep.count_items(self.ranges, self.item_length)
         items = (Item(*cut) for cut in sweep.cut(self.ranges, self.item_length))
         work = Work(
             self.worker_spec(), items, n_items, self.experiments_of, lambda: bool(self.interruption)
@@ -339,7 +332,7 @@ class Job:
         n_left = sum(map(len, self.ranges))
         with Progress(n_left, self.passes_each, quiet=config.quiet) as progress:
             committer = Committer(
-                self.store, self.experiments, self.wanted, self.verifier(), progress,
+                self.store, subject.experiments, subject.wanted, self.verifier(), progress,
                 config.max_failures,
             )  # fmt: skip
             if config.verify:
@@ -357,16 +350,17 @@ class Job:
     def experiments_of(self, item: Item) -> Experiments:
         """The experiments of an item that are to be computed."""
         if item.skip:
-            return self.experiments.take(item.indices)
-        return self.experiments.slice(item.first, item.last)
+            return self.subject.experiments.take(item.indices)
+        return self.subject.experiments.slice(item.first, item.last)
 
     def verifier(self) -> Verifier:
         """Compares sampled outputs with the float64 reference."""
         from raypatch.verification import Verifier
 
+        subject = self.subject
         return Verifier(
-            self.agent.network, self.experiments, self.inputs.sides, self.directions,
-            self.source_kind, self.config.seed, self.config.dtype, self.given,
+            subject.agent.network, subject.experiments, subject.inputs.sides, subject.directions,
+            subject.source_kind, self.config.seed, self.config.dtype, subject.given,
         )  # fmt: skip
 
     def worker_spec(self) -> WorkerSpec:
@@ -374,20 +368,20 @@ class Job:
         from raypatch.verification import choose_sample
         from raypatch.worker import WorkerSpec
 
-        config = self.config
+        config, subject = self.config, self.subject
         return WorkerSpec(
             patcher=self._packed_patcher(),
-            sides=self.inputs.sides,
-            directions=self.directions,
-            source_kind=self.source_kind,
-            given=self.given,
+            sides=subject.inputs.sides,
+            directions=subject.directions,
+            source_kind=subject.source_kind,
+            given=subject.given,
             seed=config.seed,
-            discrete=self.agent.discrete,
-            columns=Columns(self.agent.output_size, self.metrics, config.save),
+            discrete=subject.agent.discrete,
+            columns=Columns(subject.agent.output_size, subject.metrics, config.save),
             metadata={
                 "format_version": FORMAT_VERSION,
                 "fingerprint": self.fingerprint,
-                "layers": self.agent.neuron_counts,
+                "layers": subject.agent.neuron_counts,
                 "units": self._units(),
             },
             compression=config.compression,
@@ -416,7 +410,7 @@ class Job:
     def _units(self) -> dict[str, str]:
         from raypatch.metrics import METRICS
 
-        return {name: METRICS[name].unit for name in self.metrics}
+        return {name: METRICS[name].unit for name in self.subject.metrics}
 
 
 def _absolute(location: str) -> str:

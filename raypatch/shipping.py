@@ -23,10 +23,6 @@ class Shipment:
     content: bytes
     arrays: list[np.ndarray]
 
-    @property
-    def nbytes(self) -> int:
-        return len(self.content) + sum(array.nbytes for array in self.arrays)
-
 
 def pack(value: Any, pickler: type[Any] = pickle.Pickler) -> Shipment:
     """Pickle with a class like :class:`pickle.Pickler`; CPU tensors go beside the bytes."""

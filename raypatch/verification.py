@@ -47,7 +47,6 @@ class Verifier:
     given: Mapping[str, np.ndarray] = field(default_factory=dict)
     checked: int = 0
     largest_difference: float = 0.0
-    largest_relative: float = 0.0
     _seen: set[int] = field(default_factory=set)
 
     def check(self, samples: Mapping[int, np.ndarray]) -> None:
@@ -70,7 +69,6 @@ class Verifier:
                 difference = np.abs(found - expected)
                 relative = difference / np.maximum(1.0, np.abs(expected))
                 self.largest_difference = max(self.largest_difference, float(difference.max()))
-                self.largest_relative = max(self.largest_relative, float(relative.max()))
                 if not relative.max() <= TOLERANCES[self.dtype]:
                     raise VerificationError(
                         f"verification failed: experiment {index} ({direction}) differs from the "

@@ -118,7 +118,7 @@ class Worker:
         self.sees_output = self._sees_output()
         self.patcher: Patcher = unpack(spec.patcher).to(spec.device)
         self.runs = [prepare_direction(self.patcher, spec, d) for d in spec.directions]
-        self.tables = [self._metric_table(d, run) for d, run in zip(spec.directions, self.runs)]
+        self.tables = [self._metric_table(run) for run in self.runs]
         self.row_schema = schema.row_schema(spec.columns, spec.metadata)
         self.summary_schema = schema.summary_schema(spec.columns.metrics, spec.metadata)
 
@@ -128,7 +128,7 @@ class Worker:
         except RaypatchError:
             return False
 
-    def _metric_table(self, direction: str, run: PatchRun) -> MetricTable:
+    def _metric_table(self, run: PatchRun) -> MetricTable:
         return MetricTable(self.spec.columns.metrics, Baselines(run.baseline, run.source_baseline))
 
     def compute(self, item: Item, experiments: Experiments, tries: int) -> Outcome:

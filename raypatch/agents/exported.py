@@ -19,12 +19,9 @@ from raypatch.agents.program import read_program
 from raypatch.agents.spaces import MAX_VALUES
 from raypatch.agents.state_dict import add_submodule, add_tensor
 from raypatch.engine.capture_export import exported_graph_module
+from raypatch.engine.from_weights import convolution_of, linear_of
 from raypatch.errors import AgentError, few, one_line
 
-CONVOLUTIONS: dict[str, type[Any]] = {
-    "conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d,
-}  # fmt: skip
-# Of the weight.
 DIMENSIONS = {"linear": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}
 TOLERANCE = 1e-5
 
@@ -104,23 +101,12 @@ class _Layer:
     options: tuple[Any, ...]
 
     def module(self, traced: fx.GraphModule) -> nn.Module:
-        w = _attribute(traced, self.weight)
-        bias = None if self.bias is None else _attribute(traced, self.bias)
-        module: nn.Module
+        w = _attribute(traced, self.weight).detach()
+        bias = None if self.bias is None else _attribute(traced, self.bias).detach()
         if self.name == "linear":
-            module = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None, device="meta")
-        else:
-            defaults = (1, 0, 1, 1)
-            given = self.options + defaults[len(self.options) :]
-            stride, padding, dilation, groups = given
-            module = CONVOLUTIONS[self.name](
-                w.shape[1] * groups, w.shape[0], tuple(w.shape[2:]), stride, padding, dilation,
-                groups, bias=bias is not None, device="meta",
-            )  # fmt: skip
-        module.weight = nn.Parameter(w.detach(), requires_grad=False)
-        if bias is not None:
-            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        return module
+            return linear_of(w, bias)
+        options = dict(zip(("stride", "padding", "dilation", "groups"), self.options))
+        return convolution_of(w, bias, **options)
 
 
 def _layer_of(traced: fx.GraphModule, node: fx.Node) -> _Layer | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from raypatch.agents.preprocessing import preprocessing
 from raypatch.agents.spaces import Space
 from raypatch.agents.state_dict import finite, linear_from, weight_layers
+from raypatch.engine.from_weights import convolution_of
 from raypatch.errors import AgentError
 
 NATURE_KERNELS, NATURE_STRIDES = (8, 4, 3), (4, 2, 1)
@@ -96,16 +97,15 @@ class CombinedExtractor(nn.Module):
 class Family:
     """A kind of policy: where its parts lie in the state dict and what its outputs are."""
 
-    name: str
     features: str
     output_kind: str
 
 
-VALUE = Family("q_net", "q_net.features_extractor", "Q-values")
-QUANTILE = Family("quantile_net", "quantile_net.features_extractor", "Q-values")
-ACTOR_CRITIC = Family("actor_critic", "features_extractor", "logits")
-GAUSSIAN = Family("gaussian", "actor.features_extractor", "mean")
-DETERMINISTIC = Family("deterministic", "actor.features_extractor", "mean")
+VALUE = Family("q_net.features_extractor", "Q-values")
+QUANTILE = Family("quantile_net.features_extractor", "Q-values")
+ACTOR_CRITIC = Family("features_extractor", "logits")
+GAUSSIAN = Family("actor.features_extractor", "mean")
+DETERMINISTIC = Family("actor.features_extractor", "mean")
 
 
 @dataclass(frozen=True)
@@ -251,13 +251,7 @@ class Weights:
                     f"{self.facts.origin}: {path} has a kernel of {list(weight.shape[2:])}, the "
                     f"library's NatureCNN one of {kernel}"
                 )
-            conv = nn.Conv2d(
-                weight.shape[1], weight.shape[0], kernel, stride, bias=bias is not None,
-                device="meta",
-            )  # fmt: skip
-            conv.weight = nn.Parameter(weight.float(), requires_grad=False)
-            if bias is not None:
-                conv.bias = nn.Parameter(bias.float(), requires_grad=False)
-            modules += [conv, nn.ReLU()]
+            given = None if bias is None else bias.float()
+            modules += [convolution_of(weight.float(), given, stride=stride), nn.ReLU()]
         linear = nn.Sequential(self.linear(f"{prefix}.linear.0"), nn.ReLU())
         return NatureCNN(nn.Sequential(*modules, nn.Flatten()), linear)

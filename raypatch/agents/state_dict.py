@@ -19,6 +19,7 @@ from raypatch.agents.agent import Agent, AgentOptions, make_agent
 from raypatch.agents.archives import check_torch_file, is_archive
 from raypatch.agents.factories import action_network, build_with_factory, importable
 from raypatch.agents.observations import trial_observation
+from raypatch.engine.from_weights import linear_of
 from raypatch.errors import AgentError, few
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -305,12 +306,8 @@ def _holder(root: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def linear_from(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """A Linear holding these very tensors as float32 parameters."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.float(), requires_grad=False)
-    return layer
+    """A linear layer of these tensors, in float32."""
+    return linear_of(weight.float(), None if bias is None else bias.float())
 
 
 def chained_mlp(

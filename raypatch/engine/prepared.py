@@ -119,9 +119,6 @@ class Prepared:
                     f"{self.n_inputs} inputs along one axis"
                 )
 
-    def __len__(self) -> int:
-        return self.n_inputs
-
     # ------------------------------------------------------- what spread rules may ask
 
     def base(self, node: int) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from raypatch.engine.from_weights import convolution_of, linear_of
 from raypatch.engine.graph import Graph, Node, Ref
 
 
@@ -91,13 +92,10 @@ def _layer(
         return None
     if given is not None and list(given.shape) != [len(weight)]:
         return None
-    n_outputs, n_inputs = weight.shape
-    layer = nn.Linear(n_inputs, n_outputs, given is not None, device="meta")
-    return value, _filled(layer, weight, given)
+    return value, linear_of(weight, given)
 
 
 def _convolution(node: Node, fixed: _Fixed) -> tuple[Any, nn.Module] | None:
-    n_axes = int(node.name[-2])
     weight, bias = fixed.tensor(node.option(1, "weight")), node.option(2, "bias")
     given = fixed.tensor(bias)
     if weight is None or (bias is not None and given is None):
@@ -105,21 +103,11 @@ def _convolution(node: Node, fixed: _Fixed) -> tuple[Any, nn.Module] | None:
     names = ("stride", "padding", "dilation", "groups")
     options = {n: node.option(place, n) for place, n in enumerate(names, 3)}
     options = {n: _plain(value) for n, value in options.items() if value is not None}
-    groups = options.get("groups", 1)
-    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n_axes - 1]
-    size = weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:])
-    layer = kind(*size, bias=given is not None, device="meta", **options)
-    return node.option(0, "input"), _filled(layer, weight, given)
+    return node.option(0, "input"), convolution_of(weight, given, **options)
 
 
 def _plain(option: Any) -> Any:
     return tuple(option) if isinstance(option, (list, tuple)) else option
-
-
-def _filled(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    return layer
 
 
 FORMS: dict[str, Form] = {
