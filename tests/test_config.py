@@ -1,12 +1,14 @@
 """Options of a run as a script gives them."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import raypatch
+from raypatch.commands.running import run as run_command
 from raypatch.config import config_of
 from raypatch.errors import InputError
 
@@ -55,3 +57,21 @@ def test_sizes_and_numbers_may_be_text():
     assert (config.memory_per_actor, config.batch_size) == (2 << 30, 64)
     assert config_of({**NEEDED, "num_actors": None}).num_actors is None
     assert type(config_of({**NEEDED, "seed": np.int64(3)}).seed) is int
+
+
+def test_the_help_names_the_defaults_that_options_have():
+    config = config_of(NEEDED)
+    named = {
+        option.name: found[1]
+        for option in run_command.params
+        if (found := re.search(r"\[default: ([^\]]+)\]", option.help or ""))
+    }
+    assert len(named) > 10
+    # What is left to a run to decide is said in words.
+    in_words = {"end_index": "all", "address": "a local Ray", "batch_size": "auto"}
+    assert {name: named.pop(name) for name in in_words} == in_words
+    assert all(getattr(config, name) is None for name in in_words)
+    for name, text in named.items():
+        kind = type(getattr(config, name))
+        value = text if kind is str or name == "memory_per_actor" else kind(text)
+        assert getattr(config_of({**NEEDED, name: value}), name) == getattr(config, name), name
