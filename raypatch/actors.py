@@ -161,6 +161,10 @@ class RayBackend:
 
     def _init(self) -> None:
         address = self._address
+        if address == "auto":  # as Ray finds it: the one on this machine, or what a file remembers
+            from ray._private.services import canonicalize_bootstrap_address
+
+            address = canonicalize_bootstrap_address(address) or address
         settings: dict[str, Any] = {
             "address": address,
             "log_to_driver": not self.options.quiet,
@@ -348,7 +352,7 @@ def _check_answers(address: str) -> None:
     """Raises InputError where nobody is at ``host:port``: Ray itself would try for ten minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
-        return  # "local", "auto" and the like
+        return  # "local" and the like
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
