@@ -97,7 +97,8 @@ class RayBackend:
         # Ray's daemons are tied to the life of the thread that starts them, not just the
         # process, so that thread stays until the end.
         self._thread = threading.Thread(target=self._serve, name="raypatch-ray", daemon=True)
-        self._started, self._closing = threading.Event(), threading.Event()
+        self._started, self._leaving = threading.Event(), threading.Event()
+        self._closing = threading.Event()
         self._failure: BaseException | None = None
         self._ray: Any = None
         self._crews: list[Crew] = []
@@ -112,6 +113,7 @@ class RayBackend:
 
     def __exit__(self, *_: object) -> None:
         self._started.wait()
+        self._leaving.set()
         if self._ray is not None and self._ray.is_initialized():
             if self._broken:
                 _end_daemons(self._ray._private.worker)
@@ -123,8 +125,8 @@ class RayBackend:
     def _serve(self) -> None:
         self._start()
         self._started.set()
-        while self._failure is None and not self._closing.wait(WATCH_EVERY_S):
-            if dead := self._dead_daemons():
+        while self._failure is None and not self._leaving.wait(WATCH_EVERY_S):
+            if (dead := self._dead_daemons()) and not self._leaving.is_set():
                 self._say_why_ray_ends_this(dead[0])
                 break
         self._closing.wait()
@@ -132,7 +134,7 @@ class RayBackend:
     def _say_why_ray_ends_this(self, daemon: str) -> None:
         """Where the main thread, busy with something else, does not raise it in time: Ray itself
         says little, or nothing, before it ends this process."""
-        if not self._closing.wait(WATCH_EVERY_S) and not self._broken:
+        if not self._leaving.wait(WATCH_EVERY_S) and not self._broken:
             say(f"raypatch: {_DEATH.format(daemon)}")
 
     def _start(self) -> None:

@@ -27,9 +27,10 @@ from raypatch.engine.graph import (
 )
 from raypatch.engine.guards import truth_that_goes_on
 from raypatch.engine.input_axes import ASKS_FOR_FORM
-from raypatch.engine.layers import Args, as_in_forward, has_own_hooks, map_tensors, owns_weights
-from raypatch.engine.overwriting import OverwritingError, Proxy, out_of_place, overwritten
-from raypatch.engine.transformers import FORWARDS
+from raypatch.engine.layers import Args, as_in_forward, owns_weights
+from raypatch.engine.overwriting import OverwritingError, Proxy, out_of_place
+from raypatch.engine.performed import checked_overwrites
+from raypatch.engine.transformers import steps_of
 from raypatch.errors import one_line
 
 # Where Python asks a value of the trace for its truth.
@@ -51,7 +52,7 @@ def capture(network: nn.Module, args: Args) -> Graph:
                 traced = tracer.trace(network, concrete_args=_defaults(network, len(args)))
             if tracer.refused:  # and some "except" of the network's went on
                 raise CaptureError(f"torch.fx: {tracer.refused}")
-            overwrites = overwritten(traced, network, map_tensors(Tensor.clone, args))
+            overwrites = checked_overwrites(traced, network, args)
             nodes, output = _nodes(traced, network, overwrites, len(args))
             return finished_graph(nodes, output, "torch.fx", guarded=tracer.guarded)
         except CaptureError as error:
@@ -76,7 +77,7 @@ class _Tracer(fx.Tracer):
         self.refused = ""  # what was asked of a value that its trace cannot tell
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if _steps_of(module) is not None:
+        if steps_of(module) is not None:
             return False
         if super().is_leaf_module(module, qualified_name):
             return True
@@ -105,7 +106,7 @@ class _Tracer(fx.Tracer):
         return Proxy(node, self)
 
     def call_module(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if (steps := _steps_of(module)) is not None:
+        if (steps := steps_of(module)) is not None:
             forward = partial(steps, module)
         result = super().call_module(module, forward, args, kwargs)
         if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
@@ -127,10 +128,6 @@ def _is_of_form(node: fx.Node) -> bool:
                 return False
             waiting += one.all_input_nodes
     return True
-
-
-def _steps_of(module: nn.Module) -> Any:
-    return None if has_own_hooks(module) else FORWARDS.get(type(module))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from raypatch.engine.capture import lengths_traced, replaced
 from raypatch.engine.graph import CaptureError, Graph, Node, Ref, aten_operation, finished_graph
-from raypatch.engine.layers import Args, as_in_forward, has_own_hooks, owns_weights
+from raypatch.engine.layers import Args, as_in_forward, is_altered, owns_weights
 from raypatch.errors import one_line
 
 # Modules that are given back, and the operation that each is.
@@ -188,7 +188,7 @@ def _operation(index: int, item: fx.Node, current: dict[fx.Node, int], names: _N
     stack = list((item.meta.get("nn_module_stack") or {}).values())
     path, module = names.of(stack[-1][0] if stack else "")
     name = target._schema.name.removeprefix("aten::")
-    if module is not None and has_own_hooks(module):
+    if module is not None and is_altered(module):
         return Node(index, "function", aten_operation(target), args, kwargs)
     is_padded = getattr(module, "padding_mode", "zeros") != "zeros"  # by an operation of its own
     if KINDS.get(type(module)) == name and not is_padded:

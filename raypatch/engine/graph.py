@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten, tree_map
 
-from raypatch.engine.layers import float64_is_default, has_own_hooks, tensors_in, widened
+from raypatch.engine.layers import float64_is_default, is_altered, tensors_in, widened
 
 
 class CaptureError(Exception):
@@ -82,7 +82,7 @@ class Node:
         """What rules are registered under: module type, function, or method name."""
         if self.op == "module":
             # What a hook of the user's makes of it, no rule knows.
-            return type(self.target) if not has_own_hooks(self.target) else None
+            return type(self.target) if not is_altered(self.target) else None
         # An exported operation goes by the name of the method it stands for.
         return getattr(self.target, "name", self.target)
 

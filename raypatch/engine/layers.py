@@ -50,11 +50,19 @@ def owns_weights(module: nn.Module) -> bool:
     return any(isinstance(p, Tensor) and p.dim() > 1 for p in held)
 
 
-def has_own_hooks(module: nn.Module) -> bool:
-    """Whether calling it does more than its forward; torch's older ways to normalise weights
-    (spectral norm) are hooks, but change none of what it gives."""
+def is_altered(module: nn.Module) -> bool:
+    """Whether calling it does something else than its class says: it has hooks, or a forward of its
+    own. Torch's older ways to normalise weights (spectral norm) are hooks, but change none of what
+    it gives."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return not all(type(hook).__module__.startswith("torch.nn.utils") for hook in hooks)
+    own = not all(type(hook).__module__.startswith("torch.nn.utils") for hook in hooks)
+    return own or "forward" in vars(module) or _is_patched(type(module))
+
+
+def _is_patched(kind: type[nn.Module]) -> bool:
+    """Whether somebody has given a class of torch's another forward."""
+    of_torch, code = kind.__module__.startswith("torch."), kind.forward
+    return of_torch and not str(getattr(code, "__module__", "torch.")).startswith("torch.")
 
 
 class _Widened(TorchFunctionMode):
@@ -182,10 +190,7 @@ def hooked(network: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
                 replaced = None if first is None else hook(next(calls), first)
                 if replaced is None or isinstance(output, Tensor):
                     return replaced
-                several = (replaced, *output[1:])
-                return (
-                    type(output)(*several) if hasattr(output, "_fields") else type(output)(several)
-                )
+                return _of_kind(output, (replaced, *output[1:]))
 
             handle = network.get_submodule(name).register_forward_hook(forward_hook)
             stack.callback(handle.remove)

@@ -129,7 +129,8 @@ class _Watch(fx.Interpreter):
 
 def memory_of(value: Any) -> set[int]:
     """Where the numbers of a value lie, as what shares memory with it has in common."""
-    return {storage_of(tensor) for tensor in tensors_in(value) if tensor.numel()}
+    strided = (x for x in tensors_in(value) if x.layout is torch.strided and x.numel())
+    return {storage_of(tensor) for tensor in strided}
 
 
 def storage_of(tensor: Tensor) -> int:

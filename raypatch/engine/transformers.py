@@ -4,10 +4,14 @@ is causal), none of which changes the result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
+
+from raypatch.engine.layers import is_altered
 
 
 def _encoder(
@@ -63,3 +67,21 @@ FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     nn.TransformerDecoder: _decoder,
     nn.TransformerDecoderLayer: nn.TransformerDecoderLayer.forward,
 }
+
+
+def steps_of(module: nn.Module) -> Callable[..., Any] | None:
+    """What to trace in the place of its forward; None for that itself."""
+    return None if is_altered(module) else FORWARDS.get(type(module))
+
+
+@contextmanager
+def by_steps(network: nn.Module) -> Iterator[None]:
+    """Within, the network runs by the same steps as it is traced by."""
+    changed = [(module, steps) for module in network.modules() if (steps := steps_of(module))]
+    for module, steps in changed:
+        vars(module)["forward"] = partial(steps, module)
+    try:
+        yield
+    finally:
+        for module, _ in changed:
+            del vars(module)["forward"]
