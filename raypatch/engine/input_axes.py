@@ -18,6 +18,8 @@ from raypatch.engine.layers import Args, tensors_in
 
 # Methods, attributes and exported operations that tell of a tensor's form, not of its numbers.
 ASKS_FOR_FORM = {"size", "dim", "ndimension", "sym_size", "shape", "ndim", "device", "dtype"}
+# How far values of an input may differ, by rounding, where it is alone and where it is not.
+MET = 1e-3
 # Methods that ask it of all their arguments but the first.
 CASTS = {"to", "type_as"}
 
@@ -126,7 +128,17 @@ def follow_inputs(graph: Graph, inputs: Args, sample: list[Any]) -> Following:
         if isinstance(sample[i], Tensor) and len(found := _divisions(some[0])) > 1
     }
     numbered = _numbered(graph, {i for i in form if depends[i]}, leaves, axes)
+    for i, some in enumerate(leaves):
+        if i not in numbered and i not in form and depends[i]:
+            kept = [_kept_apart(*both) for both in zip(some, tree_flatten(axes[i])[0])]
+            axes[i] = tree_unflatten(kept, tree_flatten(sample[i])[1])
     return Following(depends, numbered, axes, possible)
+
+
+def _kept_apart(values: RunValues, axis: Axis) -> Axis:
+    """The axis, unless what lies there for an input follows from other inputs, too."""
+    is_int = isinstance(values.of_all, Tensor) and isinstance(axis, int)
+    return None if is_int and values.distance(axis) > MET else axis
 
 
 class RunValues(NamedTuple):
