@@ -68,6 +68,15 @@ class Interrupted(RaypatchError):
         return str(self.args[0])
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether there was no room for a tensor: the CPU's allocator, CUDA itself, cuBLAS and cuDNN
+    have words of their own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def gpu_failed(error: BaseException) -> bool:
     """Whether CUDA gave up: it refuses everything that the same process asks of it afterwards."""
     return type(error).__name__ == "AcceleratorError" or (

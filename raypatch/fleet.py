@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
-from raypatch.errors import NoRoomError, RaypatchError, RunError, gpu_failed, one_line
+from raypatch.errors import (
+    NoRoomError,
+    RaypatchError,
+    RunError,
+    gpu_failed,
+    one_line,
+    out_of_memory,
+)
 from raypatch.pool import Dispatch, Send
 
 if TYPE_CHECKING:
@@ -144,7 +151,7 @@ class Fleet:
                 raise cause from None
             if pending.starting:
                 raise RunError(f"an actor could not start: {one_line(cause)}") from None
-            if not (_out_of_memory(cause) or gpu_failed(cause)):
+            if not (out_of_memory(cause) or gpu_failed(cause)):
                 return Event(actor, "failed", error=one_line(cause))
             # What it holds on to goes with its process; a fresh one may compute the item.
             self._drop(actor)
@@ -185,10 +192,6 @@ class Fleet:
         self._handles.clear()
         for crew in self._crews:
             crew.early.clear()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _node_lost(error: BaseException) -> bool:

@@ -277,3 +277,81 @@ def test_a_module_of_tensors_that_hold_no_numbers_may_be_part_of_a_network():
     source, target = torch.randn(4, 6), torch.randn(4, 6)
     found = Patcher(network)([{"a": [1]}], source, target)
     check_equal(found, reference_outputs(network, [{"a": [1]}], source, target), torch.float32)
+
+
+class Capacity(nn.Module):
+    """Two experts, of which each takes the first inputs of a batch that choose it."""
+
+    def __init__(self):
+        super().__init__()
+        self.choice = nn.Linear(6, 2)
+        self.experts = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+
+    def forward(self, x):
+        chosen = nn.functional.one_hot(self.choice(x).argmax(-1), 2)
+        place = chosen.cumsum(0) * chosen
+        kept = ((place > 0) & (place <= 16)).to(x.dtype)
+        return sum(kept[:, k : k + 1] * expert(x) for k, expert in enumerate(self.experts))
+
+
+def test_places_in_the_batch_are_what_inputs_meet_in_however_many_there_are():
+    torch.manual_seed(0)
+    network, (source, target) = Capacity().eval(), torch.randn(2, 40, 6)
+    experiments = [{"choice": [0]}, {"choice": [1]}]
+    patcher = Patcher(network, dtype=torch.float64)
+    expected = reference_outputs(network, experiments, source, target)
+    check_equal(patcher(experiments, source, target), expected, torch.float64)
+    assert patcher.path.startswith("single (")
+
+
+RUNNING = {
+    "largest so far": lambda h: h / h.abs().cummax(0)[0].clamp(min=20),
+    "counted over the batch": lambda h: h / (1 + (doubled(h) > 4).to(h.dtype).sum(0, True)),
+}
+
+
+def doubled(h):
+    """What no graph holds: sizes by values."""
+    h = h.clone()
+    large = h[:, 0] > 5
+    h[large] = h[large] * 2
+    return h
+
+
+@pytest.mark.parametrize("between", RUNNING)
+def test_what_only_comparisons_show_of_other_inputs_goes_one_experiment_at_a_time(between):
+    assert checked_on_small_then_large(RUNNING[between]).startswith("single (")
+
+
+class Caught(nn.Module):
+    """Takes another way where a factorisation fails, for all that are in the batch."""
+
+    def __init__(self, traceable):
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(6, 9), nn.Linear(6, 9), nn.Linear(9, 3)
+        self.b.load_state_dict(self.a.state_dict())
+        self.traceable = traceable
+
+    def forward(self, x):
+        square = (self.a(x) - self.b(x)).view(-1, 3, 3)
+        if not self.traceable:
+            square = doubled(square)
+        square = square + square.transpose(1, 2) + 25 * torch.eye(3, dtype=x.dtype)
+        try:
+            root = torch.linalg.cholesky(square)
+        except RuntimeError:
+            root = torch.linalg.cholesky(square @ square.transpose(1, 2) + torch.eye(3))
+        return self.o(root.flatten(1))
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_an_error_that_the_network_catches_decides_for_no_other_experiment(traceable):
+    torch.manual_seed(0)
+    network, (source, target) = Caught(traceable).eval(), torch.randn(2, 6, 6)
+    source[3:] *= 20
+    experiments = [{"a": [0]}, {"a": [1]}, {"a": [4]}, {"b": [4]}]
+    patcher = Patcher(network, dtype=torch.float64)
+    for scale in (1, 20):
+        target[3:] *= scale
+        expected = reference_outputs(network, experiments, source, target)
+        check_equal(patcher(experiments, source, target), expected, torch.float64)

@@ -7,6 +7,8 @@ import torch
 from networks import PATHS, checked_by, checked_patcher
 from torch import nn
 
+from raypatch.engine.patcher import Patcher
+
 
 class Made(nn.Module):
     """``operation`` makes numbers that are of no float type before."""
@@ -46,3 +48,34 @@ def test_in_float32_they_stay_float32(name):
     patcher = checked_patcher(Made(MADE[name]), (5, 4), torch.float32)
     assert patcher.path == "incremental (torch.fx)"
     assert not any(node.is_wide for node in patcher.graph.nodes)
+
+
+class Normalised(nn.Module):
+    """Statistics in float64, as running means are often kept, and the rest in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.register_buffer("mean", torch.full((4,), 1234567.89, dtype=torch.float64))
+        self.register_buffer("std", torch.full((4,), 0.25, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.o(self.a(((x - self.mean) / self.std).to(self.a.weight.dtype)).relu())
+
+
+class WideHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(4, 8), nn.Linear(8, 2).double()
+
+    def forward(self, x):
+        return self.o(self.a(x).relu().double())
+
+
+@pytest.mark.parametrize(("kind", "centre"), [(Normalised, 1234567.89), (WideHead, 0)])
+def test_what_is_float64_in_a_network_of_float32_stays_so(kind, centre):
+    torch.manual_seed(0)
+    network, x = kind().eval(), torch.randn(3, 4) + centre
+    patched = Patcher(network)([{"a": [1]}, {"a": "all"}], x, x)
+    with torch.no_grad():
+        torch.testing.assert_close(patched, network(x).expand(2, -1, -1), atol=1e-6, rtol=1e-6)

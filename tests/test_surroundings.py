@@ -6,11 +6,12 @@ import threading
 
 import pytest
 import torch
-from networks import Deciding
+from networks import Deciding, check_equal
 from torch import nn
 
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.precision import exact_math
+from raypatch.engine.reference import reference_outputs
 from raypatch.errors import InputError
 
 EXPERIMENTS = [{"0": [i]} for i in range(8)] + [{"0": "all"}, {"2": [0]}]
@@ -104,3 +105,96 @@ def test_outputs_that_are_no_float_numbers_are_refused():
 
     with pytest.raises(InputError, match=r"gives torch.bool; patching needs logits"):
         Patcher(Acts(*plain()))([{"0": [0]}], torch.randn(3, 6), torch.randn(3, 6))
+
+
+def test_a_first_call_may_be_made_within_inference_mode_and_a_later_one_outside():
+    torch.manual_seed(0)
+    network = plain()
+    with torch.inference_mode():
+        source, target = torch.randn(2, 5, 6)
+        patcher = Patcher(network)
+        inside = patcher(EXPERIMENTS, source, target)
+    assert torch.equal(patcher(EXPERIMENTS, source, target), inside)
+
+
+def test_making_a_patcher_takes_no_step_of_spectral_norm():
+    spectral = nn.utils.parametrizations.spectral_norm
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), spectral(nn.Linear(8, 3))).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    Patcher(network)(EXPERIMENTS, *torch.randn(2, 5, 6))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_what_was_prepared_stays_so_when_its_inputs_are_written_over():
+    torch.manual_seed(0)
+    patcher, (source, target) = Patcher(plain()), torch.randn(2, 5, 6)
+    run = patcher.prepare(source, target)
+    before = run(EXPERIMENTS)
+    source.zero_(), target.zero_()
+    assert torch.equal(run(EXPERIMENTS), before)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.randn(3, 6).to_sparse(), "of layout torch.sparse_coo"),
+        (torch.randn(3, 6, device="meta"), "on the meta device"),
+    ],
+)
+def test_inputs_without_values_at_every_place_are_refused(inputs, message):
+    with pytest.raises(InputError, match=message):
+        Patcher(plain())(EXPERIMENTS, inputs, inputs)
+
+
+class OnlySo(nn.Module):
+    """Takes one number of inputs: state in a buffer, as of environments that run side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("state", torch.randn(5, 8))
+
+    def forward(self, x):
+        return self.o(self.a(x).relu() + self.state)
+
+
+class InSlices(nn.Module):
+    """Large batches go through in slices, to save memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return torch.cat([self.o(self.a(part).relu()) for part in x.split(16)])
+
+
+@pytest.mark.parametrize(("kind", "n_inputs"), [(OnlySo, 5), (InSlices, 12), (InSlices, 40)])
+def test_networks_that_treat_numbers_of_inputs_differently_are_patched(kind, n_inputs):
+    torch.manual_seed(0)
+    network, (source, target) = kind().eval(), torch.randn(2, n_inputs, 6)
+    experiments = [{"a": [0]}, {"a": [3, 5]}, {"o": [1]}]
+    expected = reference_outputs(network, experiments, source, target)
+    found = Patcher(network, dtype=torch.float64)(experiments, source, target)
+    check_equal(found, expected, torch.float64)
+
+
+def test_a_patch_on_which_an_operation_fails_is_an_error_of_ours():
+    class Looked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.e = nn.Linear(6, 4), nn.Embedding(10, 4)
+
+        def forward(self, x):
+            return self.e(self.a(x - x.mean(1, keepdim=True)).abs().long().amax(1))
+
+    torch.manual_seed(0)
+    source, target = 1e4 * torch.randn(4, 6), torch.zeros(4, 6)
+    with pytest.raises(InputError, match="the network fails on"):
+        Patcher(Looked())([{"a": "all"}], source, target)
+
+
+def test_means_of_a_network_that_runs_on_no_lone_input_are_refused():
+    network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False))
+    with pytest.raises(InputError, match="does not run on each input alone"):
+        Patcher(network)([{"0": [0]}], target=torch.randn(5, 6), kind="mean")

@@ -46,13 +46,19 @@ def own_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
 
 def copied(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     """A copy in evaluation mode and not compiled, with floating numbers of ``dtype``, complex ones
-    of its size."""
+    of its size; what is float64 in a network that is not, as the statistics of its inputs, stays
+    so."""
     # What an earlier forward with gradients left behind cannot be copied as it is.
     held = [t for module in network.modules() for t in tensors_in(vars(module)) if not t.is_leaf]
     copies: dict[int, Any] = {id(t): t.detach().clone() for t in held}
     own = copy.deepcopy(network, copies)
 
+    kinds = {p.dtype for p in network.parameters() if p.is_floating_point()}
+    kept = {torch.float64, torch.complex128} if kinds != {torch.float64} else set()
+
     def converted(x: Tensor) -> Tensor:
+        if x.dtype in kept:
+            return x.to(device)
         if x.is_meta:  # of a module that only says what form others have
             return x
         if x.is_complex():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,22 +43,23 @@ SIZED_BY_VALUES = {
 READS_SIZES = {Tensor.__len__, Tensor.size, Tensor.numel, torch.numel, Tensor.shape.__get__}  # type: ignore[attr-defined]
 
 
-# What inputs become: what arithmetic passes on, or where a network refuses that, what shows.
-POISONS = (lambda x: torch.full_like(x, float("nan")), lambda x: x + 1000)
+# What inputs become: what arithmetic passes on, and what comparisons do.
+POISONS = (lambda x: torch.full_like(x, float("nan")), lambda x: x + 1000, lambda x: x - 1000)
 
 
 def refuse_mixing(network: nn.Module, layers: list[str], args: Args) -> None:
     """Raises CaptureError where the experiments of a batch would not each be by itself."""
+    reasons = []
     for poison in POISONS:
         try:
             mixes = _mixes_inputs(network, layers, args, poison)
         except Exception as error:  # a network's own code, which may refuse such numbers
-            reason = f"whether it mixes inputs is not known: {one_line(error)}"
+            reasons.append(f"whether it mixes inputs is not known: {one_line(error)}")
             continue
         if mixes:
             raise CaptureError("what it gives for one input depends on others")
-        return
-    raise CaptureError(reason)
+    if len(reasons) == len(POISONS):
+        raise CaptureError(reasons[-1])
 
 
 def _mixes_inputs(network: nn.Module, layers: list[str], args: Args, poison: Poison) -> bool:
@@ -91,9 +92,16 @@ def _poisoned(x: Tensor, half: int, poison: Poison) -> Tensor:
     return torch.cat(halves)
 
 
-def decides_by_values(network: nn.Module, args: Args) -> bool | None:
-    """Whether, in a forward on ``args``, Python reads the numbers of what follows from them; None
-    where it cannot be watched."""
+class Decisions(NamedTuple):
+    """What values decide in a forward: what Python does, as it reads them (None where it cannot be
+    watched); and how large something is."""
+
+    of_python: bool | None
+    of_sizes: bool
+
+
+def decided_by_values(network: nn.Module, args: Args) -> Decisions:
+    """What the values of ``args``, and of what follows from them, decide."""
     watch = _Watch()
 
     def start(_: nn.Module, given: Any) -> None:
@@ -104,16 +112,16 @@ def decides_by_values(network: nn.Module, args: Args) -> bool | None:
         with torch.no_grad(), distributions_unchecked(), watch:
             forward(network, args)
     except Exception:  # torch.cond and the like go no further under a mode
-        return True if watch.found else None
+        return Decisions(True if watch.found else None, True)
     finally:
         handle.remove()
-    return watch.found
+    return Decisions(watch.found, watch.has_sized)
 
 
 class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.found = False
+        self.found = self.has_sized = False
         self._following: dict[int, Tensor] = {}  # held, so that no other gets the same id
         self._sized: set[int] = set()  # of those, whose sizes depend on values
 
@@ -131,6 +139,7 @@ class _Watch(TorchFunctionMode):
             self.found |= func in READS_SIZES and is_sized
             self.follow(result)
             if is_sized or _sizes_by_values(func, args):
+                self.has_sized = True
                 self._sized.update(map(id, tensors_in(result)))
         return result
 

@@ -23,7 +23,7 @@ from raypatch.engine.precision import exact_math
 from raypatch.engine.prepared import Prepared
 from raypatch.engine.sources import Fill, GivenFill
 from raypatch.engine.stacked import Stacked, StackedPrepared
-from raypatch.errors import InputError, NoRoomError
+from raypatch.errors import InputError, NoRoomError, out_of_memory
 
 # Dense values of one batch on a CPU: a part of what the last level of cache holds.
 CPU_BATCH_BYTES = 8 << 20
@@ -92,6 +92,7 @@ class PatchRun:
         self.deduplicate = deduplicate
         self._modules = modules
         self.rows_computed = 0
+        self.target = target
         self.n_inputs = count_inputs(target)
         self._engine = engine
         self._limits = limits
@@ -175,7 +176,7 @@ class PatchRun:
                 self.rows_computed += prepared.evaluate(group, out, max(1, rows))
                 return
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if rows <= prepared.n_inputs:
                     raise NoRoomError(
@@ -220,13 +221,3 @@ def _empty_outputs(n_experiments: int, baseline: Tensor) -> Tensor:
     if n_outputs < NARROW_OUTPUT:
         return baseline.new_empty(n_outputs, n_experiments, n_inputs).permute(1, 2, 0)
     return baseline.new_empty(n_experiments, n_inputs, n_outputs)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    # The CPU's allocator, CUDA itself, cuBLAS and cuDNN have words of their own.
-    if not isinstance(error, RuntimeError):
-        return False
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return any(word in str(error) for word in words)

@@ -22,7 +22,15 @@ from raypatch.engine.copies import own_copy
 from raypatch.engine.graph import CaptureError, Graph
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.input_axes import AxisUnsettled
-from raypatch.engine.layers import Args, Layer, as_args, map_tensors, owns_weights
+from raypatch.engine.layers import (
+    Args,
+    Layer,
+    as_args,
+    find_layers,
+    map_tensors,
+    owns_weights,
+    tensors_in,
+)
 from raypatch.engine.patch_run import Definition, Engine, Limits, PatchRun
 from raypatch.engine.precision import exact_math
 from raypatch.engine.reference import cast
@@ -44,7 +52,7 @@ from raypatch.engine.trial import (
     network_output,
     trial_inputs,
 )
-from raypatch.errors import InputError, RaypatchError, one_line
+from raypatch.errors import InputError, RaypatchError, gpu_failed, one_line, out_of_memory
 
 DEFAULT_MEMORY_BYTES = 4 << 30
 # How often a graph is captured anew for inputs that tell more.
@@ -97,8 +105,10 @@ class Patcher:
         self.path = "not used yet"
         self.layers: dict[str, Layer] = {}
         network = getattr(network, "_orig_mod", network)  # what torch.compile wraps
-        self._network: nn.Module | None = own_copy(network, self.device, self.dtype)
-        self._modules = {name: _why_no_layer(module) for name, module in network.named_modules()}
+        with torch.inference_mode(False):
+            own = own_copy(network, self.device, self.dtype)
+        self._network: nn.Module | None = own
+        self._modules = {name: _why_no_layer(module) for name, module in own.named_modules()}
         self._engine: Engine | None = None
         self._probe: Args = ()
         self._told = False
@@ -117,7 +127,18 @@ class Patcher:
         seed: int = 0,
     ) -> Tensor:
         """Patched outputs ``[experiments, inputs, outputs]``; see :func:`patch`."""
-        return self.prepare(source, target, kind=kind, seed=seed)(experiments).contiguous()
+        run = self.prepare(source, target, kind=kind, seed=seed)
+        try:
+            return run(experiments).contiguous()
+        except Exception as error:  # anything that an operation or a network's own code may raise
+            if isinstance(error, RaypatchError) or gpu_failed(error) or out_of_memory(error):
+                raise
+            reason = f"the network fails on patched values: {one_line(error)}"
+            if self._captured is None or self._network is None:
+                raise InputError(reason) from error
+        # The network may go on where an operation of it fails, which is in no graph.
+        self._settle_engine(run.target, not_captured=reason)
+        return self(experiments, source, target, kind=kind, seed=seed)
 
     def prepare(
         self, source: Any = None, target: Any = None, *, kind: SourceKind = "pair", seed: int = 0
@@ -127,11 +148,11 @@ class Patcher:
             raise InputError(f"source kind {kind!r}: valid: {', '.join(SOURCE_KINDS)}")
         if target is None or (kind in ("pair", "given") and source is None):
             raise InputError("patching needs target inputs, and source inputs for kind 'pair'")
-        target_args = cast(as_args(target), self.dtype, self.device)
+        target_args = self._own(target)
         n_inputs = count_inputs(target_args)
         source_args = None
         if kind == "pair":
-            source_args = cast(as_args(source), self.dtype, self.device)
+            source_args = self._own(source)
             sides = [(count_inputs(a), described(a)) for a in (source_args, target_args)]
             if sides[0] != sides[1]:
                 raise InputError(
@@ -160,6 +181,17 @@ class Patcher:
                 for args in filter(None, (target_args, source_args)):
                     network_output(self._network, args)
             raise
+
+    def _own(self, inputs: Any) -> Args:
+        """Inputs as the network takes them, and copies: whose they are may write into them."""
+        args = as_args(inputs)
+        for tensor in tensors_in(args):
+            if tensor.is_meta or tensor.layout is not torch.strided:
+                kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+                raise InputError(f"inputs are dense tensors with values, not {kind}")
+        with torch.inference_mode(False), torch.no_grad():
+            own: Args = map_tensors(Tensor.clone, cast(args, self.dtype, self.device))
+        return own
 
     def _checked_run(
         self, make: Callable[[], PatchRun], source_args: Args | None, target_args: Args
@@ -201,7 +233,7 @@ class Patcher:
         elif kind == "mean":
             fill = self._means(target_args, n_inputs)
         elif kind == "given":
-            fill = GivenFill(given, n_inputs)
+            fill = GivenFill({name: v.clone() for name, v in given.items()}, n_inputs)
         return PatchRun(
             self._engine, self._limits, source_args, target_args, fill,
             deduplicate=self.savings.deduplicate, modules=self._modules,
@@ -268,9 +300,15 @@ class Patcher:
                 f"{described(target)}; make a Patcher of the network itself{reason}"
             )
         probe = trial_inputs(target, telling)
-        engine, self.path = choose_engine(
-            self._network, probe, self.dtype, self.savings, not_captured=not_captured
-        )
+        engine: Engine
+        if _runs_on(self._network, target) and not _runs_on(self._network, probe):
+            probe = target
+            engine = Stacked(self._network, find_layers(self._network, target), 1, routes=True)
+            self.path = f"single (it does not run on other than {count_inputs(target)} inputs)"
+        else:
+            engine, self.path = choose_engine(
+                self._network, probe, self.dtype, self.savings, not_captured=not_captured
+            )
         self.layers = engine.layers
         self._probe, self._told = probe, first_unlike(probe) is not None
         self._engine = engine
@@ -287,13 +325,30 @@ class Patcher:
         # Only a captured graph is known to keep the inputs along the first axis.
         size = self._limits.inputs_at_a_time(self._engine, target, n_inputs) if captured else 1
         for part in in_parts(target, n_inputs, size):
-            for name, calls in self._engine.layer_values(part).items():
+            try:
+                values = self._engine.layer_values(part)
+            except Exception as error:  # anything that a network's own code may raise
+                if isinstance(error, RaypatchError) or gpu_failed(error) or out_of_memory(error):
+                    raise
+                raise InputError(
+                    "source kind 'mean': the network does not run on each input alone "
+                    f"({one_line(error)}); give means as source of kind 'given'"
+                ) from error
+            for name, calls in values.items():
                 totals = [call.sum(0, keepdim=True) for call in calls] if captured else calls
                 held = sums.get(name)
                 if held is not None and len(held) != len(totals):
                     raise no_mean(name)
                 sums[name] = totals if held is None else [a + b for a, b in zip(held, totals)]
         return MeanFill({name: [t / n_inputs for t in totals] for name, totals in sums.items()})
+
+
+def _runs_on(network: nn.Module, args: Args) -> bool:
+    try:
+        network_output(network, args)
+    except InputError:
+        return False
+    return True
 
 
 def _no_activations(given: Mapping[Any, Any]) -> str | None:

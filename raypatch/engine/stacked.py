@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.arguments import inputs_between
@@ -21,20 +23,27 @@ from raypatch.engine.layers import (
 )
 from raypatch.engine.plan import Group, Selection
 from raypatch.engine.sources import Fill
-from raypatch.errors import InputError
+from raypatch.errors import InputError, gpu_failed, out_of_memory
 
 
 class Stacked:
     """Experiments stacked on the batch dimension, every forward run whole.
 
     ``limit`` 1 runs one experiment at a time: right for networks that do not treat stacked
-    inputs one by one.
+    inputs one by one. ``routes``: which inputs a layer gets may depend on their values.
     """
 
-    def __init__(self, network: nn.Module, layers: dict[str, Layer], limit: int | None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: dict[str, Layer],
+        limit: int | None,
+        routes: bool = False,
+    ) -> None:
         self.network = network
         self.layers = layers
         self.limit = limit
+        self.routes = routes
 
     def prepare(self, source: Args | None, target: Args, fill: Fill | None) -> StackedPrepared:
         """Record both sides' activations; see :meth:`Incremental.prepare`."""
@@ -72,7 +81,7 @@ class StackedPrepared:
                 for name, calls in own.items()
             }
         self._of_first: dict[str, list[Tensor]] = {}  # by layer, what it gives for the first target
-        if source is not None and self.n_inputs > 1:
+        if source is not None and self.n_inputs > 1 and engine.routes:
             with suppress(Exception):  # a network's own code, which may want several
                 self._of_first = engine.layer_values(inputs_between(target, 0, 1))
         self._row_bytes = self.baseline.element_size() * sum(
@@ -93,9 +102,28 @@ class StackedPrepared:
                 layer: None if chosen is None else chosen.part(start, start + step)
                 for layer, chosen in group.index.items()
             }
-            values = self._forward(index, len(ids))
+            values = self._together(index, len(ids))
             out.index_copy_(0, ids.to(out.device), values.reshape(len(ids), *out.shape[1:]))
         return len(group.experiments) * self.n_inputs
+
+    def _together(self, index: dict[str, Selection | None], n_experiments: int) -> Tensor:
+        """Outputs of several experiments stacked; of each by itself where an operation fails on
+        them, even if the network goes on from there: that one may do so for others."""
+        if n_experiments > 1:
+            errors = _Errors()
+            try:
+                with errors:
+                    values = self._forward(index, n_experiments)
+                if not errors.seen:
+                    return values
+            except Exception as error:  # anything that a network's own code may raise
+                if out_of_memory(error) or gpu_failed(error):
+                    raise
+        each = [
+            {name: None if s is None else s.part(i, i + 1) for name, s in index.items()}
+            for i in range(n_experiments)
+        ]
+        return torch.cat([self._forward(one, 1) for one in each])
 
     def _forward(self, index: dict[str, Selection | None], n_experiments: int) -> Tensor:
         def patcher(name: str) -> Hook:
@@ -149,6 +177,23 @@ class StackedPrepared:
     def _axis(self, name: str, output: Tensor) -> int:
         layer = self.engine.layers.get(name)
         return output.dim() - 1 if layer is None else layer.axis_of(output)
+
+
+class _Errors(TorchFunctionMode):
+    """Notes whether an operation has failed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception:
+            self.seen = True
+            raise
 
 
 def _patched(

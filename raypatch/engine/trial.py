@@ -21,7 +21,7 @@ from raypatch.engine.arguments import (
 from raypatch.engine.capture import capture
 from raypatch.engine.capture_export import capture_export
 from raypatch.engine.copies import copied, left_as_it_was
-from raypatch.engine.decisions import decides_by_values, refuse_mixing
+from raypatch.engine.decisions import decided_by_values, refuse_mixing
 from raypatch.engine.graph import CaptureError, InputsMeetError
 from raypatch.engine.guards import distributions_unchecked
 from raypatch.engine.incremental import Incremental
@@ -33,13 +33,13 @@ from raypatch.engine.layers import (
     map_tensors,
     tensors_in,
 )
-from raypatch.engine.patch_run import Engine, Limits, PatchRun, is_out_of_memory
+from raypatch.engine.patch_run import Engine, Limits, PatchRun
 from raypatch.engine.plan import Plan, plan_experiments
 from raypatch.engine.reference import cast
 from raypatch.engine.sources import Fill, noise_fill
 from raypatch.engine.stacked import Stacked
 from raypatch.engine.structure import Savings
-from raypatch.errors import InputError, RaypatchError, gpu_failed, one_line
+from raypatch.errors import InputError, RaypatchError, gpu_failed, one_line, out_of_memory
 
 # How far apart two evaluations of a network may be, as a share of an output, before it is not the
 # same network.
@@ -69,10 +69,12 @@ def choose_engine(
     layers = find_layers(network, probe)
     # A way that cannot be taken for what the network is says why, whatever a trial shows.
     unfit: dict[str, str] = {}
-    decides = decides_by_values(network, probe)
-    if decides is None:
+    decided = decided_by_values(network, probe)
+    if decided.of_python is None:
         unfit["stacked"] = "whether its Python decides by values cannot be seen"
-    elif decides:  # tracing by symbols notices by itself, and goes on where only an assertion asks
+    elif (
+        decided.of_python
+    ):  # tracing by symbols notices by itself, and goes on where only an assertion asks
         unfit = dict.fromkeys(WAYS[1:], "its Python decides by values")
     own = _Trial(network, layers, probe, dtype, savings)
     wide = _in_float64(own)
@@ -90,7 +92,8 @@ def choose_engine(
             if isinstance(reason, InputsMeetError):
                 unfit["stacked"] = str(reason)
     else:
-        return Stacked(network, layers, limit=1), f"single ({'; '.join(reasons)})"
+        single = Stacked(network, layers, limit=1, routes=decided.of_sizes)
+        return single, f"single ({'; '.join(reasons)})"
     del wide  # its copy of the network makes room
     try:
         engine = engine or _build(how, network, layers, probe, dtype, savings)
@@ -99,6 +102,7 @@ def choose_engine(
     if isinstance(engine, Incremental):
         because = f"; {reasons[0]}" if reasons else ""
         return engine, f"incremental ({how}{because})"
+    engine.routes = decided.of_sizes
     return engine, f"stacked (not captured: {'; '.join(reasons)})"
 
 
@@ -146,7 +150,7 @@ def network_output(network: nn.Module, args: Args) -> Any:
         with torch.no_grad():
             return forward(network, args)
     except Exception as error:  # anything a network's own code may raise
-        if isinstance(error, RaypatchError) or gpu_failed(error) or is_out_of_memory(error):
+        if isinstance(error, RaypatchError) or gpu_failed(error) or out_of_memory(error):
             raise
         raise InputError(
             f"the network fails on inputs of {described(args)}: {one_line(error)}"
