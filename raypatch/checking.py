@@ -30,6 +30,8 @@ def check_layer_structure(structure: Any, origin: str) -> dict[str, int]:
             f'like {{"q_net.0": 64}}; got {_brief(structure)}'
         )
     for layer, size in structure.items():
+        if not layer:
+            raise InputError(f"{origin}: a layer has no name")
         if not _is_index(size) or not 0 < size <= MAX_NEURONS:
             raise InputError(
                 f"{origin}: layer {layer!r}: size {_brief(size)} is not a whole number from 1 to "
@@ -49,7 +51,7 @@ def json_argument(text: str, option: str, *, keep_pairs: bool = False) -> tuple[
     """
     if text.lstrip()[:1] in ("{", "["):
         return parse_json(text, option, keep_pairs), option
-    if not Path(text).exists():
+    if not Path(text).is_file():
         raise InputError(f"{option}: {_brief(text)} is neither JSON nor an existing file")
     return parse_json(read_text(Path(text)), text, keep_pairs), text
 

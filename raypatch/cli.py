@@ -6,7 +6,12 @@ Help is instant: torch, ray and pyarrow are imported by what a command calls, ne
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
+import threading
+from types import FrameType
+from typing import Any
 
 import click
 
@@ -17,7 +22,19 @@ from raypatch.errors import Interrupted, RaypatchError
 from raypatch.terminal import open_standard_streams, say
 
 
-@click.group(context_settings=SETTINGS)
+class _ReaderGone(Exception):
+    """Nobody reads the output any more, as behind ``| head -1``."""
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would make it a failure
+            raise _ReaderGone from None
+
+
+@click.group(cls=_Group, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="raypatch")
 def cli() -> None:
     """Which neurons of a trained RL agent cause its actions: activation patching on Ray."""
@@ -37,10 +54,13 @@ NO_OUTPUT = {errno.ENOSPC, errno.EIO, errno.EBADF}
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on stderr."""
     open_standard_streams()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         # What a command ends with through its context comes back as a number.
         code = cli.main(arguments, prog_name="raypatch", standalone_mode=False)
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
@@ -55,15 +75,27 @@ def main(arguments: list[str] | None = None) -> int:
         if "--debug" in arguments:
             raise
         return _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+    except (BrokenPipeError, _ReaderGone):
+        return _reader_gone()
     except OSError as error:
         if "--debug" in arguments or not (error.filename or error.errno in NO_OUTPUT):
             raise
         if error.filename is None:  # all files are named
             return _fail(f"standard output cannot be written: {error.strerror}", 1)
-        return _fail(f"{error.filename}: cannot be used: {error.strerror}; give another path", 2)
+        fix = "free some space" if error.errno == errno.ENOSPC else "give another path"
+        code = 1 if error.errno == errno.ENOSPC else 2
+        return _fail(f"{error.filename}: cannot be used: {error.strerror}; {fix}", code)
+
+
+def _terminated(number: int, _: FrameType | None) -> None:
+    """What is half written is removed on the way out; a run has a way of its own."""
+    raise Interrupted("stopped at once; nothing half-written is left", number)
+
+
+def _reader_gone() -> int:
+    """All is well, and nothing is left to be flushed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _fail(message: str, code: int) -> int:

@@ -132,8 +132,10 @@ def _packed_batch(batch: Any, checker: Checker, first: int, origin: str) -> Expe
     inside = (names.flatten(), cells.flatten(), cells.flatten().flatten())
     whole = not any(array.null_count for array in (names, cells, *inside))
     if not whole or not np.array_equal(np.diff(offsets), np.diff(cells.offsets.to_numpy())):
+        rows = enumerate(zip(names.to_pylist(), cells.to_pylist()), first)
+        at = next((i for i, row in rows if not _is_even(*row)), first)
         raise InputError(
-            f"{origin}: columns layers and neurons must be lists of equal length in every row, "
+            f"{origin}: experiment {at}: columns layers and neurons must be lists of equal length, "
             "without nulls"
         )
     words, lists = names.flatten().dictionary_encode(), cells.flatten()
@@ -154,6 +156,12 @@ def _packed_batch(batch: Any, checker: Checker, first: int, origin: str) -> Expe
         chosen = zip(names[row].as_py(), cells[row].as_py())
         checker.checked(first + row, Pairs((name, neurons or "all") for name, neurons in chosen))
     return packed
+
+
+def _is_even(names: Any, cells: Any) -> bool:
+    if names is None or cells is None or len(names) != len(cells) or None in [*names, *cells]:
+        return False
+    return all(None not in neurons for neurons in cells)
 
 
 class Spool:

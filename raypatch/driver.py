@@ -155,12 +155,14 @@ class Job:
         import torch
 
         inputs = self.subject.inputs
-        found = {
-            side: self.patcher.prepare(
-                target=torch.from_numpy(values), kind="zero"
-            ).baseline.numpy()
-            for side, values in inputs.sides.items()
-        }
+        target, *others = map(torch.from_numpy, inputs.sides.values())
+        # Both sides together where there are two: one may be the same throughout and tell little.
+        if others:
+            run = self.patcher.prepare(others[0], target)
+        else:
+            run = self.patcher.prepare(target=target, kind="zero")
+        baselines = [run.baseline, run.source_baseline][: len(inputs.sides)]
+        found = {side: b.numpy() for side, b in zip(inputs.sides, baselines) if b is not None}
         for side, outputs in found.items():
             bad = np.flatnonzero(~np.isfinite(outputs).all(1))
             if len(bad):

@@ -75,7 +75,7 @@ class Bench:
         """Raises InputError for a metric this agent has not."""
         if metric not in METRICS:
             raise InputError(f"--metric: unknown metric {metric!r}; {offer(metric, list(METRICS))}")
-        choose_metrics(metric, discrete=self.agent.discrete)
+        choose_metrics(metric, discrete=self.agent.discrete, option="--metric")
 
     def scores(
         self, metric: str, outputs: Mapping[str, Tensor], against: Mapping[str, Tensor]

@@ -114,7 +114,9 @@ DEFAULT_METRICS = (
 )
 
 
-def choose_metrics(text: str | None, *, discrete: bool) -> tuple[str, ...]:
+def choose_metrics(
+    text: str | None, *, discrete: bool, option: str = "--metrics"
+) -> tuple[str, ...]:
     """Metrics by the ``--metrics`` option: None for the default set, "all", or a list.
 
     For continuous actions a metric that needs a softmax or an argmax is refused by name;
@@ -128,18 +130,18 @@ def choose_metrics(text: str | None, *, discrete: bool) -> tuple[str, ...]:
         return tuple(filter(usable, DEFAULT_METRICS if text is None else METRICS))
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
+        if name == "all":
+            raise InputError(f"{option}: 'all' stands for every metric; leave out the others")
         if name not in METRICS:
-            raise InputError(
-                f"--metrics: unknown metric {name!r}; {offer(name, ['all', *METRICS])}"
-            )
+            raise InputError(f"{option}: unknown metric {name!r}; {offer(name, ['all', *METRICS])}")
         if not usable(name):
             raise InputError(
-                f"--metrics: {name!r} needs one discrete action, and this agent's actions are "
+                f"{option}: {name!r} needs one discrete action, and this agent's actions are "
                 "continuous or several at once; "
                 f"valid: {', '.join(filter(usable, METRICS))}"
             )
         if names.count(name) > 1:
-            raise InputError(f"--metrics: {name!r} is given twice")
+            raise InputError(f"{option}: {name!r} is given twice")
     if not names:
-        raise InputError(f"--metrics: the list is empty; valid: all, {', '.join(METRICS)}")
+        raise InputError(f"{option}: the list is empty; valid: all, {', '.join(METRICS)}")
     return names

@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from raypatch.errors import AgentError
+from raypatch.errors import AgentError, InputError, offer
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -32,7 +32,7 @@ def activation_by_name(name: str, origin: str) -> type[nn.Module]:
     for known, kind in ACTIVATIONS.items():
         if key in (known, kind.__name__.lower()):
             return kind
-    raise AgentError(f"{origin}: unknown activation {name!r}; valid: {', '.join(ACTIVATIONS)}")
+    raise InputError(f"{origin}: unknown activation {name!r}; {offer(name, list(ACTIVATIONS))}")
 
 
 def activation_by_text(text: str, origin: str) -> type[nn.Module]:
@@ -43,4 +43,7 @@ def activation_by_text(text: str, origin: str) -> type[nn.Module]:
             f"{origin}: activation_fn {text!r} is not one of torch's; "
             "a class of your own needs --trust_agent_code"
         )
-    return activation_by_name(match.group(1), origin)
+    try:
+        return activation_by_name(match.group(1), origin)
+    except InputError as error:
+        raise AgentError(str(error)) from None

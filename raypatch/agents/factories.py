@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
-from raypatch.errors import AgentError
+from raypatch.errors import AgentError, InputError
 
 
 @contextmanager
@@ -51,31 +51,31 @@ def build_with_factory(factory: str, directory: Path) -> nn.Module:
     """Call ``module:function``, found in the agent's or the working directory, for a module."""
     module_name, _, function_name = factory.partition(":")
     if not module_name or not function_name:
-        raise AgentError(f"--agent_factory {factory!r}: write module:function")
+        raise InputError(f"--agent_factory {factory!r}: write module:function")
     with importable(directory, Path.cwd()):
         try:
             module = importlib.import_module(module_name)
         except Exception as error:  # whatever the user's module raises
-            raise AgentError(
+            raise InputError(
                 f"--agent_factory {factory}: importing {module_name!r} from {directory} or the "
                 f"working directory failed: {type(error).__name__}: {error}"
             ) from None
         function = getattr(module, function_name, None)
         if not callable(function):
-            raise AgentError(
+            raise InputError(
                 f"--agent_factory {factory}: {getattr(module, '__file__', module_name)} has no "
                 f"function {function_name!r}"
             )
         try:
             network = function()
         except Exception as error:
-            raise AgentError(
+            raise InputError(
                 f"--agent_factory {factory}: calling it without arguments failed: "
                 f"{type(error).__name__}: {error}; name a function that needs none and returns the "
                 "module"
             ) from None
     if not isinstance(network, nn.Module):
-        raise AgentError(
+        raise InputError(
             f"--agent_factory {factory}: gave {type(network).__name__}, not a torch module"
         )
     return network
@@ -95,7 +95,7 @@ def action_network(module: nn.Module, output: str | None, origin: str) -> nn.Mod
         return module.get_submodule(output)
     except AttributeError:
         names = [name for name, _ in module.named_modules() if name]
-        raise AgentError(
+        raise InputError(
             f"{origin}: --agent_output {output!r} is no submodule; there are: "
             f"{', '.join(names[:12])}{' ...' if len(names) > 12 else ''}"
         ) from None

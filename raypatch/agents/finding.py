@@ -11,7 +11,7 @@ from typing import Any
 from raypatch.agents.agent import Agent, AgentOptions
 from raypatch.agents.archives import DAMAGE
 from raypatch.definitions import OUTPUT_LOGITS
-from raypatch.errors import AgentError, few
+from raypatch.errors import AgentError, InputError, few
 from raypatch.whole_files import whole_file
 
 MANIFEST = "agent.json"
@@ -41,11 +41,14 @@ def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: 
         return load_rl_module(module, options)
     file, options = _choose(directory, options)
     if options.actions not in (None, *ACTIONS):
-        raise AgentError(
+        raise InputError(
             f"{directory}: actions {options.actions!r} is not one of {', '.join(ACTIONS)}"
         )
-    if file.suffix in (".zip", ".pt2"):
-        _refuse_unused(file, options)
+    is_script = file.suffix not in (".zip", ".pt2") and _is_script(file)
+    if file.suffix in (".zip", ".pt2") or is_script:
+        _refuse_unused(file, options, taken=("agent_output",) if is_script else ())
+    elif options.agent_factory is not None:
+        _refuse_unused(file, options, taken=("agent_output", "agent_factory"))
     if file.suffix == ".zip":
         if options.actions is not None:
             raise AgentError(
@@ -54,7 +57,7 @@ def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: 
         from raypatch.agents.stable_baselines import load_zip
 
         return load_zip(file, options)
-    agent = _load(file, options)
+    agent = _load(file, options, is_script)
     if options.actions != "continuous":
         only = agent.output_size == 1 and options.actions is None
         return replace(agent, notes=(*agent.notes, ONE_OUTPUT)) if only else agent
@@ -65,22 +68,25 @@ def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: 
     return replace(agent, discrete=False, output_kind="mean", files=files)
 
 
-def _refuse_unused(file: Path, options: AgentOptions) -> None:
-    """What a file says itself cannot be said otherwise; nothing that is given is passed over."""
-    for name, key in (("activation", "activation"), ("agent_output", "output")):
-        if getattr(options, name) is not None:
-            raise AgentError(
-                f"{file}: leave out {key!r} (--{name}): this kind of file says itself what it is"
+def _refuse_unused(file: Path, options: AgentOptions, taken: tuple[str, ...] = ()) -> None:
+    """What a file or its factory says cannot be said otherwise; nothing that is given is passed
+    over but what is ``taken``."""
+    for name in ("activation", "agent_output", "agent_factory"):
+        if name not in taken and getattr(options, name) is not None:
+            says = "its factory" if "agent_factory" in taken else "this kind of file itself"
+            raise InputError(
+                f"{file}: leave out {name.removeprefix('agent_')!r} (--{name}): {says} says what "
+                "it is"
             )
 
 
-def _load(file: Path, options: AgentOptions) -> Agent:
+def _load(file: Path, options: AgentOptions, is_script: bool) -> Agent:
     """The agent in a file that does not tell what its actions are."""
     if file.suffix == ".pt2":
         from raypatch.agents.exported import load_exported
 
         return load_exported(file)
-    if _is_script(file):
+    if is_script:
         from raypatch.agents.torchscript import load_script
 
         return load_script(file, options)
@@ -179,7 +185,7 @@ def _choose(directory: Path, options: AgentOptions) -> tuple[Path, AgentOptions]
     if options.agent_file:
         file = directory / options.agent_file
         if not file.is_file():
-            raise AgentError(f"--agent_file {options.agent_file}: no such file in {directory}")
+            raise InputError(f"--agent_file {options.agent_file}: no such file in {directory}")
         return (file, options) if file.name != MANIFEST else _manifest(file, options)
     manifest = directory / MANIFEST
     if manifest.is_file():

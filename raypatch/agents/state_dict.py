@@ -20,7 +20,7 @@ from raypatch.agents.archives import check_torch_file, is_archive
 from raypatch.agents.factories import action_network, build_with_factory, importable
 from raypatch.agents.observations import trial_observation
 from raypatch.engine.from_weights import linear_of
-from raypatch.errors import AgentError, few
+from raypatch.errors import AgentError, InputError, few
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -67,7 +67,7 @@ def _below(
     }
     if not inside:
         roots = ", ".join(dict.fromkeys(name.partition(".")[0] for name in state))
-        raise AgentError(f"{file}: --agent_output {output!r} is not in it; there are: {roots}")
+        raise InputError(f"{file}: --agent_output {output!r} is not in it; there are: {roots}")
     return inside
 
 

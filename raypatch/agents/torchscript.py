@@ -17,7 +17,7 @@ from raypatch.agents.activations import ACTIVATIONS
 from raypatch.agents.agent import Agent, AgentOptions, make_agent
 from raypatch.agents.script_code import AROUND, LAYERS, checked_script
 from raypatch.agents.state_dict import finite, linear_from
-from raypatch.errors import AgentError, one_line
+from raypatch.errors import AgentError, InputError, few, one_line
 
 WITHOUT_WEIGHTS: dict[str, type[nn.Module]] = {
     **{kind.__name__: kind for kind in ACTIVATIONS.values()},
@@ -51,14 +51,13 @@ def load_script(file: Path, options: AgentOptions) -> Agent:
     except Exception as error:  # torch raises many kinds for a damaged archive
         raise AgentError(f"{file}: not a readable TorchScript: {one_line(error)}") from None
     if options.agent_output is not None:
-        try:
-            script = script.get_submodule(options.agent_output)
-        except AttributeError:
-            names = ", ".join(name for name, _ in script.named_modules() if name)
-            raise AgentError(
+        parts = {name: module for name, module in script.named_modules() if name}
+        if options.agent_output not in parts:
+            raise InputError(
                 f"{file}: --agent_output {options.agent_output!r} is no submodule; there are: "
-                f"{names[:300]}"
-            ) from None
+                f"{few(parts, 12)}"
+            )
+        script = parts[options.agent_output]
     network = _rebuilt(script, "", file)
     first = next((m for m in network.modules() if isinstance(m, nn.Linear)), None)
     if first is None:

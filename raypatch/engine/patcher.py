@@ -290,7 +290,11 @@ class Patcher:
         whether it is a new one. ``telling`` are inputs that must be looked at."""
         fits = self._engine is not None and form_of(target) == form_of(self._probe)
         # Inputs that are all the same tell little: of others it may be captured after all.
-        fits = fits and (self._told or (telling is None and first_unlike(target) is None))
+        fits = fits and (
+            self._told
+            or self._network is None
+            or (telling is None and first_unlike(target) is None)
+        )
         if fits and not anew and not_captured is None:
             return False
         if self._network is None:
