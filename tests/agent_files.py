@@ -71,6 +71,11 @@ def repacked(source: Path, target: Path, changes: dict[str, bytes], **kwargs) ->
     return target
 
 
+def options_of(suffix: str) -> dict[str, str]:
+    """What must be said of a file with this suffix: weights alone name no activation."""
+    return {"activation": "relu"} if suffix in ("pt", "pth", "safetensors") else {}
+
+
 def assert_refused(folder, match="", **options) -> str:
     with pytest.raises(AgentError, match=match) as caught:
         raypatch.load_agent(folder, **options)

@@ -224,14 +224,14 @@ def test_a_manifest_may_begin_with_a_byte_order_mark(tmp_path):
 
 @pytest.mark.parametrize("given", [{"activation": "relu"}, {"agent_output": "actor"}])
 def test_what_a_file_says_itself_cannot_be_said_otherwise(given):
-    with pytest.raises(AgentError, match=r"agent.zip: leave out .* says itself what it is"):
+    with pytest.raises(InputError, match=r"agent.zip: leave out .* itself says what it is"):
         load_agent(CARTPOLE, **given)
 
 
 @pytest.mark.parametrize(("make", "options", "message"), BAD_DIRECTORIES)
 def test_a_directory_that_cannot_be_loaded_is_refused_in_one_line(tmp_path, make, options, message):
     make(tmp_path)
-    with pytest.raises(AgentError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         load_agent(tmp_path, **options)
     assert "\n" not in str(caught.value)
 
@@ -290,7 +290,7 @@ def test_two_agents_with_factories_of_one_name_are_not_taken_for_each_other(tmp_
         assert isinstance(agent.network[1], nn.ReLU)
     with pytest.raises(AgentError, match=r"two/of_one_name.py: 'of_one_name' was imported from"):
         load_agent(tmp_path / "two", agent_factory="of_one_name:make")
-    with pytest.raises(AgentError, match="sys has no function 'nothing'"):
+    with pytest.raises(InputError, match="sys has no function 'nothing'"):
         load_agent(tmp_path / "one", agent_factory="sys:nothing")
 
 

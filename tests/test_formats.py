@@ -18,7 +18,7 @@ from torch import nn
 
 import raypatch
 from raypatch.engine.reference import reference_outputs
-from raypatch.errors import AgentError
+from raypatch.errors import AgentError, InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -115,7 +115,7 @@ def test_a_module_without_forward_asks_for_its_output_and_names_the_parts(folder
 )  # fmt: skip
 def test_a_factory_that_does_not_work_is_named(folder, cleanrl, factory, message):
     torch.save(cleanrl.state_dict(), folder / "agent.pt")
-    with pytest.raises(AgentError, match=message):
+    with pytest.raises(InputError, match=message):
         raypatch.load_agent(folder, agent_factory=factory)
 
 

@@ -15,12 +15,12 @@ import zipfile
 
 import pytest
 import torch
-from agent_files import Payload, assert_refused, repacked, small_program
+from agent_files import Payload, assert_refused, options_of, repacked, small_program
 from conftest import CARTPOLE, LAVA
 from torch import nn
 
 import raypatch
-from raypatch.errors import AgentError
+from raypatch.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -85,7 +85,7 @@ def test_a_bare_pickle_under_any_suffix_never_runs(folder, flag):
     for suffix in ("pt", "pth", "ts", "pt2", "zip", "safetensors"):
         path = folder / f"a.{suffix}"
         path.write_bytes(pickle.dumps(Payload(flag)))
-        assert_refused(folder, activation="relu")
+        assert_refused(folder, **options_of(suffix))
         path.unlink()
     assert not flag.exists()
 
@@ -163,7 +163,7 @@ def test_wrong_magic_is_one_line(folder, content):
     for suffix in ("zip", "pt", "pt2", "ts", "safetensors"):
         path = folder / f"a.{suffix}"
         path.write_bytes(content)
-        assert_refused(folder, activation="relu")
+        assert_refused(folder, **options_of(suffix))
         path.unlink()
 
 
@@ -224,11 +224,11 @@ def test_memory_stays_bounded_whatever_is_claimed(folder, tmp_path):
     (bombs[2] / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
     program = (
         "import resource, sys, raypatch\n"
-        "from raypatch.errors import AgentError\n"
+        "from raypatch.errors import InputError\n"
         "for path in sys.argv[1:]:\n"
         "    try:\n"
-        "        raypatch.load_agent(path, activation='relu')\n"
-        "    except AgentError:\n"
+        "        raypatch.load_agent(path, activation=None if path.endswith('/1') else 'relu')\n"
+        "    except InputError:\n"
         "        pass\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
@@ -291,9 +291,9 @@ def test_mutated_archives_are_read_or_refused_and_nothing_runs(
     for _ in range(n_cases):
         path.write_bytes(mutated(draw, good))
         try:
-            raypatch.load_agent(folder, activation="relu")
+            raypatch.load_agent(folder, **options_of(suffix))
             outcomes["read"] += 1
-        except AgentError as error:
+        except InputError as error:
             assert len(str(error).splitlines()) == 1
             outcomes["refused"] += 1
     assert outcomes["refused"] > n_cases // 4

@@ -39,7 +39,7 @@ def test_the_engine_does_not_know_ray():
     assert "ray" not in modules_after("import raypatch.worker, raypatch.verification")
 
 
-def test_computing_and_ranking_do_not_import_pandas(tmp_path):
+def test_computing_and_ranking_import_neither_pandas_nor_torchs_compiler(tmp_path):
     root = Path(__file__).parent.parent
     code = f"""
 import raypatch
@@ -47,5 +47,7 @@ raypatch.run(
     agent_path={str(root / "examples" / "lavacrossing_dqn")!r},
     definition_file={str(root / "Definitions" / "layer_experiment.json")!r},
     output_dir={str(tmp_path / "out")!r}, backend="inline", verify=0, quiet=True,
-).rank("kl_divergence")"""
+).rank("kl_divergence")
+import sys
+assert "torch._dynamo" not in sys.modules"""
     assert "pandas" not in modules_after(code)

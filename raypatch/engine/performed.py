@@ -51,6 +51,10 @@ def checked_overwrites(traced: fx.Graph, network: nn.Module, args: Args) -> dict
 class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What is done with ``args`` and with what follows from them."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # by which torch would import all of its compiler, for more than a second
+
     def __init__(self, args: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
