@@ -295,7 +295,8 @@ def _directions(results: Results, direction: str) -> tuple[str, ...]:
         return results.directions
     if direction not in results.directions:
         raise InputError(
-            f"--direction: {direction!r} was not run; valid: {', '.join(results.directions)}"
+            f"--direction: {direction!r} was not run; valid: "
+            f"{', '.join(dict.fromkeys([BOTH, *results.directions]))}"
         )
     return (direction,)
 

@@ -230,8 +230,12 @@ def _is_index(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _brief(value: Any, limit: int = 60) -> str:
+def _as_dicts(value: Any) -> Any:
     if isinstance(value, Pairs):
-        value = dict(value)
-    text = repr(value)
+        return {name: _as_dicts(inner) for name, inner in value}
+    return [_as_dicts(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _brief(value: Any, limit: int = 60) -> str:
+    text = repr(_as_dicts(value))
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

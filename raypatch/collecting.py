@@ -21,6 +21,7 @@ from raypatch.agents.factories import importable
 from raypatch.engine.layers import forward
 from raypatch.errors import InputError, missing_package, one_line
 from raypatch.inputs import INPUTS_FOLDER, SIDES
+from raypatch.progress import counted
 from raypatch.terminal import say
 from raypatch.whole_files import whole_file
 
@@ -267,6 +268,6 @@ def show_collected(found: Collected) -> None:
         share = found.differing / found.n_drawn
         say(
             f"the greedy action differs on {found.differing} of {found.n_drawn} pairs "
-            f"({share:.0%}), from {found.episodes} episodes"
+            f"({share:.0%}), from {counted(found.episodes, 'episode')}"
         )
-    print(f"{found.n_pairs} pairs written to {' and '.join(map(str, found.files))}")
+    print(f"{counted(found.n_pairs, 'pair')} written to {' and '.join(map(str, found.files))}")

@@ -145,9 +145,14 @@ def show_ranking(rows: list[dict[str, Any]], metric: str, statistic: str = "mean
     table.add_column("z", justify="right")
     table.add_column("action flips", justify="right")
     named = Counter(row["name"] for row in rows)
+    patched = Counter((row["name"], row["patches"]) for row in rows)
     for row in rows:
-        # Groups of one size have one name in the original's scheme.
-        label = row["name"] if named[row["name"]] == 1 else f"{row['name']} ({row['patches']})"
+        # Groups of one size have one name in the original's scheme, repeated experiments too.
+        label, patches = row["name"], row["patches"]
+        if patched[label, patches] > 1:
+            label += f" (experiment {row['experiment_index']})"
+        elif named[label] > 1:
+            label += f" ({patches})"
         rate = row["action_changed_rate"]
         cells = [str(row["rank"]), label, f"{row[f'{metric}_{statistic}']:.4g}"]
         if with_interval:

@@ -35,7 +35,7 @@ def test_an_undamaged_run_is_verified(command, run_inline, single_neurons, save)
     ended = command("verify", out)
     assert ended.code == 0, ended.err
     n_files = 15 if save == "summary" else 30
-    assert f"15 parts in {n_files} files are as committed; 8 experiments" in ended.out
+    assert f"15 parts in {n_files} files as committed; 8 experiments" in ended.out
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"} == before
 
 

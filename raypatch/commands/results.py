@@ -46,12 +46,13 @@ def status(output_dir: str, as_json: bool) -> None:
 @with_options(AGENT_OPTIONS)
 def verify(output_dir: str, **given: Any) -> None:
     """Re-read every part of a run, and compute a random sample of it again."""
+    from raypatch.progress import counted
     from raypatch.verifying import verify_run
 
     found = verify_run(output_dir, **given)
     click.echo(
-        f"{found.parts:,} parts in {found.files:,} files are as committed; "
-        f"{found.experiments_recomputed} experiments computed again agree, largest difference "
+        f"{counted(found.parts, 'part')} in {counted(found.files, 'file')} as committed; "
+        f"{counted(found.experiments_recomputed, 'experiment')} computed again, largest difference "
         f"from the float64 reference {found.largest_difference:.1e}"
     )
 

@@ -47,9 +47,10 @@ FINISHED_WITH_FAILURES = 3
 def generate(**given: Any) -> None:
     """Write a definition: which neurons are patched together, experiment by experiment."""
     from raypatch.generating import generate_definition
+    from raypatch.progress import counted
 
     path, count = generate_definition(**given)
-    click.echo(f"{count:,} {given['kind']} experiments written to {path}")
+    click.echo(f"{counted(count, given['kind'] + ' experiment')} written to {path}")
 
 
 # ----------------------------------------------------------------------------------- run

@@ -57,7 +57,13 @@ def write_figures(results: Results, metric: str, output: str, form: str) -> list
 
 def _label(found: Gathered, metric: str) -> str:
     unit = found.units.get(metric, "1")
-    return metric.replace("_", " ") + (f" ({unit})" if unit != "1" else "")
+    name = metric.replace("_", " ") + (f" ({unit})" if unit != "1" else "")
+    return f"1 - {name}" if metric in LIKENESS else name
+
+
+def _drawn(metric: str, values: np.ndarray) -> np.ndarray:
+    """By how far they are from no effect, as :func:`_label` says: of similarities that is 1."""
+    return 1 - values if metric in LIKENESS else values
 
 
 def _root(x: np.ndarray) -> np.ndarray:
@@ -105,9 +111,7 @@ def _heat_map(found: Gathered, metric: str, direction: str) -> Any:
         grid[row, : len(by_layer[layer])] = by_layer[layer]
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(layers)))
     both_ways = metric in SIGNED
-    label = _label(found, metric)
-    if metric in LIKENESS:  # 1 is no effect
-        grid, label = 1 - grid, f"1 - {label}"
+    grid = _drawn(metric, grid)
     most = float(np.nanmax(np.abs(grid))) or 1.0
     least = -most if both_ways else min(0.0, float(np.nanmin(grid)))
     image = axes.imshow(
@@ -117,7 +121,7 @@ def _heat_map(found: Gathered, metric: str, direction: str) -> Any:
     axes.set_yticks(range(len(layers)), layers)
     axes.set_xlabel("neuron")
     axes.set_title(direction)
-    bar = figure.colorbar(image, ax=axes, label=f"{label}, root scale")
+    bar = figure.colorbar(image, ax=axes, label=f"{_label(found, metric)}, root scale")
     bar.set_ticks(ticks := _root_ticks(least, most), labels=[f"{tick:g}" for tick in ticks])
     return figure
 
@@ -132,7 +136,8 @@ def _distributions(found: Gathered, metric: str) -> Any:
         squeeze=False,
     )  # fmt: skip
     for d, (axes, direction) in enumerate(zip(every[0], found.directions)):
-        columns = [found.effects[layer][:, m * n_directions + d] for layer in layers]
+        at = m * n_directions + d
+        columns = [_drawn(metric, found.effects[layer][:, at]) for layer in layers]
         axes.boxplot(
             [column[~np.isnan(column)] for column in columns], orientation="horizontal",
             flierprops={"markersize": 2, "markeredgecolor": "#00527c"},
@@ -150,8 +155,8 @@ def _scatter(found: Gathered, metric: str) -> Any:
 
     first = 1 + found.metrics.index(metric) * 2
     figure, axes = pyplot.subplots(figsize=(5, 5))
-    axes.scatter(found.scatter[:, first], found.scatter[:, first + 1], s=9, alpha=0.5, c="#00527c")
-    x_label, y_label = (f"{d}: {_label(found, metric)}" for d in found.directions)
-    _on_root_scale(axes, "x", found.scatter[:, first], x_label)
-    _on_root_scale(axes, "y", found.scatter[:, first + 1], y_label)
+    both = _drawn(metric, found.scatter[:, first : first + 2])
+    axes.scatter(both[:, 0], both[:, 1], s=9, alpha=0.5, c="#00527c")
+    for axis, column, direction in zip("xy", both.T, found.directions):
+        _on_root_scale(axes, axis, column, f"{direction}: {_label(found, metric)}")
     return figure
