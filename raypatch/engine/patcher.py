@@ -305,7 +305,7 @@ class Patcher:
             )
         probe = trial_inputs(target, telling)
         engine: Engine
-        if _runs_on(self._network, target) and not _runs_on(self._network, probe):
+        if not _runs_on(self._network, probe) and _runs_on(self._network, target):
             probe = target
             engine = Stacked(self._network, find_layers(self._network, target), 1, routes=True)
             self.path = f"single (it does not run on other than {count_inputs(target)} inputs)"
