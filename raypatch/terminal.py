@@ -36,5 +36,9 @@ def console() -> Any:
     it."""
     from rich.console import Console
 
+    class Printer(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich itself ends the process, as a failure
+
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    return Console(highlight=False, width=None if is_terminal else PIPE_WIDTH)
+    return Printer(highlight=False, width=None if is_terminal else PIPE_WIDTH)

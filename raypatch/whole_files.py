@@ -5,18 +5,21 @@ What a run commits goes through :mod:`raypatch.results.store`, which also surviv
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """A path to write to, of the same suffix; it takes the target's place when all is written."""
     partial = target.with_name(f".{target.stem}.partial{target.suffix}")
-    with _named(target):
+    with _named(target, partial):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
@@ -30,7 +33,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which takes the target's name when everything is in it."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with _named(target):
+    with _named(target, partial):
         partial.mkdir(parents=True)
         try:
             yield partial
@@ -40,12 +43,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _named(target: Path) -> Iterator[None]:
-    """What goes wrong is said of the target: Arrow names no file, and nobody knows the partial
-    one."""
+def _named(target: Path, partial: Path) -> Iterator[None]:
+    """What goes wrong with the partial one, which nobody knows, is said of the target, and a full
+    disk, too, of which Arrow names no file."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # it is about what is read, or says all in its text
+        name = error.filename
+        is_partial = name is not None and str(name).startswith(str(partial))
+        if error.errno is None or not (is_partial or (name is None and error.errno in FULL)):
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(target)) from error

@@ -26,6 +26,48 @@ from raypatch.interruption import Interruption
 # ---------------------------------------------------------------- the original's examples
 
 
+def test_a_reader_that_goes_away_is_no_failure(run_inline, single_neurons):
+    out = run_inline(LAVA, single_neurons(LAVA))
+    for words in (["rank", out, "--csv", "--top", "1000"], ["status", out]):
+        command = subprocess.Popen(
+            [sys.executable, "-m", "raypatch.cli", *map(str, words)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        command.stdout.close()
+        assert (command.stderr.read(), command.wait()) == (b"", 0)
+
+
+def test_inputs_that_are_all_the_same_on_each_side_are_patched(run_inline, tmp_path):
+    definition = tmp_path / "d.json"
+    definition.write_text('[{"action_net": [0]}, {"mlp_extractor.policy_net.0": "all"}]')
+    sides = {"clean": np.zeros((3, 4)), "corrupted": np.tile([1.0, 0.5, -0.2, 0.3], (3, 1))}
+    for side, rows in sides.items():
+        np.save(tmp_path / f"{side}.npy", rows)
+    for other in ("corrupted", "clean"):
+        out = run_inline(
+            CARTPOLE, definition, "--clean_inputs", tmp_path / "clean.npy",
+            "--corrupted_inputs", tmp_path / f"{other}.npy", out=tmp_path / other,
+        )  # fmt: skip
+        assert raypatch.open_results(out).complete
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--actions", "foo"], "actions 'foo' is not one of discrete, continuous"),
+        (["--activation", "tanhh"], "unknown activation 'tanhh'; did you mean tanh"),
+        (["--agent_file", "nope.pt"], "--agent_file nope.pt: no such file"),
+        (["--agent_factory", "json:nope"], "has no function 'nope'"),
+        (["--agent_output", "nope"], "--agent_output 'nope' is not in it; there are: "),
+    ],
+)
+def test_a_mistaken_option_is_no_reason_to_generate_something_else(
+    command, in_empty_folder, options, message
+):
+    ended = command("generate", "--type", "layer", "--agent_path", LAVA, *options)
+    assert ended.code == 2 and message in ended.err and not list(in_empty_folder.iterdir())
+
+
 needs_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="not there")
 
 

@@ -32,6 +32,7 @@ MISTAKES = [
     ({"--direction": "up"}, r"--direction: 'up' is not one of both, denoising, noising"),
     ({"--source": "x"}, r"--source: 'x' is not one of pair, zero, mean, resample"),
     ({"--metrics": "x"}, r"--metrics: unknown metric 'x'; valid: all, "),
+    ({"--metrics": "all,kl_divergence"}, r"'all' stands for every metric; leave out the others"),
     ({"--metrics": "kl_divergance"}, r"'kl_divergance'; did you mean kl_divergence or "),
     ({"--save": "x"}, r"--save: 'x' is not one of full, metrics, summary"),
     ({"--dtype": "float16"}, r"--dtype: 'float16' is not one of float32, float64"),

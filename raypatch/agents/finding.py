@@ -232,11 +232,13 @@ def _manifest(path: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
             f"{path}: factory {content['factory']!r} runs code from this directory; "
             "allow it with --trust_agent_code"
         )
+    # A factory on the command line takes the place of what the manifest says for it.
+    activation = None if options.agent_factory else content.get("activation")
     return file, AgentOptions(
         agent_file=options.agent_file,
         agent_factory=options.agent_factory or content.get("factory"),
         agent_output=options.agent_output or content.get("output"),
-        activation=options.activation or content.get("activation"),
+        activation=options.activation or activation,
         trust_agent_code=options.trust_agent_code,
         actions=options.actions or content.get("actions"),
         inputs=options.inputs,
