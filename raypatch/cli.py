@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
-import threading
-from types import FrameType
 from typing import Any
 
 import click
@@ -19,6 +16,7 @@ from raypatch import __version__
 from raypatch.commands import agents, results, running
 from raypatch.commands.options import SETTINGS
 from raypatch.errors import Interrupted, RaypatchError
+from raypatch.interruption import termination_raised
 from raypatch.terminal import open_standard_streams, say
 
 
@@ -54,12 +52,11 @@ NO_OUTPUT = {errno.ENOSPC, errno.EIO, errno.EBADF}
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on stderr."""
     open_standard_streams()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         # What a command ends with through its context comes back as a number.
-        code = cli.main(arguments, prog_name="raypatch", standalone_mode=False)
+        with termination_raised():
+            code = cli.main(arguments, prog_name="raypatch", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
@@ -85,11 +82,6 @@ def main(arguments: list[str] | None = None) -> int:
         fix = "free some space" if error.errno == errno.ENOSPC else "give another path"
         code = 1 if error.errno == errno.ENOSPC else 2
         return _fail(f"{error.filename}: cannot be used: {error.strerror}; {fix}", code)
-
-
-def _terminated(number: int, _: FrameType | None) -> None:
-    """What is half written is removed on the way out; a run has a way of its own."""
-    raise Interrupted("stopped at once; nothing half-written is left", number)
 
 
 def _reader_gone() -> int:

@@ -56,6 +56,24 @@ def _imports(frame: FrameType | None) -> bool:
 
 
 @contextmanager
+def termination_raised() -> Iterator[None]:
+    """Within, SIGTERM is an exception, so that what is half written is removed on the way out; a
+    run has a way of its own, :func:`signals_caught`."""
+
+    def handle(number: int, _: FrameType | None) -> None:
+        raise Interrupted("stopped at once; nothing half-written is left", number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@contextmanager
 def signals_caught() -> Iterator[Interruption]:
     """Turn signals into an orderly end."""
     interruption = Interruption()
