@@ -17,7 +17,7 @@ from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments
 from raypatch.engine.arguments import count_inputs, in_parts
 from raypatch.engine.dense_ops import NARROW_OUTPUT
 from raypatch.engine.incremental import Incremental
-from raypatch.engine.layers import Args
+from raypatch.engine.layers import Args, tensors_in
 from raypatch.engine.plan import Plan, plan_experiments
 from raypatch.engine.precision import exact_math
 from raypatch.engine.prepared import Prepared
@@ -93,6 +93,8 @@ class PatchRun:
         self._modules = modules
         self.rows_computed = 0
         self.target = target
+        given = dict(fill.values) if isinstance(fill, GivenFill) else {}
+        self._versions = [(x, x._version) for x in tensors_in((source, target, given))]
         self.n_inputs = count_inputs(target)
         self._engine = engine
         self._limits = limits
@@ -120,6 +122,11 @@ class PatchRun:
         """Patched outputs ``[experiments, inputs, outputs]`` in the definition's order; in memory
         each of few outputs lies apart."""
         plan = self.plan(experiments)
+        if any(x._version != version for x, version in self._versions):
+            raise InputError(
+                "inputs have been written over since they were prepared: prepare them again, or "
+                "give copies"
+            )
         if isinstance(self._fill, GivenFill):
             self._fill.check({layer for group in plan.groups for layer, _ in group.signature})
         with exact_math(), torch.no_grad():

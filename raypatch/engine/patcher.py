@@ -143,16 +143,17 @@ class Patcher:
     def prepare(
         self, source: Any = None, target: Any = None, *, kind: SourceKind = "pair", seed: int = 0
     ) -> PatchRun:
-        """Run both sides once; what comes back patches any experiments on these inputs."""
+        """Run both sides once; what comes back patches any experiments on these inputs, which must
+        not be written over meanwhile: a run refuses to go on with what it was not prepared for."""
         if kind not in SOURCE_KINDS:
             raise InputError(f"source kind {kind!r}: valid: {', '.join(SOURCE_KINDS)}")
         if target is None or (kind in ("pair", "given") and source is None):
             raise InputError("patching needs target inputs, and source inputs for kind 'pair'")
-        target_args = self._own(target)
+        target_args = self._taken(target)
         n_inputs = count_inputs(target_args)
         source_args = None
         if kind == "pair":
-            source_args = self._own(source)
+            source_args = self._taken(source)
             sides = [(count_inputs(a), described(a)) for a in (source_args, target_args)]
             if sides[0] != sides[1]:
                 raise InputError(
@@ -182,16 +183,16 @@ class Patcher:
                     network_output(self._network, args)
             raise
 
-    def _own(self, inputs: Any) -> Args:
-        """Inputs as the network takes them, and copies: whose they are may write into them."""
+    def _taken(self, inputs: Any) -> Args:
+        """Inputs as the network takes them, and as may be used outside of inference mode."""
         args = as_args(inputs)
         for tensor in tensors_in(args):
             if tensor.is_meta or tensor.layout is not torch.strided:
                 kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
                 raise InputError(f"inputs are dense tensors with values, not {kind}")
         with torch.inference_mode(False), torch.no_grad():
-            own: Args = map_tensors(Tensor.clone, cast(args, self.dtype, self.device))
-        return own
+            taken: Args = map_tensors(_plain_tensor, cast(args, self.dtype, self.device))
+        return taken
 
     def _checked_run(
         self, make: Callable[[], PatchRun], source_args: Args | None, target_args: Args
@@ -233,7 +234,7 @@ class Patcher:
         elif kind == "mean":
             fill = self._means(target_args, n_inputs)
         elif kind == "given":
-            fill = GivenFill({name: v.clone() for name, v in given.items()}, n_inputs)
+            fill = GivenFill(map_tensors(_plain_tensor, dict(given)), n_inputs)
         return PatchRun(
             self._engine, self._limits, source_args, target_args, fill,
             deduplicate=self.savings.deduplicate, modules=self._modules,
@@ -345,6 +346,11 @@ class Patcher:
                     raise no_mean(name)
                 sums[name] = totals if held is None else [a + b for a, b in zip(held, totals)]
         return MeanFill({name: [t / n_inputs for t in totals] for name, totals in sums.items()})
+
+
+def _plain_tensor(x: Tensor) -> Tensor:
+    """Not one of inference mode, which counts no changes; outside of that mode."""
+    return x.clone() if x.is_inference() else x
 
 
 def _runs_on(network: nn.Module, args: Args) -> bool:
