@@ -157,10 +157,13 @@ class Job:
         inputs = self.subject.inputs
         target, *others = map(torch.from_numpy, inputs.sides.values())
         # Both sides together where there are two: one may be the same throughout and tell little.
-        if others:
-            run = self.patcher.prepare(others[0], target)
-        else:
-            run = self.patcher.prepare(target=target, kind="zero")
+        try:
+            if others:
+                run = self.patcher.prepare(others[0], target)
+            else:
+                run = self.patcher.prepare(target=target, kind="zero")
+        except InputError as error:
+            raise self._of_an_input(error) from error
         baselines = [run.baseline, run.source_baseline][: len(inputs.sides)]
         found = {side: b.numpy() for side, b in zip(inputs.sides, baselines) if b is not None}
         for side, outputs in found.items():
@@ -172,6 +175,21 @@ class Job:
                     "are masked by a large number, as -1e8)"
                 )
         return found
+
+    def _of_an_input(self, error: InputError) -> InputError:
+        """What is wrong with the inputs, of the first on which the network fails alone."""
+        import torch
+
+        from raypatch.engine.trial import network_output
+
+        inputs = self.subject.inputs
+        for side, values in inputs.sides.items():
+            for i, name in enumerate(inputs.ids):
+                try:
+                    network_output(self.subject.agent.network, (torch.from_numpy(values[[i]]),))
+                except InputError as alone:
+                    return InputError(f"{side} input {name!r}: {alone}")
+        return error
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides the numbers and files; no time, machine or actor count."""

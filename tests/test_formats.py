@@ -299,3 +299,29 @@ def test_a_layer_with_a_name_that_means_something_else_is_refused(folder, name):
     torch.save({f"{name}.weight": torch.randn(3, 4)}, folder / "policy.pt")
     with pytest.raises(AgentError, match="name"):
         raypatch.load_agent(folder, activation="relu")
+
+
+def test_an_input_that_the_network_fails_on_is_named(tmp_path, command):
+    folder = tmp_path / "agent"
+    (folder / "activation_inputs").mkdir(parents=True)
+    (folder / "looks_up.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.e, self.o = nn.Embedding(9, 4), nn.Linear(8, 3)\n"
+        "    def forward(self, x):\n"
+        "        return self.o(self.e(x.long()).flatten(1))\n"
+    )
+    network = nn.ModuleDict({"e": nn.Embedding(9, 4), "o": nn.Linear(8, 3)})
+    torch.save(network.state_dict(), folder / "policy.pt")
+    for side, last in (("clean", 8), ("corrupted", 9)):
+        content = json.dumps({"a": [1, 2], "b": [3, 4], "c": [5, last]})
+        (folder / "activation_inputs" / f"{side}_inputs.json").write_text(content)
+    (tmp_path / "d.json").write_text('[{"o": [0]}]')
+    ended = command(
+        "run", "--agent_path", folder, "--agent_factory", "looks_up:Net", "--definition_file",
+        tmp_path / "d.json", "--output_dir", tmp_path / "out", "--backend", "inline",
+    )  # fmt: skip
+    assert ended.code == 2 and not (tmp_path / "out").exists()
+    assert "corrupted input 'c': the network fails on inputs of" in ended.err
