@@ -115,6 +115,12 @@ def test_what_shows_on_later_inputs_only_is_not_lost(make):
         )
 
 
+def test_an_export_that_took_another_way_is_seen_before_inputs_show_it():
+    patcher = Patcher(AsksForTheType().eval())
+    patcher.prepare(*torch.randn(2, 4, 6) / 10)
+    assert patcher.path.startswith("stacked (")
+
+
 def test_what_is_computed_in_fewer_digits_stays_so():
     torch.manual_seed(0)
     patcher = Patcher(Casts().eval())
