@@ -76,7 +76,6 @@ def rewrite(out, lines) -> None:
     (out / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.slow
 def test_killed_at_any_step_of_any_write_a_resumed_run_ends_as_if_nothing_had_happened(tmp_path):
     definition = tmp_path / "two_items.json"
     definition.write_text(json.dumps([{"q_net.0": [i]} for i in range(22)]))
