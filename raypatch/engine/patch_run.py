@@ -93,8 +93,9 @@ class PatchRun:
         self._modules = modules
         self.rows_computed = 0
         self.target = target
-        given = dict(fill.values) if isinstance(fill, GivenFill) else {}
-        self._versions = [(x, x._version) for x in tensors_in((source, target, given))]
+        given = fill.values.values() if isinstance(fill, GivenFill) else ()
+        as_given = [*tensors_in(source or ()), *tensors_in(target), *given]
+        self._versions = [(x, x._version) for x in as_given]
         self.n_inputs = count_inputs(target)
         self._engine = engine
         self._limits = limits

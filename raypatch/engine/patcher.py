@@ -186,9 +186,9 @@ class Patcher:
     def _taken(self, inputs: Any) -> Args:
         """Inputs as the network takes them, and as may be used outside of inference mode."""
         args = as_args(inputs)
-        for tensor in tensors_in(args):
-            if tensor.is_meta or tensor.layout is not torch.strided:
-                kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+        for x in tensors_in(args):
+            if x.is_meta or x.layout is not torch.strided:
+                kind = "on the meta device" if x.is_meta else f"of layout {x.layout}"
                 raise InputError(f"inputs are dense tensors with values, not {kind}")
         with torch.inference_mode(False), torch.no_grad():
             taken: Args = map_tensors(_plain_tensor, cast(args, self.dtype, self.device))
