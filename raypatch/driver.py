@@ -177,19 +177,21 @@ class Job:
         return found
 
     def _of_an_input(self, error: InputError) -> InputError:
-        """What is wrong with the inputs, of the first on which the network fails alone."""
+        """The error of the first input on which the network fails alone; where it fails on all, or
+        on none, that is no input's fault."""
         import torch
 
         from raypatch.engine.trial import network_output
 
-        inputs = self.subject.inputs
+        inputs, faults = self.subject.inputs, []
         for side, values in inputs.sides.items():
             for i, name in enumerate(inputs.ids):
                 try:
                     network_output(self.subject.agent.network, (torch.from_numpy(values[[i]]),))
                 except InputError as alone:
-                    return InputError(f"{side} input {name!r}: {alone}")
-        return error
+                    faults.append(f"{side} input {name!r}: {alone}")
+        is_all = len(faults) == len(inputs.sides) * len(inputs)
+        return InputError(faults[0]) if faults and not is_all else error
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides the numbers and files; no time, machine or actor count."""

@@ -84,6 +84,12 @@ def gpu_failed(error: BaseException) -> bool:
     )
 
 
+def is_not_of_network(error: BaseException) -> bool:
+    """Whether an error out of a network's forward is none of the network's own: one raised on
+    purpose, no room, or a GPU that gave up."""
+    return isinstance(error, RaypatchError) or gpu_failed(error) or out_of_memory(error)
+
+
 def one_line(error: BaseException) -> str:
     """First line of an error's text, prefixed with its type where the text alone says little."""
     text = str(error).strip().splitlines()

@@ -1,235 +1,17 @@
-"""The command line as people type it: the original's examples, runs, what is read back."""
+"""Runs as people type them, and what is read back of them."""
 
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CARTPOLE, LAVA, ROOT, expected_outputs, outputs_of
+from conftest import CARTPOLE, LAVA, expected_outputs, outputs_of
 
 import raypatch
 from raypatch import progress
-from raypatch.actors import PoolOptions, RayBackend
-from raypatch.errors import InputError, Interrupted
-from raypatch.interruption import Interruption
-
-# ---------------------------------------------------------------- the original's examples
-
-
-def test_a_reader_that_goes_away_is_no_failure(run_inline, single_neurons):
-    out = run_inline(LAVA, single_neurons(LAVA))
-    for words in (["rank", out, "--csv", "--top", "1000"], ["status", out]):
-        command = subprocess.Popen(
-            [sys.executable, "-m", "raypatch.cli", *map(str, words)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        command.stdout.close()
-        assert (command.stderr.read(), command.wait()) == (b"", 0)
-
-
-def test_inputs_that_are_all_the_same_on_each_side_are_patched(run_inline, tmp_path):
-    definition = tmp_path / "d.json"
-    definition.write_text('[{"action_net": [0]}, {"mlp_extractor.policy_net.0": "all"}]')
-    sides = {"clean": np.zeros((3, 4)), "corrupted": np.tile([1.0, 0.5, -0.2, 0.3], (3, 1))}
-    for side, rows in sides.items():
-        np.save(tmp_path / f"{side}.npy", rows)
-    for other in ("corrupted", "clean"):
-        out = run_inline(
-            CARTPOLE, definition, "--clean_inputs", tmp_path / "clean.npy",
-            "--corrupted_inputs", tmp_path / f"{other}.npy", out=tmp_path / other,
-        )  # fmt: skip
-        assert raypatch.open_results(out).complete
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--actions", "foo"], "actions 'foo' is not one of discrete, continuous"),
-        (["--activation", "tanhh"], "unknown activation 'tanhh'; did you mean tanh"),
-        (["--agent_file", "nope.pt"], "--agent_file nope.pt: no such file"),
-        (["--agent_factory", "json:nope"], "has no function 'nope'"),
-        (["--agent_output", "nope"], "--agent_output 'nope' is not in it; there are: "),
-    ],
-)
-def test_a_mistaken_option_is_no_reason_to_generate_something_else(
-    command, in_empty_folder, options, message
-):
-    ended = command("generate", "--type", "layer", "--agent_path", LAVA, *options)
-    assert ended.code == 2 and message in ended.err and not list(in_empty_folder.iterdir())
-
-
-needs_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="not there")
-
-
-@needs_full_device
-def test_output_that_cannot_be_written_is_one_line(run_inline, single_neurons):
-    out = run_inline(LAVA, single_neurons(LAVA))
-    with Path("/dev/full").open("wb") as full:
-        words = [sys.executable, "-m", "raypatch.cli", "status", str(out)]
-        ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert ended.returncode == 1
-    assert ended.stderr == "raypatch: standard output cannot be written: No space left on device\n"
-
-
-@pytest.mark.parametrize(
-    "closed", ["2>&-", ">&- 2>&- <&-", pytest.param("2>/dev/full", marks=needs_full_device)]
-)
-def test_a_run_that_nobody_can_read_of_is_complete(tmp_path, closed):
-    words = [
-        sys.executable, "-m", "raypatch.cli", "run", "--agent_path", LAVA, "--definition_file",
-        ROOT / "Definitions" / "layer_experiment.json", "--output_dir", tmp_path / "out", "--backend", "inline", "--save", "summary",
-    ]  # fmt: skip
-    done = subprocess.run(f"{shlex.join(map(str, words))} {closed}", shell=True)
-    assert done.returncode == 0 and (tmp_path / "out" / "_SUCCESS").exists()
-
-
-def test_a_second_signal_within_an_import_waits_for_its_end(tmp_path, monkeypatch):
-    """What is raised there may leave the import's locks held: another thread would wait for ever."""
-    interruption = Interruption()
-    interruption.handle(signal.SIGINT, sys._getframe())
-    monkeypatch.setitem(globals(), "interruption", interruption)
-    (tmp_path / "long_import.py").write_text(
-        "import signal, sys\n"
-        "import test_cli\n"
-        "test_cli.interruption.handle(signal.SIGINT, sys._getframe())\n"
-        "ended = True\n"
-    )
-    monkeypatch.setitem(sys.modules, "test_cli", sys.modules[__name__])
-    monkeypatch.syspath_prepend(tmp_path)
-    assert __import__("long_import").ended
-    with pytest.raises(Interrupted, match="stopped before anything was computed"):
-        interruption.check()
-    with pytest.raises(Interrupted, match="stopped at once"):
-        interruption.handle(signal.SIGINT, None)
-
-
-def test_an_address_where_nothing_answers_is_one_line_at_once(monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        nobody = f"127.0.0.1:{free.getsockname()[1]}"
-    # What a file remembers of a cluster that is no more.
-    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda _: nobody)
-    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
-    for address in (nobody, f"ray://{nobody}", "auto"):
-        # This machine is called by its own address there.
-        named = rf"\S+{nobody[-6:]}" if address == "auto" else address
-        with (
-            RayBackend(PoolOptions(address)) as backend,
-            pytest.raises(InputError, match=f"--address {named} .*: nothing answers there"),
-        ):
-            backend.wait_started()
-
-
-def test_a_ray_that_the_user_has_initialised_is_left_alone(monkeypatch):
-    """No second one is started in the process, and that one is not shut down."""
-    fake = SimpleNamespace(is_initialized=lambda: True, shutdown=lambda: pytest.fail("shut down"))
-    monkeypatch.setitem(sys.modules, "ray", fake)
-    with RayBackend(PoolOptions()) as backend, pytest.raises(InputError, match="initialised in"):
-        backend.wait_started()
-
-
-@pytest.mark.parametrize(
-    ("kind", "count", "first"),
-    [
-        ("single_neuron", 198, {"features_extractor.mlp.0": [0]}),
-        ("layer", 5, {"features_extractor.mlp.0": "all"}),
-        ("neuron_groups", 41, {"features_extractor.mlp.0": [0, 1, 2, 3, 4]}),
-    ],
-)
-def test_generate_reads_the_layers_from_the_agent(command, in_empty_folder, kind, count, first):
-    assert command("generate", "--type", kind, "--agent_path", LAVA).code == 0
-    found = json.loads((in_empty_folder / "Definitions" / f"{kind}_experiment.json").read_text())
-    assert (len(found), found[0]) == (count, first)
-    assert set(found[-1]) == {"output_logits"}
-
-
-@pytest.mark.parametrize("kind", ["single_neuron", "layer", "neuron_groups"])
-def test_the_definitions_in_the_repository_are_what_generate_writes(command, tmp_path, kind):
-    out = tmp_path / "d.json"
-    command("generate", "--type", kind, "--agent_path", LAVA, "--output", out)
-    assert out.read_text() == (ROOT / "Definitions" / f"{kind}_experiment.json").read_text()
-
-
-def test_custom_json_on_the_command_line(command, in_empty_folder):
-    spec = '\n[\n  {"layer_name": [0, 1, 2]},\n  {"another_layer": [5, 10, 15]}\n]'
-    assert command("generate", "--type", "custom", "--custom_spec", spec).code == 0
-    found = json.loads((in_empty_folder / "Definitions" / "custom_experiment.json").read_text())
-    assert found == [{"layer_name": [0, 1, 2]}, {"another_layer": [5, 10, 15]}]
-
-
-def test_custom_json_from_a_file(command, in_empty_folder):
-    (in_empty_folder / "custom_definition.json").write_text('[{"q_net.0": [3], "q_net.2": "all"}]')
-    ended = command("generate", "--type", "custom", "--custom_spec", "custom_definition.json")
-    assert ended.code == 0
-    found = json.loads((in_empty_folder / "Definitions" / "custom_experiment.json").read_text())
-    assert found == [{"q_net.0": [3], "q_net.2": "all"}]
-
-
-def test_the_custom_definition_in_the_repository_fits_the_example(command, tmp_path):
-    path = ROOT / "Definitions" / "custom_experiment.json"
-    ended = command(
-        "generate", "--type", "custom", "--custom_spec", path, "--agent_path", LAVA,
-        "--output", tmp_path / "d.json",
-    )  # fmt: skip
-    assert ended.code == 0
-    assert (tmp_path / "d.json").read_text() == path.read_text()
-
-
-@pytest.mark.parametrize("as_file", [False, True])
-def test_a_layer_structure_goes_before_the_agent(command, in_empty_folder, as_file):
-    structure = '{"a": 2, "b": 3}'
-    if as_file:
-        (in_empty_folder / "structure.json").write_text(structure)
-        structure = "structure.json"
-    command("generate", "--type", "layer", "--layer_structure", structure, "--agent_path", LAVA)
-    found = json.loads((in_empty_folder / "Definitions" / "layer_experiment.json").read_text())
-    assert found == [{"a": "all"}, {"b": "all"}, {"output_logits": "all"}]
-
-
-def test_options_of_generate_with_dashes_and_underscores(command, tmp_path):
-    for number, names in enumerate((("--group_size", "--exclude_output_logits"),
-                                    ("--group-size", "--exclude-output-logits"))):  # fmt: skip
-        ended = command(
-            "generate", "--type", "neuron_groups", names[0], "10", "--agent_path", CARTPOLE,
-            names[1], "--output", tmp_path / f"{number}.json",
-        )  # fmt: skip
-        assert ended.code == 0
-    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
-    assert json.loads((tmp_path / "0.json").read_text())[-1] == {"action_net": [0, 1]}
-
-
-def test_a_group_size_for_another_type_is_said_to_do_nothing(command, in_empty_folder):
-    ended = command("generate", "--type", "layer", "--group_size", 3, "--agent_path", LAVA)
-    assert ended.code == 0 and "--group_size does nothing for --type layer" in ended.err
-
-
-def test_an_unreadable_agent_falls_back_with_a_warning(command, in_empty_folder):
-    (in_empty_folder / "agent").mkdir()
-    ended = command("generate", "--type", "single_neuron", "--agent_path", "agent")
-    assert ended.code == 0
-    assert "WARNING: USING THE DEFAULT LAYER STRUCTURE" in ended.err
-    found = json.loads(
-        (in_empty_folder / "Definitions" / "single_neuron_experiment.json").read_text()
-    )
-    assert len(found) == 64 * 3 + 5 + 5
-
-
-def test_strict_makes_the_fallback_an_error(command, in_empty_folder):
-    (in_empty_folder / "agent").mkdir()
-    ended = command("generate", "--type", "layer", "--agent_path", "agent", "--strict")
-    assert ended.code == 2 and "no agent here" in ended.err
-    assert not (in_empty_folder / "Definitions").exists()
-
 
 # -------------------------------------------------------------------------------- runs
 
@@ -372,6 +154,20 @@ def test_without_a_pair_a_side_that_is_named_alone_is_the_only_one(
         LAVA, single_neurons(LAVA), *options, "--end_index", 2, out=tmp_path / "other"
     )
     assert json.loads((other / "sweep.json").read_text())["identity"]["sides"] == ["clean"]
+
+
+def test_inputs_that_are_all_the_same_on_each_side_are_patched(run_inline, tmp_path):
+    definition = tmp_path / "d.json"
+    definition.write_text('[{"action_net": [0]}, {"mlp_extractor.policy_net.0": "all"}]')
+    sides = {"clean": np.zeros((3, 4)), "corrupted": np.tile([1.0, 0.5, -0.2, 0.3], (3, 1))}
+    for side, rows in sides.items():
+        np.save(tmp_path / f"{side}.npy", rows)
+    for other in ("corrupted", "clean"):
+        out = run_inline(
+            CARTPOLE, definition, "--clean_inputs", tmp_path / "clean.npy",
+            "--corrupted_inputs", tmp_path / f"{other}.npy", out=tmp_path / other,
+        )  # fmt: skip
+        assert raypatch.open_results(out).complete
 
 
 # ------------------------------------------------------------------------- reading back

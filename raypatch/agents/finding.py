@@ -120,8 +120,8 @@ def write_manifest(directory: Path, file: Path, options: AgentOptions) -> Path:
         "actions": options.actions,
     }
     text = json.dumps({key: value for key, value in content.items() if value is not None})
-    with whole_file(path) as file:
-        file.write_text(text + "\n", encoding="utf-8")
+    with whole_file(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
     return path
 
 

@@ -137,8 +137,9 @@ def follow_inputs(graph: Graph, inputs: Args, sample: list[Any]) -> Following:
 
 def _kept_apart(values: RunValues, axis: Axis) -> Axis:
     """The axis, unless what lies there for an input follows from other inputs, too."""
-    is_int = isinstance(values.of_all, Tensor) and isinstance(axis, int)
-    return None if is_int and values.distance(axis) > MET else axis
+    if not isinstance(values.of_all, Tensor) or not isinstance(axis, int):
+        return axis  # of a merged axis the division has been found by the same distance
+    return axis if values.distance(axis) <= MET else None
 
 
 class RunValues(NamedTuple):

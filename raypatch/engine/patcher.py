@@ -52,7 +52,7 @@ from raypatch.engine.trial import (
     network_output,
     trial_inputs,
 )
-from raypatch.errors import InputError, RaypatchError, gpu_failed, one_line, out_of_memory
+from raypatch.errors import InputError, RaypatchError, is_not_of_network, one_line
 
 DEFAULT_MEMORY_BYTES = 4 << 30
 # How often a graph is captured anew for inputs that tell more.
@@ -131,7 +131,7 @@ class Patcher:
         try:
             return run(experiments).contiguous()
         except Exception as error:  # anything that an operation or a network's own code may raise
-            if isinstance(error, RaypatchError) or gpu_failed(error) or out_of_memory(error):
+            if is_not_of_network(error):
                 raise
             reason = f"the network fails on patched values: {one_line(error)}"
             if self._captured is None or self._network is None:
@@ -333,7 +333,7 @@ class Patcher:
             try:
                 values = self._engine.layer_values(part)
             except Exception as error:  # anything that a network's own code may raise
-                if isinstance(error, RaypatchError) or gpu_failed(error) or out_of_memory(error):
+                if is_not_of_network(error):
                     raise
                 raise InputError(
                     "source kind 'mean': the network does not run on each input alone "

@@ -39,7 +39,7 @@ from raypatch.engine.reference import cast
 from raypatch.engine.sources import Fill, noise_fill
 from raypatch.engine.stacked import Stacked
 from raypatch.engine.structure import Savings
-from raypatch.errors import InputError, RaypatchError, gpu_failed, one_line, out_of_memory
+from raypatch.errors import InputError, gpu_failed, is_not_of_network, one_line
 
 # How far apart two evaluations of a network may be, as a share of an output, before it is not the
 # same network.
@@ -152,7 +152,7 @@ def network_output(network: nn.Module, args: Args) -> Any:
         with torch.no_grad():
             return forward(network, args)
     except Exception as error:  # anything a network's own code may raise
-        if isinstance(error, RaypatchError) or gpu_failed(error) or out_of_memory(error):
+        if is_not_of_network(error):
             raise
         raise InputError(
             f"the network fails on inputs of {described(args)}: {one_line(error)}"
