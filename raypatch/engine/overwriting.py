@@ -88,7 +88,7 @@ def overwritten(traced: fx.Graph, network: nn.Module, args: tuple[Any, ...]) -> 
 
     Raises OverwritingError where what is overwritten shares its memory with what is read later.
     """
-    watch = _Watch(fx.GraphModule(network, traced), garbage_collect_values=False)
+    watch = _Changes(fx.GraphModule(network, traced), garbage_collect_values=False)
     with as_in_forward(network, args):
         watch.run(*args)
     place = {node: i for i, node in enumerate(traced.nodes)}
@@ -107,7 +107,7 @@ def overwritten(traced: fx.Graph, network: nn.Module, args: tuple[Any, ...]) -> 
     return found
 
 
-class _Watch(fx.Interpreter):
+class _Changes(fx.Interpreter):
     """Runs a trace and notes which nodes change the tensors that they are given."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
