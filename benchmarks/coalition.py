@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from raypatch.coalition import SearchOptions, find_coalition
+from raypatch.searches.coalition import SearchOptions, find_coalition
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

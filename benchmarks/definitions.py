@@ -15,8 +15,8 @@ from pathlib import Path
 
 from raypatch.definition_files import read_definition, write_definition
 from raypatch.definitions import generate_chunks
-from raypatch.records import write_experiments
 from raypatch.results.store import open_store
+from raypatch.sweeps.records import write_experiments
 
 LAYERS = 4
 

@@ -26,16 +26,16 @@ from long_sweep import WIDTH, experiments, make_agent
 
 import raypatch
 from raypatch.actors import WorkerActor
-from raypatch.config import RunConfig
 from raypatch.definition_files import write_definition
-from raypatch.driver import Job
-from raypatch.fleet import Crew, Fleet
-from raypatch.inline import InlineBackend, halves, without
-from raypatch.interruption import Interruption
-from raypatch.pool import Dispatch
 from raypatch.results import layout
 from raypatch.results.layout import Receipt
-from raypatch.worker import Item, Worker
+from raypatch.sweeps.config import RunConfig
+from raypatch.sweeps.driver import Job
+from raypatch.sweeps.fleet import Crew, Fleet
+from raypatch.sweeps.inline import InlineBackend, halves, without
+from raypatch.sweeps.interruption import Interruption
+from raypatch.sweeps.pool import Dispatch
+from raypatch.sweeps.worker import Item, Worker
 
 
 class Case:

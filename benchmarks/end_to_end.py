@@ -19,11 +19,11 @@ from engine import agent_case, example_agents, make_case
 
 from raypatch.definitions import Experiments
 from raypatch.engine.patcher import Patcher
-from raypatch.metrics import DEFAULT_METRICS
+from raypatch.metrics.formulas import DEFAULT_METRICS
 from raypatch.results import layout, schema, tables
-from raypatch.shipping import pack
-from raypatch.sweep import ITEM_ROWS
-from raypatch.worker import Item, Worker, WorkerSpec
+from raypatch.sweeps.shipping import pack
+from raypatch.sweeps.sweep import ITEM_ROWS
+from raypatch.sweeps.worker import Item, Worker, WorkerSpec
 
 FORMULAS = "formulas"
 

@@ -17,7 +17,7 @@ import itertools
 import random
 from dataclasses import dataclass
 
-from raypatch.pool import Dispatch
+from raypatch.sweeps.pool import Dispatch
 
 ITEM_S = 1.0
 SPREAD = 0.25

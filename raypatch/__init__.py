@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raypatch.agents import load_agent
-    from raypatch.driver import run
     from raypatch.engine.patcher import Patcher, patch
     from raypatch.results.reader import open_results
+    from raypatch.sweeps.driver import run
 
 __version__ = "0.1.0"
 __all__ = ["Patcher", "__version__", "load_agent", "open_results", "patch", "run"]
 
 _HOMES = {
     "load_agent": "raypatch.agents",
-    "run": "raypatch.driver",
+    "run": "raypatch.sweeps.driver",
     "Patcher": "raypatch.engine.patcher",
     "patch": "raypatch.engine.patcher",
     "open_results": "raypatch.results.reader",

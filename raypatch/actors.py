@@ -1,8 +1,8 @@
-"""The pool of Ray actors: the only file that imports ray.
+"""The pool of Ray actors. Other files import ray only where they are about Ray itself.
 
-Each actor holds one :class:`raypatch.worker.Worker`, built from a specification that lies in
+Each actor holds one :class:`raypatch.sweeps.worker.Worker`, built from a specification that lies in
 the object store once. The driver keeps a bounded number of items in flight and takes
-outcomes as they finish; what to send where is decided by :class:`raypatch.pool.Dispatch`.
+outcomes as they finish; what to send where is decided by :class:`raypatch.sweeps.pool.Dispatch`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
 from raypatch.errors import InputError, RaypatchError, RunError, one_line
-from raypatch.fleet import Crew, Event, Fleet, Watchdog
-from raypatch.inline import Tick, Work, halves, verdict, without
-from raypatch.pool import Dispatch, Failed, TooManyLosses
+from raypatch.sweeps.fleet import Crew, Event, Fleet, Watchdog
+from raypatch.sweeps.inline import Tick, Work, halves, verdict, without
+from raypatch.sweeps.pool import Dispatch, Failed, TooManyLosses
 from raypatch.terminal import say
 
 if TYPE_CHECKING:
-    from raypatch.shipping import Shipment
-    from raypatch.worker import Item, Outcome, Quarantined, WorkerSpec
+    from raypatch.sweeps.shipping import Shipment
+    from raypatch.sweeps.worker import Item, Outcome, Quarantined, WorkerSpec
 
 EARLY_ACTORS = 2
 OBJECT_STORE_BYTES = 256 << 20
@@ -49,13 +49,13 @@ class WorkerActor:
     """What lives in an actor process; a plain class, made remote by the pool."""
 
     def __init__(self) -> None:
-        import raypatch.worker  # noqa: F401  (torch loads while the driver still plans)
+        import raypatch.sweeps.worker  # noqa: F401  (torch loads while the driver still plans)
 
         self._worker: Any = None
 
     def setup(self, spec: WorkerSpec, device: str) -> int:
         """Build the worker; the process id tells that it stands."""
-        from raypatch.worker import Worker
+        from raypatch.sweeps.worker import Worker
 
         self._worker = Worker(replace(spec, device=device))
         return os.getpid()
@@ -63,7 +63,7 @@ class WorkerActor:
     def compute(
         self, item: Item, experiments: Experiments, tries: int, probe: bool
     ) -> Outcome | None:
-        """Compute one item; see :meth:`raypatch.worker.Worker.compute`. None for a probe."""
+        """Compute one item; see :meth:`raypatch.sweeps.worker.Worker.compute`. None for a probe."""
         if probe:
             self._worker.probe(experiments)
             return None
@@ -227,7 +227,7 @@ class RayBackend:
     def packed(self, value: Any, folders: Sequence[Path]) -> Shipment:
         """The value for actors that do not have the user's code: what was imported from these
         folders travels by value."""
-        from raypatch.shipping import pack
+        from raypatch.sweeps.shipping import pack
 
         self.wait_started()
         cloudpickle: Any = self._ray.cloudpickle

@@ -69,9 +69,8 @@ def parse_json(text: str, origin: str, keep_pairs: bool) -> Any:
     try:
         return json.loads(text, object_pairs_hook=Pairs if keep_pairs else None)
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{origin}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from None
+        line = f"line {error.lineno}, " if "\n" in text else ""  # an only line needs no number
+        raise InputError(f"{origin}: not JSON at {line}column {error.colno}: {error.msg}") from None
     except (RecursionError, ValueError) as error:
         raise InputError(
             f"{origin}: not usable JSON: {str(error) or 'nested too deeply'}"

@@ -16,7 +16,7 @@ from raypatch import __version__
 from raypatch.commands import agents, results, running
 from raypatch.commands.options import SETTINGS
 from raypatch.errors import Interrupted, RaypatchError
-from raypatch.interruption import termination_raised
+from raypatch.sweeps.interruption import termination_raised
 from raypatch.terminal import open_standard_streams, say
 
 

@@ -31,6 +31,14 @@ class Ended:
     err: str
 
 
+@pytest.fixture(autouse=True, scope="session")
+def logs_of_training_go_with_the_tests(tmp_path_factory):
+    """Stable-Baselines3 leaves a folder a training in /tmp otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SB3_LOGDIR", str(tmp_path_factory.mktemp("logs")))
+        yield
+
+
 @pytest.fixture
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

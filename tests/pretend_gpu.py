@@ -17,17 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from raypatch import metric_table
 from raypatch.definitions import Experiments
 from raypatch.engine import overwriting, prepared
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.reference import reference_outputs
-from raypatch.metric_table import MetricTable
-from raypatch.metric_terms import Baselines
-from raypatch.metrics import METRICS
+from raypatch.metrics import table as metric_table
+from raypatch.metrics.formulas import METRICS
+from raypatch.metrics.table import MetricTable
+from raypatch.metrics.terms import Baselines
 from raypatch.results import schema
-from raypatch.shipping import pack
-from raypatch.worker import Item, Worker, WorkerSpec
+from raypatch.sweeps.shipping import pack
+from raypatch.sweeps.worker import Item, Worker, WorkerSpec
 
 NAME = "pretended"
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ from torch import nn
 import raypatch
 from raypatch.agents import AgentOptions, load_agent, read_layer_structure
 from raypatch.errors import AgentError, InputError
-from raypatch.sweep import files_digest
+from raypatch.sweeps.sweep import files_digest
 
 
 def truth(agent, *names):

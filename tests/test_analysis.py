@@ -14,10 +14,10 @@ from conftest import LAVA
 from scipy import stats
 
 import raypatch
-from raypatch.analysis import Moments, patched, rank
 from raypatch.errors import InputError
+from raypatch.results.analysis import Moments, patched, rank
 from raypatch.results.tables import baseline_table
-from raypatch.screening import rank_correlation
+from raypatch.searches.screening import rank_correlation
 
 GOLDEN = Path(__file__).parent / "golden"
 

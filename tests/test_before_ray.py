@@ -11,7 +11,7 @@ import pytest
 
 from raypatch.actors import PoolOptions, RayBackend
 from raypatch.errors import InputError, Interrupted
-from raypatch.interruption import Interruption
+from raypatch.sweeps.interruption import Interruption
 
 
 def test_a_second_signal_within_an_import_waits_for_its_end(tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ def test_a_terminated_driver_keeps_what_it_has_and_its_code_says_so(sweep, tmp_p
 ENDING = """
 import os, signal, time
 from raypatch.actors import PoolOptions, RayBackend
-from raypatch.interruption import signals_caught
+from raypatch.sweeps.interruption import signals_caught
 
 options = PoolOptions(num_actors=1, device="cpu")
 with signals_caught() as interruption, RayBackend(options) as backend:

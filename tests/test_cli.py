@@ -11,7 +11,7 @@ import torch
 from conftest import CARTPOLE, LAVA, expected_outputs, outputs_of
 
 import raypatch
-from raypatch import progress
+from raypatch.sweeps import progress
 
 # -------------------------------------------------------------------------------- runs
 

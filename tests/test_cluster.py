@@ -17,8 +17,8 @@ from conftest import LAVA
 from kill_points import state_of
 
 import raypatch
-from raypatch import driver
 from raypatch.actors import RayBackend
+from raypatch.sweeps import driver
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

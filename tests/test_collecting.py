@@ -12,7 +12,7 @@ from conftest import CARTPOLE
 from gymnasium import spaces
 
 import raypatch
-from raypatch.collecting import greedy_action
+from raypatch.commands.collecting import greedy_action
 
 
 @pytest.fixture

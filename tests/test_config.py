@@ -9,8 +9,8 @@ import pytest
 
 import raypatch
 from raypatch.commands.running import run as run_command
-from raypatch.config import config_of
 from raypatch.errors import InputError
+from raypatch.sweeps.config import config_of
 
 ROOT = Path(__file__).parent.parent
 LAVA = ROOT / "examples" / "lavacrossing_dqn"

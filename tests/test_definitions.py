@@ -144,7 +144,7 @@ BAD = [
     ('[{"q_net.0": {"a": 1}}]', "is not a list of neurons"),
     ('[{"q_net.0": [1], "q_net.0": [2]}]', "layer 'q_net.0' is given twice"),
     ('[{"q_net.0": [1], "q_net.q_net.0": [2]}]', "layer 'q_net.0' is given twice"),
-    ('[{"q_net.0": [1]}', "not JSON at line 1, column 18"),
+    ('[{"q_net.0": [1]}', "not JSON at column 18"),
     ("[" * 100_000, "not usable JSON"),
 ]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import raypatch
 from raypatch.errors import InputError
-from raypatch.exporting import export
+from raypatch.reporting.exporting import export
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import raypatch
-from raypatch.worker import Worker
+from raypatch.sweeps.worker import Worker
 
 HERE = Path(__file__).parent
 N_EXPERIMENTS = 3000

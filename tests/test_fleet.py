@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from raypatch.actors import PoolOptions, RayBackend
-from raypatch.fleet import Crew, Fleet
-from raypatch.inline import halves, without
-from raypatch.pool import Dispatch
-from raypatch.worker import Item
+from raypatch.sweeps.fleet import Crew, Fleet
+from raypatch.sweeps.inline import halves, without
+from raypatch.sweeps.pool import Dispatch
+from raypatch.sweeps.worker import Item
 
 
 class RayError(Exception):

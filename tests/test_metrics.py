@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypatch import metric_table
-from raypatch.analysis import LIKENESS, SIGNED, strength
 from raypatch.errors import InputError
-from raypatch.metric_table import MetricTable, summarise
-from raypatch.metric_terms import Baselines
-from raypatch.metrics import DEFAULT_METRICS, METRICS, choose_metrics
+from raypatch.metrics import table as metric_table
+from raypatch.metrics.formulas import DEFAULT_METRICS, METRICS, choose_metrics
+from raypatch.metrics.table import MetricTable, summarise
+from raypatch.metrics.terms import Baselines
+from raypatch.results.analysis import LIKENESS, SIGNED, strength
 
 mpmath.mp.dps = 60
 

@@ -146,7 +146,7 @@ def test_an_unknown_metric_or_layer_to_rank_by_is_refused(command, tmp_path, run
         (["--type", "custom"], "--custom_spec is missing"),
         (["--type", "layer", "--custom_spec", "[]"], "only for --type custom"),
         (["--type", "custom", "--custom_spec", "nofile"], "neither JSON nor an existing file"),
-        (["--type", "custom", "--custom_spec", "[{]"], "not JSON at line 1"),
+        (["--type", "custom", "--custom_spec", "[{]"], "not JSON at column 3"),
         (["--type", "layer", "--layer_structure", "[1]"], "a layer structure is a non-empty object"),
         (["--type", "layer", "--layer_structure", '{"a": 0}'], "size 0 is not a whole number"),
         (["--type", "neuron_groups", "--group_size", "0"], "--group_size: 0 is not between 1 and"),

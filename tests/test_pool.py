@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypatch import pool
-from raypatch.pool import Dispatch, Failed, TooManyLosses
-from raypatch.sweep import ITEM_LOGITS, ITEM_ROWS, Range, cut, item_length, remaining
+from raypatch.sweeps import pool
+from raypatch.sweeps.pool import Dispatch, Failed, TooManyLosses
+from raypatch.sweeps.sweep import ITEM_LOGITS, ITEM_ROWS, Range, cut, item_length, remaining
 
 
 def test_two_items_are_in_flight_per_actor_and_no_more():

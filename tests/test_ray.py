@@ -200,7 +200,7 @@ def test_a_second_signal_stops_at_once_and_nothing_committed_is_lost(command, tm
 
 def test_the_second_signal_raises_at_once_with_its_own_code():
     from raypatch.errors import Interrupted
-    from raypatch.interruption import Interruption
+    from raypatch.sweeps.interruption import Interruption
 
     interruption = Interruption()
     assert not interruption
@@ -213,7 +213,7 @@ def test_the_second_signal_raises_at_once_with_its_own_code():
 
 def test_a_second_signal_inside_of_compiled_code_raises_the_same():
     from raypatch.errors import Interrupted
-    from raypatch.interruption import signals_caught
+    from raypatch.sweeps.interruption import signals_caught
 
     with pytest.raises(Interrupted, match="stopped at once"), signals_caught() as interruption:
         interruption.handle(signal.SIGTERM, None)
@@ -247,10 +247,10 @@ def test_a_log_file_shows_plain_lines(tmp_path):
 def test_an_actor_that_cannot_start_ends_the_run_at_once_in_one_line():
     from raypatch.actors import PoolOptions, RayBackend
     from raypatch.errors import RunError
-    from raypatch.inline import Work
     from raypatch.results.schema import Columns
-    from raypatch.shipping import Shipment
-    from raypatch.worker import Item, WorkerSpec
+    from raypatch.sweeps.inline import Work
+    from raypatch.sweeps.shipping import Shipment
+    from raypatch.sweeps.worker import Item, WorkerSpec
 
     spec = WorkerSpec(
         patcher=Shipment(b"not a pickle", []), sides={}, directions=("denoising",), source_kind="zero", seed=0,

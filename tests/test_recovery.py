@@ -16,10 +16,10 @@ from conftest import LAVA
 from kill_points import state_of
 
 import raypatch
-from raypatch import recovery
 from raypatch.errors import InputError
 from raypatch.results import layout, locks, store
-from raypatch.sweep import Range
+from raypatch.sweeps import recovery
+from raypatch.sweeps.sweep import Range
 
 HERE = Path(__file__).parent
 

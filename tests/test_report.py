@@ -13,7 +13,7 @@ from conftest import LAVA
 
 import raypatch
 from raypatch.reporting.page import write_report
-from raypatch.worker import Worker
+from raypatch.sweeps.worker import Worker
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 

@@ -13,11 +13,11 @@ from networks import Transformer
 from torch import nn
 
 import raypatch
-from raypatch.coalition import SearchOptions, find_coalition
 from raypatch.engine.layers import find_layers
 from raypatch.engine.reference import reference_outputs
-from raypatch.inprocess import Bench
-from raypatch.screening import attribute
+from raypatch.searches.coalition import SearchOptions, find_coalition
+from raypatch.searches.inprocess import Bench
+from raypatch.searches.screening import attribute
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_the_screen_writes_a_definition_that_runs_and_a_comparison(
     out = run_inline(LAVA, definition)
     ended = command("report", out, "--screen", estimates, "--output", tmp_path / "r.html")
     assert ended.code == 0, ended.err
-    from raypatch.screening import compared
+    from raypatch.searches.screening import compared
 
     whole = run_inline(LAVA, single_neurons(LAVA), out=tmp_path / "whole")
     found = compared(raypatch.open_results(whole), str(estimates))

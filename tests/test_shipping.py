@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import raypatch
-from raypatch.shipping import pack, unpack
+from raypatch.sweeps.shipping import pack, unpack
 
 
 def test_weights_leave_the_pickle_and_come_back_on_the_same_memory():

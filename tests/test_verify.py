@@ -17,15 +17,15 @@ import torch
 from conftest import CARTPOLE, LAVA
 from torch import nn
 
-from raypatch import driver
 from raypatch.engine.identity import network_digest
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.structure import Savings
 from raypatch.errors import RunError
-from raypatch.inline import InlineBackend
-from raypatch.rechecking import _close
 from raypatch.results import layout
-from raypatch.worker import Worker
+from raypatch.sweeps import driver
+from raypatch.sweeps.inline import InlineBackend
+from raypatch.sweeps.rechecking import _close
+from raypatch.sweeps.worker import Worker
 
 
 @pytest.mark.parametrize("save", ["full", "metrics", "summary"])
@@ -259,7 +259,7 @@ def test_a_manifest_or_a_factory_that_means_another_network_makes_another_sweep(
 
 
 def test_verifying_leaves_the_processs_signals_as_they_were(run_inline, single_neurons):
-    from raypatch.verifying import verify_run
+    from raypatch.commands.verifying import verify_run
 
     out = run_inline(LAVA, single_neurons(LAVA))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -355,7 +355,7 @@ def test_a_disk_that_cannot_be_read_while_parts_are_checked_marks_nothing(
     def unreadable(*_):
         raise RunError("shards: cannot be read: Input/output error")
 
-    monkeypatch.setattr("raypatch.committing.recheck", unreadable)
+    monkeypatch.setattr("raypatch.sweeps.committing.recheck", unreadable)
     words = (
         "run", "--agent_path", LAVA, "--definition_file", single_neurons(LAVA),
         "--output_dir", out, "--backend", "inline", "--quiet",

@@ -23,7 +23,7 @@ from raypatch.commands.options import (
 @with_options(AGENT_OPTIONS)
 def inspect(agent_dir: str, as_json: bool, **given: Any) -> None:
     """Layers of an agent, how it was loaded and how it will be patched."""
-    from raypatch.inspecting import inspect_agent, show_agent
+    from raypatch.commands.inspecting import inspect_agent, show_agent
 
     facts = inspect_agent(agent_dir, **given)
     if as_json:
@@ -54,7 +54,7 @@ def inspect(agent_dir: str, as_json: bool, **given: Any) -> None:
 @with_options(AGENT_OPTIONS)
 def collect(**given: Any) -> None:
     """Pairs of inputs from the agent playing in its environment."""
-    from raypatch.collecting import collect_pairs, show_collected
+    from raypatch.commands.collecting import collect_pairs, show_collected
 
     show_collected(collect_pairs(**given))
 
@@ -106,7 +106,7 @@ def coalition(
     **given: Any,
 ) -> None:
     """Greedy search for neurons that move the outputs together; resumes where it stopped."""
-    from raypatch.coalition import SearchOptions, Step, find_coalition
+    from raypatch.searches.coalition import SearchOptions, Step, find_coalition
 
     shown = []
 
@@ -117,7 +117,7 @@ def coalition(
             f"{step.size:3}  {step.layer}_neuron_{step.neuron}  {metric} {step.score:.4g}{flips}"
         )
 
-    from raypatch.analysis import usual_combination
+    from raypatch.results.analysis import usual_combination
 
     combine = combine or usual_combination(metric)
     options = SearchOptions(metric, candidates, direction, combine, against, monotone)
@@ -149,7 +149,7 @@ def coalition(
 @with_options(SEARCH_OPTIONS)
 def screen(top: int, output: str, estimates: str, **given: Any) -> None:
     """Guess every neuron's effect from gradients; writes a definition of the strongest."""
-    from raypatch.screening import screen as guess
+    from raypatch.searches.screening import screen as guess
 
     found = guess(top=top, output=output, estimates=estimates, **given)
     n_neurons = sum(map(len, found.values()))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(output_dir: str, as_json: bool) -> None:
     """How far a run is; works while it runs."""
-    from raypatch.ending import show_status, status_of
+    from raypatch.commands.ending import show_status, status_of
 
     facts = status_of(open_run(output_dir))
     if as_json:
@@ -46,8 +46,8 @@ def status(output_dir: str, as_json: bool) -> None:
 @with_options(AGENT_OPTIONS)
 def verify(output_dir: str, **given: Any) -> None:
     """Re-read every part of a run, and compute a random sample of it again."""
-    from raypatch.progress import counted
-    from raypatch.verifying import verify_run
+    from raypatch.commands.verifying import verify_run
+    from raypatch.sweeps.progress import counted
 
     found = verify_run(output_dir, **given)
     click.echo(
@@ -83,7 +83,7 @@ def rank(output_dir: str, metric: str | None, as_json: bool, as_csv: bool, **opt
     elif as_csv:
         _echo_csv(rows)
     else:
-        from raypatch.ending import show_ranking
+        from raypatch.commands.ending import show_ranking
 
         show_ranking(rows, metric, options["statistic"])
 
@@ -118,7 +118,7 @@ def _echo_csv(rows: list[dict[str, Any]]) -> None:
 @click.option("--output", type=LOCAL_PATH, required=True, metavar="PATH", help="A new directory.")
 def export(output_dir: str, form: str, by: str, output: str) -> None:
     """Results as Parquet, CSV, or JSON in the original tool's layouts."""
-    from raypatch.exporting import export as write
+    from raypatch.reporting.exporting import export as write
 
     click.echo(f"written to {write(_opened(output_dir), form, by, output)}")
 

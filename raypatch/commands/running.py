@@ -46,8 +46,8 @@ FINISHED_WITH_FAILURES = 3
 @with_options(AGENT_OPTIONS)
 def generate(**given: Any) -> None:
     """Write a definition: which neurons are patched together, experiment by experiment."""
-    from raypatch.generating import generate_definition
-    from raypatch.progress import counted
+    from raypatch.commands.generating import generate_definition
+    from raypatch.sweeps.progress import counted
 
     path, count = generate_definition(**given)
     click.echo(f"{counted(count, given['kind'] + ' experiment')} written to {path}")
@@ -113,13 +113,13 @@ RUN_OPTIONS = [
 def run(**given: Any) -> None:
     """Patch every experiment of a definition into every pair; resumes where it stopped."""
     options = run_options(given)
-    from raypatch.config import config_of
-    from raypatch.driver import run_config
+    from raypatch.sweeps.config import config_of
+    from raypatch.sweeps.driver import run_config
 
     config = config_of(options)
     results = run_config(config, on_start=None if config.quiet else say)
     if not config.quiet:
-        from raypatch.ending import show_ending
+        from raypatch.commands.ending import show_ending
 
         show_ending(results)
     if results.failures:
@@ -163,8 +163,8 @@ def run_options(given: dict[str, Any]) -> dict[str, Any]:
 def submit(address: str, no_wait: bool, run_words: tuple[str, ...]) -> None:
     """The same run as a job on a Ray cluster: raypatch submit --address URL -- RUN OPTIONS."""
     given = run.make_context("run", list(run_words)).params
-    from raypatch.config import check_options, config_of
-    from raypatch.submitting import submit as send
+    from raypatch.commands.submitting import submit as send
+    from raypatch.sweeps.config import check_options, config_of
 
     options = run_options(dict(given))
     config = config_of(options)
@@ -179,7 +179,7 @@ def submit(address: str, no_wait: bool, run_words: tuple[str, ...]) -> None:
 
 def _say_outcome(output_dir: str) -> None:
     """How far the sweep is, by its own directory, where this machine sees it."""
-    from raypatch.ending import show_status, status_of
+    from raypatch.commands.ending import show_status, status_of
 
     try:
         facts = status_of(open_run(output_dir))

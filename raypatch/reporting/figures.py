@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from raypatch.analysis import LIKENESS, SIGNED
 from raypatch.errors import InputError, missing_package
 from raypatch.reporting.gather import Gathered, gather, ordered_layers
+from raypatch.results.analysis import LIKENESS, SIGNED
 from raypatch.results.reader import Results
 from raypatch.whole_files import whole_file
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from raypatch.analysis import combined, rank, single_neurons, usual_combination
 from raypatch.definitions import OUTPUT_LOGITS
+from raypatch.results.analysis import combined, rank, single_neurons, usual_combination
 from raypatch.results.reader import Results
 from raypatch.results.schema import TARGET_SIDE
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from raypatch.analysis import LIKENESS, SIGNED, strength
 from raypatch.errors import InputError, missing_package
-from raypatch.progress import counted, duration, short_number
 from raypatch.reporting.gather import Gathered, gather, ordered_layers
+from raypatch.results.analysis import LIKENESS, SIGNED, strength
 from raypatch.results.reader import DEFAULT_METRIC, Results
+from raypatch.sweeps.progress import counted, duration, short_number
 from raypatch.whole_files import whole_file
 
 MAX_CELLS = 256
@@ -36,7 +36,7 @@ def write_report(results: Results, output: str, screen: str | None = None) -> Pa
     found = gather(results)
     data = _data(results, found)
     if screen is not None:
-        from raypatch.screening import compared
+        from raypatch.searches.screening import compared
 
         data["screen"] = compared(results, screen)
     template = resources.files("raypatch.reporting").joinpath("template.html").read_text("utf-8")

@@ -139,8 +139,8 @@ class Results:
 
     def rank(self, metric: str | None = None, **options: Any) -> list[dict[str, Any]]:
         """The strongest experiments by ``metric``, :attr:`default_metric` where it is None; see
-        :func:`raypatch.analysis.rank`."""
-        from raypatch.analysis import rank
+        :func:`raypatch.results.analysis.rank`."""
+        from raypatch.results.analysis import rank
 
         return rank(self, metric or self.default_metric, **options)
 
@@ -214,7 +214,7 @@ class Results:
         ``direction`` None averages the directions, of signed metrics it takes the stronger. Raises
         InputError for a metric or direction that was not run.
         """
-        from raypatch.analysis import BOTH, single_neuron_effects
+        from raypatch.results.analysis import BOTH, single_neuron_effects
 
         return single_neuron_effects(
             self, metric or self.default_metric, direction or BOTH, statistic

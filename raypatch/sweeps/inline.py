@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
 from raypatch.errors import InputError, NoRoomError, RaypatchError, RunError, gpu_failed, one_line
-from raypatch.pool import Dispatch, Failed
+from raypatch.sweeps.pool import Dispatch, Failed
 
 if TYPE_CHECKING:
-    from raypatch.shipping import Shipment
-    from raypatch.worker import Item, Outcome, Quarantined, WorkerSpec
+    from raypatch.sweeps.shipping import Shipment
+    from raypatch.sweeps.worker import Item, Outcome, Quarantined, WorkerSpec
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def verdict(failed: Failed[Item], error: str) -> Quarantined:
             f"{failed.item} failed {failed.tries} times, though each of its experiments can be "
             f"computed alone: {error}; run the same command again to resume"
         )
-    from raypatch.worker import Quarantined
+    from raypatch.sweeps.worker import Quarantined
 
     return Quarantined(failed.item.first, error, failed.tries)
 
@@ -76,7 +76,7 @@ class InlineBackend:
 
     def packed(self, value: Any, folders: Sequence[Path]) -> Shipment:
         """The value for a worker in this very process, which has all code at hand."""
-        from raypatch.shipping import pack
+        from raypatch.sweeps.shipping import pack
 
         return pack(value)
 
@@ -93,7 +93,7 @@ class InlineBackend:
         """See :meth:`RayBackend.outcomes`; one item at a time."""
         import torch
 
-        from raypatch.worker import Worker
+        from raypatch.sweeps.worker import Worker
 
         n_threads = torch.get_num_threads()
         dispatch = Dispatch(work.items, halve=halves, without=without, in_flight_per_actor=1)

@@ -20,9 +20,9 @@ from raypatch.definition_files import write_definition
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.layers import Layer, forward, hooked
 from raypatch.errors import InputError
-from raypatch.inprocess import Bench
 from raypatch.results.reader import Results
 from raypatch.results.schema import TARGET_SIDE
+from raypatch.searches.inprocess import Bench
 from raypatch.whole_files import whole_file
 
 LEAST_NEURONS = 5  # of a layer, that a correlation tells anything

@@ -10,7 +10,6 @@ from typing import Any
 from raypatch.agents import load_agent
 from raypatch.agents.agent import Agent
 from raypatch.checking import layer_resolver
-from raypatch.config import RunConfig
 from raypatch.definition_files import read_definition
 from raypatch.definitions import OUTPUT_LOGITS, Experiments
 from raypatch.errors import InputError
@@ -23,9 +22,10 @@ from raypatch.inputs import (
     read_activations,
     read_inputs,
 )
-from raypatch.metrics import choose_metrics
+from raypatch.metrics.formulas import choose_metrics
 from raypatch.results.schema import DIRECTIONS, TARGET_SIDE
-from raypatch.sweep import Range
+from raypatch.sweeps.config import RunConfig
+from raypatch.sweeps.sweep import Range
 
 
 @dataclass(frozen=True)

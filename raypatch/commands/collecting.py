@@ -21,7 +21,7 @@ from raypatch.agents.factories import importable
 from raypatch.engine.layers import forward
 from raypatch.errors import InputError, missing_package, one_line
 from raypatch.inputs import INPUTS_FOLDER, SIDES
-from raypatch.progress import counted
+from raypatch.sweeps.progress import counted
 from raypatch.terminal import say
 from raypatch.whole_files import whole_file
 

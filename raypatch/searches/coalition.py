@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from raypatch.analysis import COMBINATIONS, combined, strength
 from raypatch.definition_files import write_definition
 from raypatch.engine.identity import network_digest
 from raypatch.errors import InputError
-from raypatch.inprocess import Bench
+from raypatch.results.analysis import COMBINATIONS, combined, strength
 from raypatch.results.store import DiskStore
-from raypatch.sweep import check_identity, files_digest, sha256_of, unreadable_records
+from raypatch.searches.inprocess import Bench
+from raypatch.sweeps.sweep import check_identity, files_digest, sha256_of, unreadable_records
 from raypatch.whole_files import whole_file
 
 AGAINST = ("baseline", "current")

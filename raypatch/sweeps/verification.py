@@ -15,7 +15,7 @@ from raypatch.definitions import Experiments
 from raypatch.engine.reference import reference_outputs
 from raypatch.errors import VerificationError
 from raypatch.results.schema import TARGET_SIDE
-from raypatch.sweep import Range
+from raypatch.sweeps.sweep import Range
 
 # The contract's tolerance: max |difference| within this times max(1, |logit|).
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12}

@@ -14,18 +14,18 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from raypatch.allocator import keep_freed_memory
 from raypatch.definitions import Experiments
 from raypatch.engine.patch_run import PatchRun
 from raypatch.engine.patcher import Patcher
 from raypatch.errors import RaypatchError
-from raypatch.metric_table import MetricTable
-from raypatch.metric_terms import Baselines
+from raypatch.metrics.table import MetricTable
+from raypatch.metrics.terms import Baselines
 from raypatch.results import layout, schema, tables
 from raypatch.results.schema import STATISTICS, TARGET_SIDE
 from raypatch.results.store import open_store
 from raypatch.results.tables import ItemArrays
-from raypatch.shipping import Shipment, unpack
+from raypatch.sweeps.allocator import keep_freed_memory
+from raypatch.sweeps.shipping import Shipment, unpack
 
 
 @dataclass(frozen=True)

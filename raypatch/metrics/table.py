@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raypatch.arrays import (
+from raypatch.metrics.arrays import (
     Array,
     add_up,
     as_array,
@@ -18,8 +18,8 @@ from raypatch.arrays import (
     library,
     sum_of_squares,
 )
-from raypatch.metric_terms import DIGITS_LEFT, Baselines, Fixed, Rows
-from raypatch.metrics import METRICS
+from raypatch.metrics.formulas import METRICS
+from raypatch.metrics.terms import DIGITS_LEFT, Baselines, Fixed, Rows
 from raypatch.results.schema import STATISTICS
 
 # Logits at a time: enough to make the call of an operation cheap, few enough for the cache; on

@@ -28,7 +28,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from raypatch.arrays import (
+from raypatch.metrics.arrays import (
     Array,
     as_array,
     as_tensor,

@@ -23,7 +23,7 @@ import pyarrow as pa
 from raypatch.errors import InputError
 from raypatch.results import layout
 from raypatch.results.store import PARTIAL, Store, digest_of
-from raypatch.sweep import Range, check_identity, unreadable_records
+from raypatch.sweeps.sweep import Range, check_identity, unreadable_records
 
 HASHING_THREADS = 4
 BEACON = ".beacon-"

@@ -10,16 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from raypatch.config import RunConfig
-from raypatch.driver import Job
 from raypatch.errors import InputError, RunError
-from raypatch.inline import InlineBackend
-from raypatch.interruption import Interruption
-from raypatch.rechecking import recheck
-from raypatch.recovery import description_fault, fault_of
 from raypatch.results import layout
 from raypatch.results.reader import Results, open_results
-from raypatch.verification import choose_sample
+from raypatch.sweeps.config import RunConfig
+from raypatch.sweeps.driver import Job
+from raypatch.sweeps.inline import InlineBackend
+from raypatch.sweeps.interruption import Interruption
+from raypatch.sweeps.rechecking import recheck
+from raypatch.sweeps.recovery import description_fault, fault_of
+from raypatch.sweeps.verification import choose_sample
 
 # Options that allow code to run. A directory from elsewhere cannot give them: only the user can.
 CONSENTS = ("agent_factory", "trust_agent_code")
@@ -64,7 +64,7 @@ def verify_run(location: str, *, sample: int, seed: int, **agent_options: Any) -
 def _recompute(
     results: Results, sample: int, seed: int, agent_options: dict[str, Any]
 ) -> tuple[int, float]:
-    from raypatch.sweep import Range
+    from raypatch.sweeps.sweep import Range
 
     ranges = [Range(receipt.first, receipt.last) for receipt in results.receipts]
     chosen = choose_sample(ranges, sample, seed)

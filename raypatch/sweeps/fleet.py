@@ -20,10 +20,10 @@ from raypatch.errors import (
     one_line,
     out_of_memory,
 )
-from raypatch.pool import Dispatch, Send
+from raypatch.sweeps.pool import Dispatch, Send
 
 if TYPE_CHECKING:
-    from raypatch.worker import Item, Outcome
+    from raypatch.sweeps.worker import Item, Outcome
 
 WAIT_S = 0.2
 # Actors that die while they start, one after another with none standing, before giving up.

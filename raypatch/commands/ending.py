@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from raypatch.analysis import rank
-from raypatch.progress import duration, short_number
+from raypatch.results.analysis import rank
 from raypatch.results.reader import Results
+from raypatch.sweeps.progress import duration, short_number
 from raypatch.terminal import console
 
 

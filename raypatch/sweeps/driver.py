@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raypatch.config import RunConfig, check_config, config_of
 from raypatch.definitions import Experiments
 from raypatch.errors import InputError, Interrupted, RaypatchError
-from raypatch.interruption import Interruption, signals_caught
-from raypatch.progress import Progress, counted
 from raypatch.results import layout
 from raypatch.results.locks import ALL_EXPERIMENTS
 from raypatch.results.schema import FORMAT_VERSION, Columns
+from raypatch.sweeps.config import RunConfig, check_config, config_of
+from raypatch.sweeps.interruption import Interruption, signals_caught
+from raypatch.sweeps.progress import Progress, counted
 
 if TYPE_CHECKING:
     from raypatch.actors import RayBackend
     from raypatch.engine.patcher import Patcher
-    from raypatch.inline import InlineBackend
-    from raypatch.reading import Subject
     from raypatch.results.reader import Results
-    from raypatch.shipping import Shipment
-    from raypatch.sweep import Range
-    from raypatch.verification import Verifier
-    from raypatch.worker import Item, WorkerSpec
+    from raypatch.sweeps.inline import InlineBackend
+    from raypatch.sweeps.reading import Subject
+    from raypatch.sweeps.shipping import Shipment
+    from raypatch.sweeps.sweep import Range
+    from raypatch.sweeps.verification import Verifier
+    from raypatch.sweeps.worker import Item, WorkerSpec
 
 
 def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = None) -> Results:
@@ -42,7 +42,7 @@ def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = No
     """
     check_config(config)
     from raypatch.actors import PoolOptions, RayBackend
-    from raypatch.inline import InlineBackend
+    from raypatch.sweeps.inline import InlineBackend
 
     backend: RayBackend | InlineBackend
     if config.backend == "inline":
@@ -107,7 +107,7 @@ class Job:
 
     def read(self) -> None:
         """Read and check every input; nothing is written."""
-        from raypatch.reading import read_subject
+        from raypatch.sweeps.reading import read_subject
 
         self.subject = read_subject(self.config)
 
@@ -118,8 +118,8 @@ class Job:
         import torch
 
         import raypatch.results.tables  # noqa: F401  (loads while Ray still starts)
-        from raypatch import recovery, sweep
         from raypatch.engine.patcher import Patcher
+        from raypatch.sweeps import recovery, sweep
 
         config, subject = self.config, self.subject
         self.patcher = Patcher(
@@ -195,8 +195,8 @@ class Job:
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides the numbers and files; no time, machine or actor count."""
-        from raypatch import sweep
         from raypatch.engine.identity import network_digest
+        from raypatch.sweeps import sweep
 
         config, subject = self.config, self.subject
         inputs, given = subject.inputs, subject.given
@@ -230,7 +230,7 @@ class Job:
     @contextmanager
     def opened(self, say: Callable[[str], None]) -> Iterator[None]:
         """The output directory held against other runs, in order, and described."""
-        from raypatch import recovery, sweep
+        from raypatch.sweeps import recovery, sweep
 
         store, config, subject = self.store, self.config, self.subject
         store.make(*([layout.SHARDS] if config.save != "summary" else []), layout.SUMMARY)
@@ -266,9 +266,9 @@ class Job:
 
     def _describe_sweep(self) -> None:
         """Write what describes the sweep, unless a run before has done so and it is still that."""
-        from raypatch import records, recovery
         from raypatch.results import tables
         from raypatch.results.store import digest_of
+        from raypatch.sweeps import records, recovery
 
         store, config, subject = self.store, self.config, self.subject
 
@@ -340,10 +340,10 @@ class Job:
 
     def compute(self) -> None:
         """Compute what is left, committing item by item."""
-        from raypatch import sweep
-        from raypatch.committing import Committer
-        from raypatch.inline import Work
-        from raypatch.worker import Item
+        from raypatch.sweeps import sweep
+        from raypatch.sweeps.committing import Committer
+        from raypatch.sweeps.inline import Work
+        from raypatch.sweeps.worker import Item
 
         config, subject = self.config, self.subject
         n_items = sweep.count_items(self.ranges, self.item_length)
@@ -377,7 +377,7 @@ class Job:
 
     def verifier(self) -> Verifier:
         """Compares sampled outputs with the float64 reference."""
-        from raypatch.verification import Verifier
+        from raypatch.sweeps.verification import Verifier
 
         subject = self.subject
         return Verifier(
@@ -387,8 +387,8 @@ class Job:
 
     def worker_spec(self) -> WorkerSpec:
         """All that a worker needs of this job."""
-        from raypatch.verification import choose_sample
-        from raypatch.worker import WorkerSpec
+        from raypatch.sweeps.verification import choose_sample
+        from raypatch.sweeps.worker import WorkerSpec
 
         config, subject = self.config, self.subject
         return WorkerSpec(
@@ -430,7 +430,7 @@ class Job:
         return _absolute(self.store.location)
 
     def _units(self) -> dict[str, str]:
-        from raypatch.metrics import METRICS
+        from raypatch.metrics.formulas import METRICS
 
         return {name: METRICS[name].unit for name in self.subject.metrics}
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from raypatch import records, recovery
 from raypatch.definitions import Experiments, experiment_name
 from raypatch.errors import RunError, VerificationError
-from raypatch.inline import Tick, Work
-from raypatch.progress import Progress
-from raypatch.rechecking import recheck
 from raypatch.results import layout
 from raypatch.results.store import Store
-from raypatch.sweep import Range, remaining
-from raypatch.verification import Verifier, choose_sample
-from raypatch.worker import Outcome, Quarantined
+from raypatch.sweeps import records, recovery
+from raypatch.sweeps.inline import Tick, Work
+from raypatch.sweeps.progress import Progress
+from raypatch.sweeps.rechecking import recheck
+from raypatch.sweeps.sweep import Range, remaining
+from raypatch.sweeps.verification import Verifier, choose_sample
+from raypatch.sweeps.worker import Outcome, Quarantined
 
 
 class Committer:

@@ -20,9 +20,9 @@ from raypatch.engine.patch_run import PatchRun
 from raypatch.engine.patcher import Patcher
 from raypatch.errors import InputError, offer
 from raypatch.inputs import INPUTS_FOLDER, SIDES, ObservationShape, find_inputs, read_inputs
-from raypatch.metric_table import MetricTable
-from raypatch.metric_terms import Baselines
-from raypatch.metrics import METRICS, choose_metrics
+from raypatch.metrics.formulas import METRICS, choose_metrics
+from raypatch.metrics.table import MetricTable
+from raypatch.metrics.terms import Baselines
 from raypatch.results.schema import DIRECTIONS, TARGET_SIDE
 
 

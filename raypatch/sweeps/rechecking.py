@@ -15,10 +15,10 @@ from raypatch.errors import VerificationError
 from raypatch.results import layout, tables
 from raypatch.results.store import Store
 from raypatch.results.tables import ItemArrays
-from raypatch.worker import Item, Worker, WorkerSpec, outputs_of
+from raypatch.sweeps.worker import Item, Worker, WorkerSpec, outputs_of
 
 if TYPE_CHECKING:
-    from raypatch.verification import Verifier
+    from raypatch.sweeps.verification import Verifier
 
 # Another processor may round differently than the one that wrote the parts.
 RELATIVE, ABSOLUTE = 1e-3, 1e-5

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from raypatch.analysis import Moments
 from raypatch.errors import InputError
+from raypatch.results.analysis import Moments
 from raypatch.results.reader import Results
 from raypatch.results.schema import TARGET_SIDE
 from raypatch.whole_files import whole_folder

@@ -1,6 +1,6 @@
 """Effect of a patch on the outputs: one table of formulas (design 9), in float64.
 
-:mod:`raypatch.metric_terms` says what the symbols are and why formulas are written as they are.
+:mod:`raypatch.metrics.terms` says what the symbols are and why formulas are written as they are.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from raypatch.arrays import Array, at_least, dot, largest, library, weighted
 from raypatch.errors import InputError, offer
-from raypatch.metric_terms import Rows, length, log_softmax, pick, softmax, unit
+from raypatch.metrics.arrays import Array, at_least, dot, largest, library, weighted
+from raypatch.metrics.terms import Rows, length, log_softmax, pick, softmax, unit
 
 
 def _kl(r: Rows) -> Array:

@@ -1,0 +1,1 @@
+"""Searches that patch in this process: coalitions, and guesses by gradients."""

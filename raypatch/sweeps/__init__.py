@@ -1,0 +1,1 @@
+"""One sweep: its options, its plan, who computes it, what is committed."""
