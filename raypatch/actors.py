@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -266,7 +266,7 @@ class RayBackend:
             raise RunError(f"{what}: {one_line(self._failure)}") from self._failure
         self._check_daemons()
 
-    def outcomes(self, work: Work) -> Iterator[Outcome | Quarantined | Tick]:
+    def outcomes(self, work: Work) -> Generator[Outcome | Quarantined | Tick, None, None]:
         """Outcomes as items finish, verdicts on experiments that cannot be computed, and a
         tick at least every fraction of a second.
         """

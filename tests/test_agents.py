@@ -330,6 +330,15 @@ def test_actions_of_a_file_that_does_not_tell_may_be_said_to_be_continuous(tmp_p
     assert not agent.discrete and agent.output_kind == "mean"
 
 
+def test_fields_go_before_options_that_are_given_with_them(tmp_path):
+    network = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+    torch.save(network.state_dict(), tmp_path / "policy.pt")
+    options = AgentOptions(activation="tanh")
+    agent = load_agent(tmp_path, options, activation="relu")
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(agent.network(x), network(x))
+
+
 def test_a_file_instead_of_a_directory_is_refused():
     with pytest.raises(AgentError, match="give its directory"):
         load_agent(LAVA / "policy.pt")

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import raypatch
+from raypatch.commands.running import _typed
 from raypatch.commands.running import run as run_command
 from raypatch.errors import InputError
-from raypatch.sweeps.config import config_of
+from raypatch.sweeps.config import config_of, joined, names_in
+from raypatch.sweeps.progress import duration
 
 ROOT = Path(__file__).parent.parent
 LAVA = ROOT / "examples" / "lavacrossing_dqn"
@@ -75,3 +79,24 @@ def test_the_help_names_the_defaults_that_options_have():
         kind = type(getattr(config, name))
         value = text if kind is str or name == "memory_per_actor" else kind(text)
         assert getattr(config_of({**NEEDED, name: value}), name) == getattr(config, name), name
+
+
+@given(st.lists(st.text(), min_size=1))
+def test_names_come_out_of_an_option_as_they_went_in(names):
+    assert names_in(joined(names)) == names
+
+
+def test_dashes_and_underscores_are_the_same_after_submit_too():
+    words = ["--num-actors", "2", "--input_ids", "a", "--overwrite"]
+    assert _typed(words) == {"num_actors": 2, "input_ids": "a", "overwrite": True}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (119.7, "2 min 00 s"),
+        (3599.6, "1 h 00 min"), (3661, "1 h 01 min"),
+    ],
+)  # fmt: skip
+def test_durations_never_show_sixty_seconds_or_minutes(seconds, text):
+    assert duration(seconds) == text

@@ -184,7 +184,11 @@ def test_the_answer_does_not_depend_on_how_rows_are_cut_into_blocks(n_experiment
         torch.testing.assert_close(alone[:, 0], whole[:, i], rtol=1e-12, atol=1e-15, equal_nan=True)
 
 
-def test_a_block_for_which_memory_runs_out_is_halved_with_the_same_answer(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("Unable to allocate 2.00 GiB")],
+)
+def test_a_block_for_which_memory_runs_out_is_halved_with_the_same_answer(monkeypatch, error):
     generator = torch.Generator().manual_seed(6)
     target, source, *patched = torch.randn(52, 8, 4, generator=generator)
     real, sizes = MetricTable._compute_block, []
@@ -192,7 +196,7 @@ def test_a_block_for_which_memory_runs_out_is_halved_with_the_same_answer(monkey
     def compute(self, block, *results):
         sizes.append(len(block))
         if len(block) > 15:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         real(self, block, *results)
 
     found = torch.empty(2, len(METRICS), 50, 8, dtype=torch.float64)

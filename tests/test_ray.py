@@ -14,6 +14,8 @@ import pytest
 from conftest import CARTPOLE, LAVA, expected_outputs, outputs_of
 
 import raypatch
+from raypatch.errors import RunError
+from raypatch.sweeps.committing import Committer
 
 pytestmark = pytest.mark.slow
 
@@ -294,3 +296,19 @@ def test_the_command_runs_from_a_folder_that_its_own_script_lies_in(single_neuro
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert raypatch.open_results(tmp_path / "out").complete
+
+
+def test_an_error_in_the_driver_ends_the_run_and_starts_no_ray_afterwards(
+    command, single_neurons, tmp_path, monkeypatch
+):
+    import ray
+
+    def full(*_):
+        raise RunError("no space left")
+
+    monkeypatch.setattr(Committer, "_take", full)
+    started = time.monotonic()
+    ended = command(*arguments(LAVA, single_neurons(LAVA), tmp_path / "out", "--num_actors", 1))
+    assert ended.code == 1 and ended.err.splitlines()[-1] == "raypatch: no space left"
+    assert not ray.is_initialized()
+    assert time.monotonic() - started < 60

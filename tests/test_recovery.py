@@ -16,8 +16,9 @@ from conftest import LAVA
 from kill_points import state_of
 
 import raypatch
-from raypatch.errors import InputError
+from raypatch.errors import InputError, RunError
 from raypatch.results import layout, locks, store
+from raypatch.results.store import RemoteStore
 from raypatch.sweeps import recovery
 from raypatch.sweeps.sweep import Range
 
@@ -166,7 +167,7 @@ def test_a_second_driver_is_refused_while_the_first_lives_and_not_after_it_was_k
     with another_run(out):
         assert locks.RangeLock.held(out)
         ended = resume(command, small, out)
-        assert ended.code == 2 and "another run is writing these experiments" in ended.err
+        assert ended.code == 2 and "another run is writing here" in ended.err
         assert len(ended.err.strip().splitlines()) == 1
     assert not locks.RangeLock.held(out)
     assert resume(command, small, out).code == 0
@@ -177,7 +178,7 @@ def test_ranges_of_one_process_hold_their_own_experiments_until_each_ends(tmp_pa
     first.__enter__()
     second.__enter__()
     first.__exit__()
-    with pytest.raises(InputError, match="another run is writing these experiments"):
+    with pytest.raises(InputError, match="another run is writing here"):
         locks.RangeLock(tmp_path, 0, 60).__enter__()
     program = (
         "import sys; from pathlib import Path; from raypatch.results.locks import RangeLock\n"
@@ -187,6 +188,14 @@ def test_ranges_of_one_process_hold_their_own_experiments_until_each_ends(tmp_pa
     assert subprocess.run(words, capture_output=True, text=True).stdout.strip() == "True"
     second.__exit__()
     assert not locks.RangeLock.held(tmp_path)
+
+
+def test_a_refused_run_does_not_hide_who_holds_the_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.1)
+    with another_run(tmp_path):
+        with pytest.raises(InputError, match="another run is writing here"):
+            locks.RangeLock(tmp_path, 0, 10).__enter__()
+        assert locks.RangeLock.held(tmp_path)
 
 
 def test_two_drivers_on_disjoint_ranges_of_one_directory_make_one_sweep(
@@ -404,3 +413,44 @@ def test_a_lease_is_refused_to_the_second_whatever_is_refreshed_in_between(tmp_p
         with pytest.raises(raypatch.errors.InputError, match="another run is writing here"):
             second.__enter__()
     assert list(tmp_path.iterdir()) == []
+
+
+class FullSystem:
+    """A remote file system that takes no more objects and lists none."""
+
+    type_name = "s3"
+
+    def open_output_stream(self, path, **_):
+        raise OSError(28, "no space left")
+
+    def get_file_info(self, _):
+        raise OSError(5, "no answer")
+
+
+def test_a_lease_that_cannot_be_put_is_one_line(tmp_path):
+    store = RemoteStore("s3://bucket/out", FullSystem(), "bucket/out")
+    with pytest.raises(RunError, match="s3://bucket/out: cannot be written"):
+        store.lock(0, 1).__enter__()
+    with pytest.raises(RunError, match="s3://bucket/out: cannot be read"):
+        store.busy()
+
+
+def test_lines_of_a_removed_file_are_not_written_by_a_later_flush(tmp_path):
+    import pyarrow.fs
+
+    store = RemoteStore("file", pyarrow.fs.LocalFileSystem(), str(tmp_path))
+    store.append_lines("a.jsonl", ["{}"])
+    store.append_lines("a.jsonl", ["{}"])  # kept for the next put
+    store.remove("a.jsonl")
+    store.flush()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_newer_format_is_named_and_not_taken_for_damage(command, finished, small):
+    path = finished / layout.SWEEP
+    record = json.loads(path.read_text())
+    del record["n_outputs"]
+    path.write_text(json.dumps(record | {"format_version": 2}))
+    for ended in (command("status", finished), resume(command, small, finished)):
+        assert ended.code == 2
+        assert "format version 2; this raypatch reads 1" in ended.err

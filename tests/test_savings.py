@@ -192,6 +192,7 @@ def test_out_of_memory_with_one_experiment_says_what_to_lower(monkeypatch):
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError("Unable to allocate 2.00 GiB for an array"),
     ],
     ids=str,
 )

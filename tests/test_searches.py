@@ -15,6 +15,8 @@ from torch import nn
 import raypatch
 from raypatch.engine.layers import find_layers
 from raypatch.engine.reference import reference_outputs
+from raypatch.errors import InputError
+from raypatch.results import locks
 from raypatch.searches.coalition import SearchOptions, find_coalition
 from raypatch.searches.inprocess import Bench
 from raypatch.searches.screening import attribute
@@ -108,6 +110,22 @@ def test_an_interrupted_search_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     for name in ("steps.jsonl", "definition.json"):
         one, two = ((tmp_path / f / name).read_text() for f in ("whole", "parts"))
         assert one == two
+
+
+def test_a_second_search_in_the_same_directory_is_refused_while_the_first_goes_on(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.1)
+    refused, options = [], SearchOptions("kl_divergence", candidates=2)
+
+    def start_another(_):
+        with pytest.raises(InputError, match="another run is writing here"):
+            find_coalition(str(LAVA), str(tmp_path / "c"), options, max_size=2)
+        refused.append(True)
+
+    find_coalition(str(LAVA), str(tmp_path / "c"), options, max_size=2, on_step=start_another)
+    lines = (tmp_path / "c" / "steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["size"] for line in lines] == [1, 2] and len(refused) == 2
 
 
 def test_another_searchs_directory_is_refused_with_what_differs(command, tmp_path):

@@ -27,12 +27,13 @@ ONE_OUTPUT = (
 
 
 def load_agent(path: str | Path, options: AgentOptions | None = None, **fields: Any) -> Agent:
-    """Load the agent in a directory; ``fields`` are those of :class:`AgentOptions`.
+    """Load the agent in a directory; ``fields`` are those of :class:`AgentOptions`, and go before
+    ``options``.
 
     Raises AgentError, in one line, where the directory holds no agent that can be read
     with what the options allow.
     """
-    options = options or AgentOptions(**fields)
+    options = replace(options or AgentOptions(), **fields)
     directory = _existing_directory(path)
     if (module := _rl_module(directory, options)) is not None:
         _refuse_unused(module, options)
@@ -234,12 +235,10 @@ def _manifest(path: Path, options: AgentOptions) -> tuple[Path, AgentOptions]:
         )
     # A factory on the command line takes the place of what the manifest says for it.
     activation = None if options.agent_factory else content.get("activation")
-    return file, AgentOptions(
-        agent_file=options.agent_file,
+    return file, replace(
+        options,
         agent_factory=options.agent_factory or content.get("factory"),
         agent_output=options.agent_output or content.get("output"),
         activation=options.activation or activation,
-        trust_agent_code=options.trust_agent_code,
         actions=options.actions or content.get("actions"),
-        inputs=options.inputs,
     )

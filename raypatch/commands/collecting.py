@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,42 @@ def collect_pairs(
     there = next((f for f in files if f.exists()), None)
     if there is not None and not overwrite:
         raise InputError(f"{there}: exists; give --overwrite, or another --output_dir")
-    rng = np.random.default_rng(seed)
-    player = _Player(env, agent, seed)
-    kept_ids: list[str] = []
-    kept: dict[str, list[np.ndarray]] = {side: [] for side in SIDES}
-    n_drawn = n_differing = 0
+    with closing(_Player(env, agent, seed)) as player:
+        drawn = _drawn(player, agent, pairs, corrupt, corruption, seed, differing)
+    if not drawn.ids:
+        raise InputError(
+            f"--differing: none of {drawn.n_drawn} pairs changes the greedy action; choose another "
+            "--corruption"
+        )
+    _write(files, drawn.ids, drawn.kept)
+    return Collected(
+        files, len(drawn.ids), drawn.n_drawn, drawn.n_differing if agent.discrete else None,
+        player.episode + 1,
+    )  # fmt: skip
+
+
+@dataclass
+class _Drawn:
+    """Pairs that are kept, of those drawn: ids, and by side one observation each."""
+
+    ids: list[str]
+    kept: dict[str, list[np.ndarray]]
+    n_drawn: int = 0
+    n_differing: int = 0
+
+
+def _drawn(
+    player: _Player,
+    agent: Agent,
+    pairs: int,
+    corrupt: Corruption,
+    corruption: str,
+    seed: int,
+    differing: bool,
+) -> _Drawn:
+    """Pairs from the states that a player visits; with ``differing`` only those whose greedy
+    actions do, fewer than asked for where these are too rare."""
+    rng, drawn = np.random.default_rng(seed), _Drawn([], {side: [] for side in SIDES})
     for _ in range(MAX_ROUNDS):
         ids, states = player.visit(STATES_PER_PAIR * pairs)
         chosen = np.sort(rng.choice(len(states), min(pairs, len(states)), replace=False))
@@ -92,25 +124,16 @@ def collect_pairs(
         corrupted = _checked(corrupt(states, rng), states, corruption)[chosen]
         clean = states[chosen]
         changes = _actions(agent, clean) != _actions(agent, corrupted)
-        n_drawn += len(chosen)
-        n_differing += int(changes.sum())
+        drawn.n_drawn += len(chosen)
+        drawn.n_differing += int(changes.sum())
         wanted = np.flatnonzero(changes) if differing else np.arange(len(chosen))
-        for at in wanted[: pairs - len(kept_ids)]:
-            kept_ids.append(ids[chosen[at]])
-            kept["clean"].append(clean[at])
-            kept["corrupted"].append(corrupted[at])
-        if len(kept_ids) == pairs:
+        for at in wanted[: pairs - len(drawn.ids)]:
+            drawn.ids.append(ids[chosen[at]])
+            drawn.kept["clean"].append(clean[at])
+            drawn.kept["corrupted"].append(corrupted[at])
+        if len(drawn.ids) == pairs:
             break
-    player.close()
-    if not kept_ids:
-        raise InputError(
-            f"--differing: none of {n_drawn} pairs changes the greedy action; choose another "
-            "--corruption"
-        )
-    _write(files, kept_ids, kept)
-    return Collected(
-        files, len(kept_ids), n_drawn, n_differing if agent.discrete else None, player.episode + 1
-    )
+    return drawn
 
 
 class _Player:

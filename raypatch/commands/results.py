@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -134,7 +135,8 @@ def report(output_dir: str, output: str | None, screen: str | None) -> None:
     from raypatch.reporting.page import write_report
 
     results = _opened(output_dir)
-    target = output or f"{output_dir.rstrip('/').rpartition('/')[2]}_report.html"
+    folder = output_dir if "://" in output_dir else str(Path(output_dir).resolve())
+    target = output or f"{folder.rstrip('/').rpartition('/')[2]}_report.html"
     click.echo(f"written to {write_report(results, target, screen)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -70,7 +71,7 @@ RUN_OPTIONS = [
         help='Further options, as in "--save=metrics,--seed=1".',
     ),
     *INPUT_OPTIONS,
-    click.option("--input_ids", metavar="A,B", help="Only these pairs."),
+    click.option("--input_ids", metavar="A,B", help='Only these pairs; "quotes" keep commas.'),
     *AGENT_OPTIONS,
     click.option(
         "--direction", metavar="WHICH", help="both, denoising or noising.  [default: both]"
@@ -131,7 +132,6 @@ def run_options(given: dict[str, Any]) -> dict[str, Any]:
     extra = given.pop("additional_args", None)
     options = {name: value for name, value in given.items() if value is not None}
     if extra:
-        parser = run.make_parser(click.Context(run, **SETTINGS))  # type: ignore[arg-type]
         words = [word.strip() for word in extra.split(",") if word.strip()]
         # A word without dashes belongs to the list before it: --metrics=a,b
         joined: list[str] = []
@@ -140,20 +140,27 @@ def run_options(given: dict[str, Any]) -> dict[str, Any]:
                 joined.append(word)
             else:
                 joined[-1] += f",{word}"
-        context = click.Context(run, **SETTINGS)  # type: ignore[arg-type]
+        if not joined[0].startswith("-"):
+            raise InputError(f"--additional_args: {joined[0]!r} is no option; write --name=value")
         try:
-            parsed, rest, _ = parser.parse_args(args=joined)
-            if rest:
-                raise InputError(f"--additional_args: {rest[0]!r} is no option; write --name=value")
-            if "additional_args" in parsed:
+            inside = _typed(joined)
+            if "additional_args" in inside:
                 raise InputError("--additional_args: cannot be given inside itself")
-            for parameter in run.params:
-                if parameter.name in parsed:
-                    value = parameter.type_cast_value(context, parsed[parameter.name])
-                    options[str(parameter.name)] = value
+            options |= inside
         except click.ClickException as error:
             raise InputError(f"--additional_args: {error.format_message()}") from None
     return options
+
+
+def _typed(words: Sequence[str]) -> dict[str, Any]:
+    """Options of run that are among these words, with their values."""
+    context = run.make_context("run", list(words), **SETTINGS)  # type: ignore[arg-type]
+    typed = click.core.ParameterSource.COMMANDLINE
+    return {
+        name: value
+        for name, value in context.params.items()
+        if context.get_parameter_source(name) is typed
+    }
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -162,11 +169,10 @@ def run_options(given: dict[str, Any]) -> dict[str, Any]:
 @click.argument("run_words", nargs=-1, type=click.UNPROCESSED, metavar="-- RUN OPTIONS")
 def submit(address: str, no_wait: bool, run_words: tuple[str, ...]) -> None:
     """The same run as a job on a Ray cluster: raypatch submit --address URL -- RUN OPTIONS."""
-    given = run.make_context("run", list(run_words)).params
     from raypatch.commands.submitting import submit as send
     from raypatch.sweeps.config import check_options, config_of
 
-    options = run_options(dict(given))
+    options = run_options(_typed(run_words))
     config = config_of(options)
     check_options(config)  # files may be where the job runs only
     chosen = {name: value for name in options if (value := getattr(config, name)) is not None}

@@ -21,6 +21,7 @@ from raypatch.errors import InputError, RunError, missing_package
 # Options of run that name a file to take along.
 FILES = ("definition_file", "clean_inputs", "corrupted_inputs", "source_activations")
 POLL_S = 1.0
+PACKAGE = Path(__file__).parent.parent
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -45,7 +46,7 @@ def submit(
     with tempfile.TemporaryDirectory() as folder:
         words = _packed(options, Path(folder))
         entrypoint = shlex.join(["python", "-m", "raypatch.cli", "run", *words])
-        environment = {"working_dir": folder, "py_modules": [str(Path(__file__).parent)]}
+        environment = {"working_dir": folder, "py_modules": [str(PACKAGE)]}
         try:
             job_id = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
         except Exception as error:  # the client raises RuntimeError for anything the server says
@@ -53,7 +54,12 @@ def submit(
     say(f"job {job_id} submitted to {address}; results go to {options['output_dir']}")
     if not wait:
         return Submitted(job_id, "PENDING", None)
-    return _follow(client, job_id, say)
+    try:
+        return _follow(client, job_id, say)
+    except Exception as error:  # whatever the client raises where the head has gone
+        raise RunError(
+            f"--address {address}: job {job_id} cannot be followed any more: {_hint(error)}"
+        ) from None
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ values for one input at a time, as the network's author wrote them.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Union
 
@@ -27,9 +29,17 @@ from raypatch.engine.input_axes import (
 from raypatch.engine.layers import tensors_in
 from raypatch.engine.local_rules import LOCAL_RULES, pointwise
 
-# It would warn, past Python's own streams, of every operation that vmap runs row by row.
-if quiet := getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", None):
-    quiet(False)
+
+@contextmanager
+def _vmap_says_nothing() -> Iterator[None]:
+    """It would warn, past Python's own streams, of every operation that it runs row by row."""
+    name = "_set_vmap_fallback_warning_enabled"
+    switch = getattr(torch._C._functorch, name, lambda _: None)
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(True)  # as torch has it; it cannot be asked
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,8 @@ class OneByOne:
             return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
         try:
-            found = iter(torch.vmap(of_one)(*rows))
+            with _vmap_says_nothing():
+                found = iter(torch.vmap(of_one)(*rows))
         except (RuntimeError, ValueError):  # what torch has no such rule for
             found = map(torch.stack, zip(*(of_one(*row) for row in zip(*rows))))
         places = tree_flatten(self.result)[0]

@@ -183,7 +183,7 @@ class PatchRun:
             try:
                 self.rows_computed += prepared.evaluate(group, out, max(1, rows))
                 return
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
                 if rows <= prepared.n_inputs:

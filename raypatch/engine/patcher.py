@@ -137,7 +137,8 @@ class Patcher:
             if self._captured is None or self._network is None:
                 raise InputError(reason) from error
         # The network may go on where an operation of it fails, which is in no graph.
-        self._settle_engine(run.target, not_captured=reason)
+        with _one_prepares, exact_math():
+            self._settle_engine(run.target, not_captured=reason)
         return self(experiments, source, target, kind=kind, seed=seed)
 
     def prepare(

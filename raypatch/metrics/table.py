@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raypatch.errors import out_of_memory
 from raypatch.metrics.arrays import (
     Array,
     add_up,
@@ -75,8 +76,8 @@ class MetricTable:
                     None if changed_rate is None else changed_rate[part],
                     None if actions is None else actions[part],
                 )
-            except torch.OutOfMemoryError:
-                if self._step == 1:
+            except (RuntimeError, MemoryError) as error:
+                if self._step == 1 or not out_of_memory(error):
                     raise
                 self._step, self._block_logits = self._step // 2, max(1, self._block_logits // 2)
                 self._kept.clear()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+FORMAT_VERSION = 1
 SWEEP = "sweep.json"
 MANIFEST = "manifest.jsonl"
 FAILURES = "failures.jsonl"
@@ -176,6 +177,9 @@ def parse_sweep(content: bytes) -> dict[str, Any]:
         record = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{SWEEP} is no JSON: {str(error) or 'nested too deeply'}") from None
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if type(version) is int and version != FORMAT_VERSION:
+        raise ValueError(f"format version {version}; this raypatch reads {FORMAT_VERSION}")
     for path, kind in _SWEEP_FIELDS.items():
         value: Any = record
         for key in path:

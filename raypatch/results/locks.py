@@ -104,10 +104,10 @@ class RangeLock:
             handle, fcntl.LOCK_EX | fcntl.LOCK_NB, self._first, self._length
         ):
             if time.monotonic() > deadline:
+                self._let_go()
                 raise InputError(
-                    f"--output_dir {self._root}: another run is writing these experiments; "
-                    "wait for it (raypatch status shows how far it is), or choose another "
-                    "directory or range"
+                    f"--output_dir {self._root}: another run is writing here; wait for it to end, "
+                    "or choose another directory (or another range of a sweep)"
                 )
             time.sleep(0.05)
         own.append(self._own)
@@ -118,6 +118,11 @@ class RangeLock:
         key = str(self._root.resolve())
         _set(_handles[key], fcntl.LOCK_UN, self._first, self._length)
         _ranges[key].remove(self._own)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close the lock file where this process holds no range of it."""
+        key = str(self._root.resolve())
         if not _ranges[key]:
             del _ranges[key]
             os.close(_handles.pop(key))

@@ -266,9 +266,4 @@ def open_results(path: str | Path) -> Results:
         receipts = layout.read_manifest(store.read(layout.MANIFEST))
     except ValueError as error:
         raise InputError(f"{path}: its records cannot be read: {error}") from None
-    if sweep["format_version"] != schema.FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format version {sweep.get('format_version')!r}; this raypatch reads "
-            f"{schema.FORMAT_VERSION}"
-        )
     return Results(store, sweep, tuple(sorted(receipts, key=lambda r: r.first)))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
 DIRECTIONS = ("denoising", "noising")
 # Which side of a pair is the target in each direction; the other one is the source.
 TARGET_SIDE = {"denoising": "corrupted", "noising": "clean"}

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -326,6 +326,7 @@ class RemoteStore:
 
     def remove(self, name: str) -> None:
         self._lines.pop(name, None)
+        self._unsaved.discard(name)
         with self._errors(name):
             try:
                 self._system.delete_file(self._at(name))
@@ -344,16 +345,21 @@ class RemoteStore:
     def dataset_files(self, names: list[str]) -> tuple[list[str], Any]:
         return [self._at(name) for name in names], self._system
 
-    def lock(self, first: int, last: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def lock(self, first: int, last: int) -> Iterator[None]:
         # Lines are put as whole files here, so two runs would lose each other's.
-        return Lease(self.location, self._system, self._path)
+        with ExitStack() as stack:
+            with self._errors(""):
+                stack.enter_context(Lease(self.location, self._system, self._path))
+            yield
 
     @contextmanager
     def changing(self) -> Iterator[None]:
         yield
 
     def busy(self) -> bool:
-        return Lease.held(self._system, self._path)
+        with self._errors("", "read"):
+            return Lease.held(self._system, self._path)
 
     @contextmanager
     def _errors(self, name: str, verb: str = "written") -> Iterator[None]:

@@ -18,6 +18,7 @@ from raypatch.definition_files import write_definition
 from raypatch.engine.identity import network_digest
 from raypatch.errors import InputError
 from raypatch.results.analysis import COMBINATIONS, combined, strength
+from raypatch.results.locks import ALL_EXPERIMENTS
 from raypatch.results.store import DiskStore
 from raypatch.searches.inprocess import Bench
 from raypatch.sweeps.sweep import check_identity, files_digest, sha256_of, unreadable_records
@@ -95,20 +96,32 @@ def find_coalition(
         "network": network_digest(bench.agent.network, bench.patcher.graph),
         "inputs": sha256_of(json.dumps(bench.inputs.ids).encode(), *bench.inputs.sides.values()),
     }
-    steps = _resumed(store, identity, overwrite)
-    if steps:
-        _write_prefixes(steps, store)
-    search = _Search(bench, options)
-    while len(steps) < min(max_size, len(search.ranked)):
-        step = search.next_step(steps)
-        if step is None:
-            break
-        store.append_lines(STEPS, [step.line()])
-        steps.append(step)
-        _write_prefixes(steps, store)
-        on_step(step)
-    _draw_curve(steps, options, store.path(CURVE))
+    _check_place(store)
+    store.make()
+    with store.lock(0, ALL_EXPERIMENTS):
+        steps = _resumed(store, identity, overwrite)
+        if steps:
+            _write_prefixes(steps, store)
+        search = _Search(bench, options)
+        while len(steps) < min(max_size, len(search.ranked)):
+            step = search.next_step(steps)
+            if step is None:
+                break
+            store.append_lines(STEPS, [step.line()])
+            steps.append(step)
+            _write_prefixes(steps, store)
+            on_step(step)
+        _draw_curve(steps, options, store.path(CURVE))
     return steps
+
+
+def _check_place(store: DiskStore) -> None:
+    """Raises InputError where the directory is something else's."""
+    names = store.entries() if store.exists() else {}
+    if OPTIONS not in names and any(not name.startswith(".") for name in names):
+        raise InputError(
+            f"--output_dir {store.location}: holds files but no search; choose a new directory"
+        )
 
 
 def _write_prefixes(steps: list[Step], store: DiskStore) -> None:
@@ -134,13 +147,8 @@ def _resumed(store: DiskStore, identity: dict[str, Any], overwrite: bool) -> lis
     if overwrite:
         for name in (STEPS, DEFINITION, CURVE, OPTIONS):
             store.remove(name)
-    content = store.read(OPTIONS) if store.exists() else None
+    content = store.read(OPTIONS)
     if content is None:
-        if any(not name.startswith(".") for name in store.entries()):
-            raise InputError(
-                f"--output_dir {store.location}: holds files but no search; choose a new directory"
-            )
-        store.make()
         store.write(OPTIONS, json.dumps(identity, indent=2).encode())
         return []
     try:

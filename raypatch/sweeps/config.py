@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -86,11 +88,23 @@ def config_of(options: Mapping[str, Any]) -> RunConfig:
     return RunConfig(**{name: value for name, value in given.items() if value is not None})
 
 
+def joined(names: Iterable[Any]) -> str:
+    """Names as the text of one option, with quotes around those that hold a comma."""
+    text = io.StringIO()
+    csv.writer(text).writerow(names)
+    return text.getvalue().removesuffix("\r\n")
+
+
+def names_in(text: str) -> list[str]:
+    """Names in the text of one option; see :func:`joined`."""
+    return next(csv.reader([text]), []) or [""]
+
+
 def _converted(name: str, value: Any, kind: str) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if name in ("metrics", "input_ids") and isinstance(value, (list, tuple)):
-        value = ",".join(map(str, value))
+        value = joined(value)
     if name == "batch_size" and isinstance(value, str):
         value = None if value == "auto" else _whole(value)
     if name == "memory_per_actor" and isinstance(value, str):

@@ -6,7 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from raypatch.definitions import Experiments
 from raypatch.errors import InputError, Interrupted, RaypatchError
 from raypatch.results import layout
 from raypatch.results.locks import ALL_EXPERIMENTS
-from raypatch.results.schema import FORMAT_VERSION, Columns
+from raypatch.results.schema import Columns
 from raypatch.sweeps.config import RunConfig, check_config, config_of
 from raypatch.sweeps.interruption import Interruption, signals_caught
 from raypatch.sweeps.progress import Progress, counted
@@ -132,6 +132,7 @@ class Job:
         )
         self.outputs_by_side = self._baselines()
         self.backend.wait_started()
+        self.packed = self._packed_patcher()
         self.identity = self._identity()
         self.fingerprint = sweep.fingerprint(self.identity)
         recovery.held_receipts(self.store, self.identity, overwrite=config.overwrite)
@@ -201,7 +202,7 @@ class Job:
         config, subject = self.config, self.subject
         inputs, given = subject.inputs, subject.given
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": layout.FORMAT_VERSION,
             "agent": sweep.files_digest(subject.agent.files),
             "network": network_digest(subject.agent.network, self.patcher.graph),
             "inputs": sweep.sha256_of(
@@ -261,8 +262,10 @@ class Job:
             try:
                 yield
             finally:
-                store.flush()
-                store.remove(self.beacon)
+                try:
+                    store.flush()
+                finally:
+                    store.remove(self.beacon)
 
     def _describe_sweep(self) -> None:
         """Write what describes the sweep, unless a run before has done so and it is still that."""
@@ -296,7 +299,7 @@ class Job:
                 return
             path = str(Path(config.agent_path).resolve())
             record = {
-                "format_version": FORMAT_VERSION,
+                "format_version": layout.FORMAT_VERSION,
                 "fingerprint": self.fingerprint,
                 "identity": self.identity,
                 "options": asdict(config),
@@ -360,7 +363,10 @@ class Job:
             if config.verify:
                 committer.recheck(self.adopted, work, config.verify, config.seed)
             if n_items:
-                committer.commit_all(self.backend.outcomes(work))
+                # Closed here, not when an error that goes through has been dealt with: by then Ray
+                # is shut down, and ending its actors would start another.
+                with closing(self.backend.outcomes(work)) as events:
+                    committer.commit_all(events)
             if self.interruption and progress.done < n_left:
                 raise Interrupted(
                     f"interrupted; {progress.done + self.n_committed:,} experiments are committed "
@@ -392,7 +398,7 @@ class Job:
 
         config, subject = self.config, self.subject
         return WorkerSpec(
-            patcher=self._packed_patcher(),
+            patcher=self.packed,
             sides=subject.inputs.sides,
             directions=subject.directions,
             source_kind=subject.source_kind,
@@ -401,13 +407,13 @@ class Job:
             discrete=subject.agent.discrete,
             columns=Columns(subject.agent.output_size, subject.metrics, config.save),
             metadata={
-                "format_version": FORMAT_VERSION,
+                "format_version": layout.FORMAT_VERSION,
                 "fingerprint": self.fingerprint,
                 "layers": subject.agent.neuron_counts,
                 "units": self._units(),
             },
             compression=config.compression,
-            output_dir=self._output_for_workers(),
+            output_dir=_absolute(self.store.location),
             beacon=self.beacon,
             samples=choose_sample(self.ranges, config.verify, config.seed),
             device=self.backend.device,
@@ -425,9 +431,6 @@ class Job:
                 f"--agent_path {self.config.agent_path}: the network cannot be sent to actors "
                 f"({type(error).__name__}: {error}); use --backend inline"
             ) from None
-
-    def _output_for_workers(self) -> str:
-        return _absolute(self.store.location)
 
     def _units(self) -> dict[str, str]:
         from raypatch.metrics.formulas import METRICS

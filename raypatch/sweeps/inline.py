@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,7 @@ class InlineBackend:
             raise InputError("--device cuda: torch sees no GPU; use --device cpu")
         self.device = "cuda" if available and self._wanted != "cpu" else "cpu"
 
-    def outcomes(self, work: Work) -> Iterator[Outcome | Quarantined | Tick]:
+    def outcomes(self, work: Work) -> Generator[Outcome | Quarantined | Tick, None, None]:
         """See :meth:`RayBackend.outcomes`; one item at a time."""
         import torch
 
