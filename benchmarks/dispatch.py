@@ -32,10 +32,11 @@ from raypatch.results.layout import Receipt
 from raypatch.sweeps.config import RunConfig
 from raypatch.sweeps.driver import Job
 from raypatch.sweeps.fleet import Crew, Fleet
-from raypatch.sweeps.inline import InlineBackend, halves, without
+from raypatch.sweeps.inline import InlineBackend
 from raypatch.sweeps.interruption import Interruption
 from raypatch.sweeps.pool import Dispatch
-from raypatch.sweeps.worker import Item, Worker
+from raypatch.sweeps.work import Item
+from raypatch.sweeps.worker import Worker
 
 
 class Case:
@@ -120,7 +121,9 @@ class StandingPool:
         spec = ray.put(case.spec(f"pool{n_actors}"))
         self.fleet = Fleet(ray, [Crew(actor_class, "cpu")], spec)
         self.fleet.grow([n_actors])
-        self.dispatch: Dispatch[Item] = Dispatch(iter(items), halve=halves, without=without)
+        self.dispatch: Dispatch[Item] = Dispatch(
+            iter(items), halve=Item.halves, without=Item.without
+        )
         while self.dispatch.n_actors < n_actors:
             for event in self.fleet.events():
                 self.dispatch.add_actor(event.actor)

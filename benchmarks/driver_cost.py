@@ -19,7 +19,7 @@ from dispatch import Case, StandingPool, local_ray
 
 from raypatch.results import layout
 from raypatch.results.store import open_store
-from raypatch.sweeps.worker import Item
+from raypatch.sweeps.work import Item
 
 
 def main() -> None:

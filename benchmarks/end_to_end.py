@@ -23,7 +23,8 @@ from raypatch.metrics.formulas import DEFAULT_METRICS
 from raypatch.results import layout, schema, tables
 from raypatch.sweeps.shipping import pack
 from raypatch.sweeps.sweep import ITEM_ROWS
-from raypatch.sweeps.worker import Item, Worker, WorkerSpec
+from raypatch.sweeps.work import Item
+from raypatch.sweeps.worker import Worker, WorkerSpec
 
 FORMULAS = "formulas"
 

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 from raypatch.definitions import Experiments
 from raypatch.errors import InputError, RaypatchError, RunError, one_line
 from raypatch.sweeps.fleet import Crew, Event, Fleet, Watchdog
-from raypatch.sweeps.inline import Tick, Work, halves, verdict, without
 from raypatch.sweeps.pool import Dispatch, Failed, TooManyLosses
+from raypatch.sweeps.work import Item, Outcome, Quarantined, Tick, Work, verdict
 from raypatch.terminal import say
 
 if TYPE_CHECKING:
     from raypatch.sweeps.shipping import Shipment
-    from raypatch.sweeps.worker import Item, Outcome, Quarantined, WorkerSpec
+    from raypatch.sweeps.worker import WorkerSpec
 
 EARLY_ACTORS = 2
 OBJECT_STORE_BYTES = 256 << 20
@@ -271,7 +271,7 @@ class RayBackend:
         tick at least every fraction of a second.
         """
         self.wait_started()
-        dispatch = Dispatch(work.items, halve=halves, without=without)
+        dispatch = Dispatch(work.items, halve=Item.halves, without=Item.without)
         watchdog = Watchdog(self.options.watchdog_s)
         fleet = Fleet(self._ray, self._crews, self._put(work.spec))
         gauges = _Gauges()

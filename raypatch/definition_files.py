@@ -27,7 +27,7 @@ from raypatch.checking import (
     read_text,
 )
 from raypatch.definitions import CHUNK, Experiment, Experiments
-from raypatch.errors import InputError, few
+from raypatch.errors import InputError, few, first_line
 from raypatch.whole_files import whole_file
 
 
@@ -73,8 +73,7 @@ def _fetched(uri: str) -> Iterator[Path]:
             with system.open_input_stream(path, compression=None) as source, local.open("wb") as f:
                 shutil.copyfileobj(source, f)
         except (pa.ArrowException, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{uri}: cannot be read: {reason}") from None
+            raise InputError(f"{uri}: cannot be read: {first_line(error)}") from None
         try:
             yield local
         except InputError as error:
@@ -86,7 +85,7 @@ def _table_batches(path: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet
 
-    wanted = {"layers": pa.list_(pa.string()), "neurons": pa.list_(pa.list_(pa.int32()))}
+    wanted = _schema()
     try:
         if path.suffix == ".parquet":
             file = pyarrow.parquet.ParquetFile(path)
@@ -95,7 +94,7 @@ def _table_batches(path: Path) -> Iterator[Any]:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             found = reader.schema
             batches = map(reader.get_batch, range(reader.num_record_batches))
-        if not set(wanted) <= set(found.names) or any(found.names.count(n) > 1 for n in wanted):
+        if any(found.names.count(name) != 1 for name in wanted.names):
             columns = few(f"{field.name}: {field.type}" for field in found)
             raise InputError(
                 f"{path}: a definition has the columns layers: list<string> and "
@@ -107,7 +106,7 @@ def _table_batches(path: Path) -> Iterator[Any]:
         if not pa.types.is_integer(kind) and not pa.types.is_null(kind):
             raise InputError(f"{path}: neurons are of type {kind}; they are whole numbers, int32")
         for batch in batches:
-            yield pa.record_batch({name: batch[name].cast(kind) for name, kind in wanted.items()})
+            yield pa.record_batch([batch[f.name].cast(f.type) for f in wanted], schema=wanted)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable {path.suffix[1:]} file: {error}") from None
 

@@ -92,6 +92,12 @@ def is_not_of_network(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """First line of an error's text, prefixed with its type where the text alone says little."""
-    text = str(error).strip().splitlines()
-    first = text[0] if text else ""
-    return first if isinstance(error, RaypatchError) else f"{type(error).__name__}: {first}"
+    if isinstance(error, RaypatchError):
+        return first_line(error)
+    text = str(error).strip()
+    return f"{type(error).__name__}: {first_line(error) if text else ''}"
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's text, its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

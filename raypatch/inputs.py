@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from raypatch.errors import InputError
+from raypatch.errors import InputError, few
 
 SIDES = ("clean", "corrupted")
 # Where inputs lie beside an agent.
@@ -93,7 +93,7 @@ def read_inputs(
         for wanted in input_ids:
             if wanted not in raw[first]:
                 raise InputError(
-                    f"--input_ids: {wanted!r} is not in {paths[first]}; it holds {_some(ids)}"
+                    f"--input_ids: {wanted!r} is not in {paths[first]}; it holds {few(ids, 5)}"
                 )
         if len(set(input_ids)) != len(input_ids):
             raise InputError(f"--input_ids: an id is given twice in {','.join(input_ids)}")
@@ -277,11 +277,6 @@ def _array(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
             f"{where}: value {at} is {array.ravel()[at]}; every value must be finite, in float32"
         )
     return single
-
-
-def _some(ids: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(ids) - limit} more" if len(ids) > limit else ""
-    return ", ".join(ids[:limit]) + more
 
 
 # -------------------------------------------------------------------- cached activations

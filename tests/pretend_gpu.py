@@ -27,7 +27,8 @@ from raypatch.metrics.table import MetricTable
 from raypatch.metrics.terms import Baselines
 from raypatch.results import schema
 from raypatch.sweeps.shipping import pack
-from raypatch.sweeps.worker import Item, Worker, WorkerSpec
+from raypatch.sweeps.work import Item
+from raypatch.sweeps.worker import Worker, WorkerSpec
 
 NAME = "pretended"
 aten = torch.ops.aten

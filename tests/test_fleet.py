@@ -9,9 +9,8 @@ import torch
 
 from raypatch.actors import PoolOptions, RayBackend
 from raypatch.sweeps.fleet import Crew, Fleet
-from raypatch.sweeps.inline import halves, without
 from raypatch.sweeps.pool import Dispatch
-from raypatch.sweeps.worker import Item
+from raypatch.sweeps.work import Item
 
 
 class RayError(Exception):
@@ -65,7 +64,7 @@ def actor():
 
 def test_an_answer_that_overtakes_an_earlier_one_is_not_taken_for_it():
     items = (Item(i, 8 * i, 8 * i + 8) for i in range(3))
-    dispatch = Dispatch(items, halve=halves, without=without)
+    dispatch = Dispatch(items, halve=Item.halves, without=Item.without)
     fleet = Fleet(LateRay(), [Crew(SimpleNamespace(remote=actor), "cpu")], None)
     fleet.grow([1])
     committed = []

@@ -250,9 +250,9 @@ def test_an_actor_that_cannot_start_ends_the_run_at_once_in_one_line():
     from raypatch.actors import PoolOptions, RayBackend
     from raypatch.errors import RunError
     from raypatch.results.schema import Columns
-    from raypatch.sweeps.inline import Work
     from raypatch.sweeps.shipping import Shipment
-    from raypatch.sweeps.worker import Item, WorkerSpec
+    from raypatch.sweeps.work import Item, Work
+    from raypatch.sweeps.worker import WorkerSpec
 
     spec = WorkerSpec(
         patcher=Shipment(b"not a pickle", []), sides={}, directions=("denoising",), source_kind="zero", seed=0,

@@ -20,6 +20,8 @@ from raypatch.agents.spaces import MAX_VALUES
 from raypatch.agents.state_dict import add_submodule, add_tensor
 from raypatch.engine.capture_export import exported_graph_module
 from raypatch.engine.from_weights import convolution_of, linear_of
+from raypatch.engine.graph import attribute
+from raypatch.engine.written_out import plain_option
 from raypatch.errors import AgentError, few, one_line
 
 DIMENSIONS = {"linear": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}
@@ -53,7 +55,7 @@ def load_exported(file: Path) -> Agent:
 def _unpatchable(network: fx.GraphModule) -> tuple[str, ...]:
     """Names the weights of operations that are no layers, as a recurrent one's are."""
     names = [str(node.target) for node in network.graph.nodes if node.op == "get_attr"]
-    names = [n for n in names if "weight" in n and _attribute(network, n).dim() > 1]
+    names = [n for n in names if "weight" in n and attribute(network, n).dim() > 1]
     if not names:
         return ()
     return (f"only linear and convolution operations are layers here, not those of {few(names)}",)
@@ -101,8 +103,8 @@ class _Layer:
     options: tuple[Any, ...]
 
     def module(self, traced: fx.GraphModule) -> nn.Module:
-        w = _attribute(traced, self.weight).detach()
-        bias = None if self.bias is None else _attribute(traced, self.bias).detach()
+        w = attribute(traced, self.weight)
+        bias = None if self.bias is None else attribute(traced, self.bias)
         if self.name == "linear":
             return linear_of(w, bias)
         options = dict(zip(("stride", "padding", "dilation", "groups"), self.options))
@@ -121,25 +123,15 @@ def _layer_of(traced: fx.GraphModule, node: fx.Node) -> _Layer | None:
     if bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr"):
         return None
     target = str(weight.target)
-    if not target.endswith(".weight") or _attribute(traced, target).dim() != DIMENSIONS[name]:
+    if not target.endswith(".weight") or attribute(traced, target).dim() != DIMENSIONS[name]:
         return None
     return _Layer(
         target.removesuffix(".weight"), name, target, None if bias is None else str(bias.target),
-        tuple(map(_many, node.args[3:])),
+        tuple(map(plain_option, node.args[3:])),
     )  # fmt: skip
-
-
-def _many(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, tuple)) else value
-
-
-def _attribute(root: Any, path: str) -> Any:
-    for part in path.split("."):
-        root = getattr(root, part)
-    return root
 
 
 def _copy_attribute(source: nn.Module, root: nn.Module, path: str) -> None:
     """Keep a tensor of the program where the operations that use it look for it."""
     if path not in {name for name, _ in (*root.named_buffers(), *root.named_parameters())}:
-        add_tensor(root, path, _attribute(source, path).detach())
+        add_tensor(root, path, attribute(source, path))

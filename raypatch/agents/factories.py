@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
-from raypatch.errors import AgentError, InputError
+from raypatch.errors import AgentError, InputError, few
 
 
 @contextmanager
@@ -96,6 +96,5 @@ def action_network(module: nn.Module, output: str | None, origin: str) -> nn.Mod
     except AttributeError:
         names = [name for name, _ in module.named_modules() if name]
         raise InputError(
-            f"{origin}: --agent_output {output!r} is no submodule; there are: "
-            f"{', '.join(names[:12])}{' ...' if len(names) > 12 else ''}"
+            f"{origin}: --agent_output {output!r} is no submodule; there are: {few(names, 12)}"
         ) from None

@@ -102,8 +102,8 @@ class _Tensors:
         self._members = members
         self._file = file
         self._held: dict[str, torch.Tensor] = {}
-        for folder, config in (("weights", "weights"), ("constants", "constants")):
-            ending = f"data/{folder}/model_{config}_config.json"
+        for kind in ("weights", "constants"):
+            ending = f"data/{kind}/model_{kind}_config.json"
             for name in [n for n in members if n.endswith(ending)]:
                 for path, entry in json.loads(members[name])["config"].items():
                     self._held[path] = self._payload(name.rpartition("/")[0], entry)

@@ -6,7 +6,7 @@ the user sees in the state dict: ``features_extractor.cnn.0``, ``q_net.0``, ``la
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -94,21 +94,6 @@ class CombinedExtractor(nn.Module):
 
 
 @dataclass(frozen=True)
-class Family:
-    """A kind of policy: where its parts lie in the state dict and what its outputs are."""
-
-    features: str
-    output_kind: str
-
-
-VALUE = Family("q_net.features_extractor", "Q-values")
-QUANTILE = Family("quantile_net.features_extractor", "Q-values")
-ACTOR_CRITIC = Family("features_extractor", "logits")
-GAUSSIAN = Family("actor.features_extractor", "mean")
-DETERMINISTIC = Family("actor.features_extractor", "mean")
-
-
-@dataclass(frozen=True)
 class PolicyFacts:
     """What is known of a policy besides its weights."""
 
@@ -120,13 +105,23 @@ class PolicyFacts:
     origin: str
 
 
+@dataclass(frozen=True)
+class Family:
+    """A kind of policy: where its features come from, what its outputs are, and the modules after
+    the features, by name."""
+
+    features: str
+    output_kind: str
+    head: Callable[[Weights, PolicyFacts], dict[str, nn.Module]]
+
+
 def rebuild(family: Family, state: dict[str, Tensor], facts: PolicyFacts) -> ActionNetwork:
     """The action network of a policy; raises AgentError naming the tensor that does not fit."""
     weights = Weights(state, facts)
     return ActionNetwork(
         preprocessing(facts.observation_space, scale_images=facts.normalize_images),
         weights.features(_features_prefix(family, state)),
-        _head(family, weights, facts),
+        family.head(weights, facts),
     )
 
 
@@ -137,39 +132,51 @@ def _features_prefix(family: Family, state: Mapping[str, Tensor]) -> str:
     return own if separate else family.features
 
 
-def _head(family: Family, weights: Weights, facts: PolicyFacts) -> dict[str, nn.Module]:
-    if family is VALUE:
-        return {"q_net": weights.mlp("q_net.q_net")}
-    if family is QUANTILE:
-        quantiles = weights.mlp("quantile_net.quantile_net")
-        n_outputs = [m for m in quantiles if isinstance(m, nn.Linear)][-1].out_features
-        if facts.n_quantiles < 1 or n_outputs % facts.n_quantiles:
-            raise AgentError(
-                f"{facts.origin}: {n_outputs} outputs are no multiple of {facts.n_quantiles} "
-                "quantiles"
-            )
-        return {"quantile_net": quantiles, "quantiles": MeanOverQuantiles(facts.n_quantiles)}
-    if family is ACTOR_CRITIC:
-        policy_net = weights.mlp("mlp_extractor.policy_net", ends_in_activation=True)
-        shared = "mlp_extractor.shared_net"
-        shared_net = (
-            weights.mlp(shared, ends_in_activation=True) if weights.has(f"{shared}.0") else None
+def _value_head(weights: Weights, facts: PolicyFacts) -> dict[str, nn.Module]:
+    return {"q_net": weights.mlp("q_net.q_net")}
+
+
+def _quantile_head(weights: Weights, facts: PolicyFacts) -> dict[str, nn.Module]:
+    quantiles = weights.mlp("quantile_net.quantile_net")
+    n_outputs = [m for m in quantiles if isinstance(m, nn.Linear)][-1].out_features
+    if facts.n_quantiles < 1 or n_outputs % facts.n_quantiles:
+        raise AgentError(
+            f"{facts.origin}: {n_outputs} outputs are no multiple of {facts.n_quantiles} quantiles"
         )
-        return {
-            "mlp_extractor": PolicyExtractor(policy_net, shared_net),
-            "action_net": weights.linear("action_net"),
-        }
-    if family is GAUSSIAN:
-        latent = weights.mlp("actor.latent_pi", ends_in_activation=True)
-        if weights.has("actor.mu.0"):  # generalised state-dependent exploration clips the mean
-            clip = facts.clip_mean
-            mu: nn.Module = nn.Sequential(weights.linear("actor.mu.0"))
-            if clip > 0:
-                mu.append(nn.Hardtanh(-clip, clip))  # type: ignore[operator]
-        else:
-            mu = weights.linear("actor.mu")
-        return {"latent_pi": latent, "mu": mu}
+    return {"quantile_net": quantiles, "quantiles": MeanOverQuantiles(facts.n_quantiles)}
+
+
+def _actor_critic_head(weights: Weights, facts: PolicyFacts) -> dict[str, nn.Module]:
+    policy_net = weights.mlp("mlp_extractor.policy_net", ends_in_activation=True)
+    shared, shared_net = "mlp_extractor.shared_net", None
+    if weights.has(f"{shared}.0"):
+        shared_net = weights.mlp(shared, ends_in_activation=True)
+    return {
+        "mlp_extractor": PolicyExtractor(policy_net, shared_net),
+        "action_net": weights.linear("action_net"),
+    }
+
+
+def _gaussian_head(weights: Weights, facts: PolicyFacts) -> dict[str, nn.Module]:
+    latent = weights.mlp("actor.latent_pi", ends_in_activation=True)
+    if not weights.has("actor.mu.0"):
+        return {"latent_pi": latent, "mu": weights.linear("actor.mu")}
+    # Generalised state-dependent exploration clips the mean.
+    mu, clip = nn.Sequential(weights.linear("actor.mu.0")), facts.clip_mean
+    if clip > 0:
+        mu.append(nn.Hardtanh(-clip, clip))
+    return {"latent_pi": latent, "mu": mu}
+
+
+def _deterministic_head(weights: Weights, facts: PolicyFacts) -> dict[str, nn.Module]:
     return {"mu": weights.mlp("actor.mu")}  # without the Tanh that squashes the mean
+
+
+VALUE = Family("q_net.features_extractor", "Q-values", _value_head)
+QUANTILE = Family("quantile_net.features_extractor", "Q-values", _quantile_head)
+ACTOR_CRITIC = Family("features_extractor", "logits", _actor_critic_head)
+GAUSSIAN = Family("actor.features_extractor", "mean", _gaussian_head)
+DETERMINISTIC = Family("actor.features_extractor", "mean", _deterministic_head)
 
 
 class Weights:

@@ -21,6 +21,7 @@ from raypatch.engine.graph import (
     Node,
     Ref,
     aten_operation,
+    attribute,
     finished_graph,
     is_ref,
     item_between,
@@ -215,7 +216,7 @@ def _nodes(
             else:
                 nodes.append(Node(index, "constant", item.args[0] if item.args else None))
         elif item.op == "get_attr":
-            nodes.append(Node(index, "constant", _attribute(network, item.target)))
+            nodes.append(Node(index, "constant", attribute(network, item.target)))
         elif item.op == "call_module":
             module = network.get_submodule(item.target)
             says_so = bool(getattr(module, "inplace", False))
@@ -272,10 +273,3 @@ def _in_slice(leaf: Any) -> bool:
 def _has_bounds(index: Any) -> bool:
     each = index if type(index) is tuple else (index,)
     return any(isinstance(one, Bounds) for one in each)
-
-
-def _attribute(network: nn.Module, path: str) -> Any:
-    value: Any = network
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value.detach() if isinstance(value, Tensor) else value

@@ -22,7 +22,15 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from raypatch.engine.capture import lengths_traced, replaced
-from raypatch.engine.graph import CaptureError, Graph, Node, Ref, aten_operation, finished_graph
+from raypatch.engine.graph import (
+    CaptureError,
+    Graph,
+    Node,
+    Ref,
+    aten_operation,
+    attribute,
+    finished_graph,
+)
 from raypatch.engine.layers import Args, as_in_forward, is_altered, owns_weights
 from raypatch.errors import one_line
 
@@ -167,7 +175,7 @@ def _nodes(
             nodes.append(Node(index, "input", place))
             n_inputs += 1
         elif item.op == "get_attr":
-            nodes.append(Node(index, "constant", _attribute(traced, item.target)))
+            nodes.append(Node(index, "constant", attribute(traced, item.target)))
         elif item.op == "call_function":
             nodes.append(_operation(index, item, current, names))
         else:
@@ -196,9 +204,3 @@ def _operation(index: int, item: fx.Node, current: dict[fx.Node, int], names: _N
     if type(module) is nn.Embedding and name == "embedding":
         return Node(index, "module", module, args[1:2], path=path)
     return Node(index, "function", aten_operation(target), args, kwargs)
-
-
-def _attribute(root: Any, path: str) -> Any:
-    for part in path.split("."):
-        root = getattr(root, part)
-    return root.detach() if isinstance(root, torch.Tensor) else root

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
-from operator import getitem
+from operator import attrgetter, getitem
 from typing import Any, NamedTuple
 
 import torch
@@ -147,6 +147,12 @@ class Node:
             self.target.to(device)
         elif self.op == "constant" and isinstance(self.target, Tensor):
             self.target = self.target.to(device)
+
+
+def attribute(root: Any, path: str) -> Any:
+    """What lies at a dotted path, with no graph of gradients."""
+    value = attrgetter(path)(root)
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def is_ref(leaf: Any) -> bool:

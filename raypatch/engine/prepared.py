@@ -352,12 +352,12 @@ class Prepared:
             dense[index] = node.call(lambda i: self._rows(i, program, batch, dense))
             return dense[index]
         if isinstance(value, Tensor):
-            return batch.spread(value, self.structure.axes[index])
+            return batch.repeated(value, self.structure.axes[index])
         sizes = self.structure.sizes(batch.n_rows)
         if index in sizes:
             return sizes[index]
         return tree_map(
-            lambda v, axis: v if axis is None else batch.spread(v, axis),
+            lambda v, axis: v if axis is None else batch.repeated(v, axis),
             value,
             self.structure.axes[index],
         )

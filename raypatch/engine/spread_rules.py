@@ -183,12 +183,12 @@ def reduction(
         return None  # a GPU would add in any order, and the last bit with it
     places = index.take(target[sparse.of.positions.clamp(min=0)])
     places = places.view(batch.n_experiments, 1, -1).expand_as(delta)
-    out = batch_like(context, node, batch, base)
+    out = repeated_base(context, node, batch, base)
     out.flatten(2).scatter_add_(2, places, delta)
     return out
 
 
-def batch_like(context: Context, node: Node, batch: Batch, base: Tensor) -> Tensor:
+def repeated_base(context: Context, node: Node, batch: Batch, base: Tensor) -> Tensor:
     """The node's base output once for every experiment, in scratch memory."""
     return context.buffer(node, batch.n_experiments, *base.shape).copy_(
         base.expand(batch.n_experiments, *base.shape)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.arguments import inputs_between
 from raypatch.engine.chains import Chains
+from raypatch.engine.decisions import SIZED_BY_VALUES
 from raypatch.engine.faster import faster
 from raypatch.engine.graph import CaptureError, Graph, Node
 from raypatch.engine.in_place import Memory, writes_into
@@ -27,8 +28,7 @@ from raypatch.engine.narrowing import Values
 from raypatch.engine.plan import ALL, Signature
 from raypatch.engine.spread_rules import SPREAD_RULES, SpreadRule
 
-# Operations whose results are of a size that values decide: always, and where they take masks.
-SIZED_BY_VALUES = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
+# Operations whose results are of a size that values decide where they take masks.
 SIZED_BY_MASKS = {"getitem", "item_between", "index"}
 MASKS = (torch.bool, torch.uint8)
 

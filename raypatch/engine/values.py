@@ -145,11 +145,11 @@ class Batch:
         out = None if out is None else out.view(-1, *flat.shape[1:])
         return torch.index_select(flat, 0, self.rows, out=out).flatten(0, 1)
 
-    def spread(self, per_input: Tensor, axis: Axis = 0) -> Tensor:
+    def repeated(self, per_input: Tensor, axis: Axis = 0) -> Tensor:
         """``[N, ...]``, the same for every experiment, to rows ``[R, ...]``; a copy. Inputs and
         rows lie along ``axis``."""
         if axis:
-            return inputs_at(axis, self.spread(inputs_first(per_input, axis)))
+            return inputs_at(axis, self.repeated(inputs_first(per_input, axis)))
         if self.rows is None:
             copies = per_input.expand(self.n_experiments, *per_input.shape)
             return copies.clone(memory_format=torch.contiguous_format).flatten(0, 1)
@@ -184,5 +184,5 @@ class Batch:
     def densify(self, sparse: Sparse, index: Selection) -> Tensor:
         """Dense rows ``[R * A, *shape]`` of a sparse node."""
         entries = sparse.of.per_input
-        rows = self.spread(sparse.base.view(-1, entries, *sparse.base.shape[1:])).flatten(0, 1)
+        rows = self.repeated(sparse.base.view(-1, entries, *sparse.base.shape[1:])).flatten(0, 1)
         return self.write_patch(rows, sparse, index)

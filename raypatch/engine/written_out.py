@@ -102,11 +102,12 @@ def _convolution(node: Node, fixed: _Fixed) -> tuple[Any, nn.Module] | None:
         return None
     names = ("stride", "padding", "dilation", "groups")
     options = {n: node.option(place, n) for place, n in enumerate(names, 3)}
-    options = {n: _plain(value) for n, value in options.items() if value is not None}
+    options = {n: plain_option(value) for n, value in options.items() if value is not None}
     return node.option(0, "input"), convolution_of(weight, given, **options)
 
 
-def _plain(option: Any) -> Any:
+def plain_option(option: Any) -> Any:
+    """A stride or the like as modules take it: fx has lists of its own."""
     return tuple(option) if isinstance(option, (list, tuple)) else option
 
 

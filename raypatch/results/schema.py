@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 DIRECTIONS = ("denoising", "noising")
-# Which side of a pair is the target in each direction; the other one is the source.
+# Which side of a pair is patched in each direction, and which one gives the values.
 TARGET_SIDE = {"denoising": "corrupted", "noising": "clean"}
+SOURCE_SIDE = {"denoising": "clean", "noising": "corrupted"}
 SAVE_MODES = ("full", "metrics", "summary")
 COMPRESSIONS = ("none", "lz4", "zstd")
 STATISTICS = ("mean", "std", "min", "max")

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.fs
 
-from raypatch.errors import InputError, RunError
+from raypatch.errors import InputError, RunError, first_line
 from raypatch.results.locks import Lease, RangeLock, short_lock
 
 HASH_CHUNK = 1 << 20
@@ -101,7 +101,7 @@ def open_store(location: str | Path) -> Store:
     try:
         system, path = pyarrow.fs.FileSystem.from_uri(text)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{text}: not a usable URI: {_first_line(error)}") from None
+        raise InputError(f"{text}: not a usable URI: {first_line(error)}") from None
     return RemoteStore(text, system, path)
 
 
@@ -368,7 +368,7 @@ class RemoteStore:
         except OSError as error:
             where = f"{self.location}: {name}" if name else self.location
             raise RunError(
-                f"{where}: cannot be {verb}: {_first_line(error)}; check the address, your "
+                f"{where}: cannot be {verb}: {first_line(error)}; check the address, your "
                 "credentials and the space left, then run the same command again to resume"
             ) from None
 
@@ -421,10 +421,6 @@ def _forgiving_unlink(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError:
         return
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from raypatch.inputs import INPUTS_FOLDER, SIDES, ObservationShape, find_inputs,
 from raypatch.metrics.formulas import METRICS, choose_metrics
 from raypatch.metrics.table import MetricTable
 from raypatch.metrics.terms import Baselines
-from raypatch.results.schema import DIRECTIONS, TARGET_SIDE
+from raypatch.results.schema import DIRECTIONS, SOURCE_SIDE, TARGET_SIDE
 
 
 class Bench:
@@ -52,9 +52,8 @@ class Bench:
         self.patcher = Patcher(self.agent.network, device="cpu")
         self.runs: dict[str, PatchRun] = {}
         for name in self.directions:
-            target = TARGET_SIDE[name]
-            source = next(side for side in SIDES if side != target)
-            self.runs[name] = self.patcher.prepare(self.sides[source], self.sides[target])
+            source, target = self.sides[SOURCE_SIDE[name]], self.sides[TARGET_SIDE[name]]
+            self.runs[name] = self.patcher.prepare(source, target)
 
     def outputs(self, experiments: Sequence[Experiment]) -> dict[str, Tensor]:
         """Patched outputs ``[experiments, inputs, outputs]`` by direction."""

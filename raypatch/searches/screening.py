@@ -21,7 +21,7 @@ from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.layers import Layer, forward, hooked
 from raypatch.errors import InputError
 from raypatch.results.reader import Results
-from raypatch.results.schema import TARGET_SIDE
+from raypatch.results.schema import SOURCE_SIDE, TARGET_SIDE
 from raypatch.searches.inprocess import Bench
 from raypatch.whole_files import whole_file
 
@@ -49,11 +49,9 @@ def screen(
         )
     found: dict[str, list[np.ndarray]] = {}
     for direction in bench.directions:
-        target = TARGET_SIDE[direction]
-        source = next(side for side in bench.sides if side != target)
-        for layer, values in attribute(
-            bench.agent.network, bench.agent.layers, bench.sides[source], bench.sides[target]
-        ).items():
+        source, target = (bench.sides[side[direction]] for side in (SOURCE_SIDE, TARGET_SIDE))
+        estimates_of = attribute(bench.agent.network, bench.agent.layers, source, target)
+        for layer, values in estimates_of.items():
             found.setdefault(layer, []).append(np.abs(values).mean(0))
     means = {layer: np.mean(values, axis=0) for layer, values in found.items()}
     neurons = [(layer, i) for layer, values in means.items() for i in range(len(values))]

@@ -10,12 +10,11 @@ from raypatch.errors import RunError, VerificationError
 from raypatch.results import layout
 from raypatch.results.store import Store
 from raypatch.sweeps import records, recovery
-from raypatch.sweeps.inline import Tick, Work
 from raypatch.sweeps.progress import Progress
 from raypatch.sweeps.rechecking import recheck
 from raypatch.sweeps.sweep import Range, remaining
 from raypatch.sweeps.verification import Verifier, choose_sample
-from raypatch.sweeps.worker import Outcome, Quarantined
+from raypatch.sweeps.work import Outcome, Quarantined, Tick, Work
 
 
 class Committer:

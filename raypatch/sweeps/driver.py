@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from raypatch.sweeps.shipping import Shipment
     from raypatch.sweeps.sweep import Range
     from raypatch.sweeps.verification import Verifier
-    from raypatch.sweeps.worker import Item, WorkerSpec
+    from raypatch.sweeps.work import Item
+    from raypatch.sweeps.worker import WorkerSpec
 
 
 def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = None) -> Results:
@@ -345,8 +346,7 @@ class Job:
         """Compute what is left, committing item by item."""
         from raypatch.sweeps import sweep
         from raypatch.sweeps.committing import Committer
-        from raypatch.sweeps.inline import Work
-        from raypatch.sweeps.worker import Item
+        from raypatch.sweeps.work import Item, Work
 
         config, subject = self.config, self.subject
         n_items = sweep.count_items(self.ranges, self.item_length)

@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raypatch.definitions import Experiments
 from raypatch.errors import (
@@ -23,7 +23,7 @@ from raypatch.errors import (
 from raypatch.sweeps.pool import Dispatch, Send
 
 if TYPE_CHECKING:
-    from raypatch.sweeps.worker import Item, Outcome
+    from raypatch.sweeps.work import Item, Outcome
 
 WAIT_S = 0.2
 # Actors that die while they start, one after another with none standing, before giving up.
@@ -59,7 +59,7 @@ class Event:
     oldest item or ``failed`` it; ``died``, or was ``lost`` with its node."""
 
     actor: int
-    kind: str
+    kind: Literal["ready", "unstarted", "done", "failed", "died", "lost"]
     outcome: Outcome | None = None
     error: str = ""
 

@@ -1,62 +1,17 @@
-"""The work of a run in the driver's own process, and what it shares with the pool of actors."""
+"""The work of a run in the driver's own process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raypatch.definitions import Experiments
 from raypatch.errors import InputError, NoRoomError, RaypatchError, RunError, gpu_failed, one_line
-from raypatch.sweeps.pool import Dispatch, Failed
+from raypatch.sweeps.pool import Dispatch
+from raypatch.sweeps.work import Item, Outcome, Quarantined, Tick, Work, verdict
 
 if TYPE_CHECKING:
     from raypatch.sweeps.shipping import Shipment
-    from raypatch.sweeps.worker import Item, Outcome, Quarantined, WorkerSpec
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a backend is to compute: items in order, and how to get an item's experiments.
-
-    After ``stopping()`` is true nothing more is sent; what is in flight still comes.
-    """
-
-    spec: WorkerSpec
-    items: Iterator[Item]
-    n_items: int
-    experiments_of: Callable[[Item], Experiments]
-    stopping: Callable[[], bool]
-
-
-@dataclass(frozen=True)
-class Tick:
-    """State of the pool, given between outcomes so that the driver can show and decide."""
-
-    actors: int
-    retries: int
-    in_flight: int
-
-
-def halves(item: Item) -> tuple[Item, Item] | None:
-    return item.halves()
-
-
-def without(item: Item, pieces: list[Item]) -> Item:
-    return item.without(pieces)
-
-
-def verdict(failed: Failed[Item], error: str) -> Quarantined:
-    """The experiment to quarantine; raises RunError where there is none to blame."""
-    if failed.hopeless:
-        raise RunError(
-            f"{failed.item} failed {failed.tries} times, though each of its experiments can be "
-            f"computed alone: {error}; run the same command again to resume"
-        )
-    from raypatch.sweeps.worker import Quarantined
-
-    return Quarantined(failed.item.first, error, failed.tries)
 
 
 class InlineBackend:
@@ -96,7 +51,9 @@ class InlineBackend:
         from raypatch.sweeps.worker import Worker
 
         n_threads = torch.get_num_threads()
-        dispatch = Dispatch(work.items, halve=halves, without=without, in_flight_per_actor=1)
+        dispatch = Dispatch(
+            work.items, halve=Item.halves, without=Item.without, in_flight_per_actor=1
+        )
         dispatch.add_actor(0)
         try:
             worker = Worker(work.spec)

@@ -15,7 +15,8 @@ from raypatch.errors import VerificationError
 from raypatch.results import layout, tables
 from raypatch.results.store import Store
 from raypatch.results.tables import ItemArrays
-from raypatch.sweeps.worker import Item, Worker, WorkerSpec, outputs_of
+from raypatch.sweeps.work import Item
+from raypatch.sweeps.worker import Worker, WorkerSpec, outputs_of
 
 if TYPE_CHECKING:
     from raypatch.sweeps.verification import Verifier

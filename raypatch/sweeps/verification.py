@@ -5,17 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from raypatch.definitions import Experiments
 from raypatch.engine.reference import reference_outputs
 from raypatch.errors import VerificationError
-from raypatch.results.schema import TARGET_SIDE
 from raypatch.sweeps.sweep import Range
+from raypatch.sweeps.worker import source_and_target
 
 # The contract's tolerance: max |difference| within this times max(1, |logit|).
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12}
@@ -57,11 +55,9 @@ class Verifier:
         for index, outputs in samples.items():
             experiment = self.experiments[index]
             for direction, found in zip(self.directions, outputs):
-                target = torch.from_numpy(self.sides[TARGET_SIDE[direction]])
-                other = [v for side, v in self.sides.items() if side != TARGET_SIDE[direction]]
-                source: Any = torch.from_numpy(other[0]) if other else None
-                if self.source_kind == "given":
-                    source = {name: torch.from_numpy(v) for name, v in self.given.items()}
+                source, target = source_and_target(
+                    self.sides, direction, self.source_kind, self.given
+                )
                 expected = reference_outputs(
                     self.network, [experiment], source, target,
                     kind=self.source_kind, seed=self.seed,
@@ -72,9 +68,8 @@ class Verifier:
                 if not relative.max() <= TOLERANCES[self.dtype]:
                     raise VerificationError(
                         f"verification failed: experiment {index} ({direction}) differs from the "
-                        f"float64 reference by {difference.max():.2e}, allowed are "
-                        f"{TOLERANCES[self.dtype]:.0e} x max(1, |logit|); please report this "
-                        "with your agent"
+                        f"float64 reference by {relative.max():.2e} x max(1, |logit|), allowed are "
+                        f"{TOLERANCES[self.dtype]:.0e}; please report this with your agent"
                     )
             self.checked += 1
 

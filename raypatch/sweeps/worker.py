@@ -21,11 +21,12 @@ from raypatch.errors import RaypatchError
 from raypatch.metrics.table import MetricTable
 from raypatch.metrics.terms import Baselines
 from raypatch.results import layout, schema, tables
-from raypatch.results.schema import STATISTICS, TARGET_SIDE
+from raypatch.results.schema import SOURCE_SIDE, STATISTICS, TARGET_SIDE
 from raypatch.results.store import open_store
 from raypatch.results.tables import ItemArrays
 from raypatch.sweeps.allocator import keep_freed_memory
 from raypatch.sweeps.shipping import Shipment, unpack
+from raypatch.sweeps.work import Item, Outcome
 
 
 @dataclass(frozen=True)
@@ -49,62 +50,6 @@ class WorkerSpec:
     # Recorded activations by layer, for the source kind "given".
     given: Mapping[str, np.ndarray] = field(default_factory=dict)
     device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Item:
-    """A contiguous range of experiments: the unit that is computed, retried and committed.
-
-    ``skip`` are experiments in it that failed every try and get no rows.
-    """
-
-    number: int
-    first: int
-    last: int
-    skip: frozenset[int] = frozenset()
-
-    def __str__(self) -> str:
-        return f"item {self.number} (experiments {self.first} to {self.last - 1})"
-
-    @property
-    def indices(self) -> np.ndarray:
-        """Experiments to compute, int64."""
-        indices = np.arange(self.first, self.last, dtype=np.int64)
-        return indices[~np.isin(indices, list(self.skip))] if self.skip else indices
-
-    def halves(self) -> tuple[Item, Item] | None:
-        """Two items that cover this one; None where it is a single experiment."""
-        if self.last - self.first < 2:
-            return None
-        middle = (self.first + self.last) // 2
-        return Item(self.number, self.first, middle), Item(self.number, middle, self.last)
-
-    def without(self, pieces: list[Item]) -> Item:
-        """The same range, leaving out the experiments of these pieces."""
-        left_out = [index for piece in pieces for index in range(piece.first, piece.last)]
-        return Item(self.number, self.first, self.last, self.skip.union(left_out))
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    """An experiment that failed every try, alone; the rest of the run goes on."""
-
-    experiment: int
-    error: str
-    tries: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a worker tells of a finished item.
-
-    ``samples`` maps an experiment to its patched outputs ``[directions, inputs, outputs]``.
-    ``files`` holds what the driver is to write, where the worker cannot see the output.
-    """
-
-    receipt: layout.Receipt
-    samples: dict[int, np.ndarray] = field(default_factory=dict)
-    files: dict[str, bytes] = field(default_factory=dict)
 
 
 class Worker:
@@ -248,13 +193,19 @@ def outputs_of(outputs: list[torch.Tensor], place: int) -> np.ndarray:
     return np.stack([_on_host(patched[place]) for patched in outputs])
 
 
+def source_and_target(
+    sides: Mapping[str, np.ndarray], direction: str, kind: str, given: Mapping[str, np.ndarray]
+) -> tuple[Any, torch.Tensor]:
+    """What is patched in, as :meth:`Patcher.prepare` takes it for this kind, and into what."""
+    source: Any = None
+    if kind == "pair":
+        source = torch.from_numpy(sides[SOURCE_SIDE[direction]])
+    elif kind == "given":
+        source = {name: torch.from_numpy(value) for name, value in given.items()}
+    return source, torch.from_numpy(sides[TARGET_SIDE[direction]])
+
+
 def prepare_direction(patcher: Patcher, spec: WorkerSpec, direction: str) -> PatchRun:
     """Run both sides of one direction unpatched."""
-    target = torch.from_numpy(spec.sides[TARGET_SIDE[direction]])
-    other = next((v for side, v in spec.sides.items() if side != TARGET_SIDE[direction]), None)
-    source: Any = None
-    if spec.source_kind == "pair" and other is not None:
-        source = torch.from_numpy(other)
-    elif spec.source_kind == "given":
-        source = {name: torch.from_numpy(value) for name, value in spec.given.items()}
+    source, target = source_and_target(spec.sides, direction, spec.source_kind, spec.given)
     return patcher.prepare(source, target, kind=spec.source_kind, seed=spec.seed)  # type: ignore[arg-type]
