@@ -55,12 +55,12 @@ class Case:
         self.job.read()
         self.job.plan()
         self.job.ranges = []
-        self.length = self.job.item_length
+        self.length = self.job.planned.item_length
         self.items = [
             Item(n, first, min(first + self.length, n_experiments))
             for n, first in enumerate(range(0, n_experiments, self.length))
         ]
-        self.passes = n_experiments * self.job.passes_each
+        self.passes = n_experiments * self.job.planned.passes_each
 
     def spec(self, name: str) -> Any:
         """A specification that writes into a directory of its own."""

@@ -145,8 +145,8 @@ class RayBackend:
 
             if ray.is_initialized():
                 raise InputError(
-                    "Ray is initialised in this process already, and raypatch starts or joins and "
-                    "leaves one itself: call ray.shutdown() before, or give backend='inline'"
+                    "Ray is already initialised in this process, and raypatch starts or joins Ray "
+                    "itself: call ray.shutdown() first, or use backend='inline'"
                 )
             self._ray = ray
             self._init()
@@ -201,8 +201,8 @@ class RayBackend:
             raise InputError("--device cuda: Ray reports no GPU; use --device cpu")
         if self.options.cpu_actors and not use_gpu:
             raise InputError(
-                f"--cpu_actors {self.options.cpu_actors}: there is no GPU to compute on, so that "
-                "all actors are on the CPU; give their number with --num_actors"
+                f"--cpu_actors {self.options.cpu_actors}: there is no GPU to compute on, so all "
+                "actors run on the CPU; set their number with --num_actors"
             )
         self.device = "cuda" if use_gpu else "cpu"
         # With GPUs those are what is scarce; a share of one needs no core of its own.
@@ -267,9 +267,7 @@ class RayBackend:
         self._check_daemons()
 
     def outcomes(self, work: Work) -> Generator[Outcome | Quarantined | Tick, None, None]:
-        """Outcomes as items finish, verdicts on experiments that cannot be computed, and a
-        tick at least every fraction of a second.
-        """
+        """See :class:`Backend`."""
         self.wait_started()
         dispatch = Dispatch(work.items, halve=Item.halves, without=Item.without)
         watchdog = Watchdog(self.options.watchdog_s)

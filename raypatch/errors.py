@@ -37,7 +37,7 @@ def offer(name: str, valid: Sequence[str]) -> str:
 
 def missing_package(what: str, package: str, extra: str) -> str:
     """What to say where something needs a package that is not installed."""
-    return f"{what} needs {package}: pip install {package} (all of it: raypatch's extra [{extra}])"
+    return f"{what} needs {package}: pip install {package} (or 'raypatch[{extra}]' for all of it)"
 
 
 class AgentError(InputError):

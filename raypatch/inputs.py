@@ -88,7 +88,7 @@ def read_inputs(
     ids = tuple(raw[first])
     for key in ids:
         if not key.isprintable():
-            raise InputError(f"{paths[first]}: input id {key!r} holds what cannot be printed")
+            raise InputError(f"{paths[first]}: input id {key!r} holds unprintable characters")
     if input_ids is not None:
         for wanted in input_ids:
             if wanted not in raw[first]:
@@ -151,7 +151,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"{twice!r} appears twice")
     return found
 
 
@@ -179,7 +179,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
         if "ids" not in content.files or not names:
             raise InputError(
                 f"{path}: an .npz of inputs holds 'ids' and 'inputs', as np.savez(file, ids=..., "
-                f"inputs=...) writes them; this one {', '.join(content.files)[:200]}"
+                f"inputs=...) writes them; this one has {', '.join(content.files)[:200]}"
             )
         ids = [
             key.decode() if isinstance(key, bytes) else str(key)
@@ -188,7 +188,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
         arrays = {name.removeprefix("inputs").lstrip("."): content[name] for name in names}
     short = next((name for name, array in arrays.items() if array.shape[:1] != (len(ids),)), None)
     if short is not None or len(set(ids)) != len(ids):
-        raise InputError(f"{path}: 'ids' are not one for each row, all different")
+        raise InputError(f"{path}: 'ids' must hold one id for each row, all different")
     if "" in arrays:
         return dict(zip(ids, arrays[""]))
     return {key: {part: a[i] for part, a in arrays.items()} for i, key in enumerate(ids)}
@@ -217,14 +217,14 @@ def _read_table(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a readable {path.suffix[1:]} file: {error}") from None
     if not {"input_id", "input"} <= set(table.column_names):
         raise InputError(
-            f"{path}: a table of inputs has the columns input_id and input; this one "
+            f"{path}: a table of inputs has the columns input_id and input; this one has "
             f"{', '.join(table.column_names)[:200]}"
         )
     if table["input_id"].null_count:
         raise InputError(f"{path}: an input_id is missing (null)")
     ids = [str(key) for key in table["input_id"].to_pylist()]
     if len(set(ids)) != len(ids):
-        raise InputError(f"{path}: an input_id is there twice")
+        raise InputError(f"{path}: an input_id appears twice")
     return dict(zip(ids, table["input"].to_pylist()))
 
 

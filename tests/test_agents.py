@@ -224,7 +224,7 @@ def test_a_manifest_may_begin_with_a_byte_order_mark(tmp_path):
 
 @pytest.mark.parametrize("given", [{"activation": "relu"}, {"agent_output": "actor"}])
 def test_what_a_file_says_itself_cannot_be_said_otherwise(given):
-    with pytest.raises(InputError, match=r"agent.zip: leave out .* itself says what it is"):
+    with pytest.raises(InputError, match=r"agent.zip: leave out .* itself defines it"):
         load_agent(CARTPOLE, **given)
 
 
@@ -288,7 +288,9 @@ def test_two_agents_with_factories_of_one_name_are_not_taken_for_each_other(tmp_
     for _ in range(2):  # the same one again is no other
         agent = load_agent(tmp_path / "one", agent_factory="of_one_name:make")
         assert isinstance(agent.network[1], nn.ReLU)
-    with pytest.raises(AgentError, match=r"two/of_one_name.py: 'of_one_name' was imported from"):
+    with pytest.raises(
+        AgentError, match=r"two/of_one_name.py: 'of_one_name' was already imported from"
+    ):
         load_agent(tmp_path / "two", agent_factory="of_one_name:make")
     with pytest.raises(InputError, match="sys has no function 'nothing'"):
         load_agent(tmp_path / "one", agent_factory="sys:nothing")

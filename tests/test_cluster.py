@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -147,7 +148,12 @@ def test_where_workers_do_not_see_the_output_tables_travel_and_the_driver_writes
     cluster, definition, run_inline, tmp_path, monkeypatch
 ):
     cluster.add_node(num_cpus=2)
-    monkeypatch.setattr(driver.Job, "_output_for_workers", lambda self: "/not/mounted/there")
+    real = driver.Job.worker_spec
+
+    def elsewhere(job):
+        return dataclasses.replace(real(job), output_dir="/not/mounted/there")
+
+    monkeypatch.setattr(driver.Job, "worker_spec", elsewhere)
     out = tmp_path / "out"
     assert sweep(cluster, definition, out, num_actors=2).complete
     assert state_of(out) == state_of(run_inline(LAVA, definition, "--save", "metrics"))

@@ -45,7 +45,7 @@ def test_a_script_may_give_paths_and_lists_of_names(tmp_path):
         ({"watchdog_s": "1"}, "--watchdog_s: '1' is a str; a number is expected"),
         ({"metrics": 3}, "--metrics: 3 is a int; text is expected"),
         ({"output_dir": None}, "--output_dir is missing"),
-        ({"outputs": "x"}, "outputs: no option of run; valid: agent_path, "),
+        ({"outputs": "x"}, "outputs: unknown option of run; valid: agent_path, "),
         ({"memory_per_actor": "much"}, "'much' is not a size like 512M or 4G"),
         ({"batch_size": "x"}, "'x' is not auto or a number"),
     ],

@@ -216,7 +216,7 @@ def test_recorded_activations_that_lack_a_layer_are_refused_by_name(
              "--output_dir", tmp_path / "out", "--backend", "inline",
              "--source_activations", tmp_path / "a.npz")  # fmt: skip
     ended = command(*words)
-    assert ended.code == 2 and "give --direction denoising" in ended.err
+    assert ended.code == 2 and "add --direction denoising" in ended.err
     ended = command(*words, "--direction", "denoising")
     assert ended.code == 2 and "_features_extractor.mlp.0', which the definition needs" in ended.err
     assert not (tmp_path / "out").exists()
@@ -239,8 +239,8 @@ def test_a_damaged_compressed_archive_is_refused(tmp_path):
     [
         ({"a": {"input": ["1", "2"]}}, "not a number"),
         ({"a": {"input": [10**400, 1]}}, "not a number"),
-        ({"\ud800": {"input": [1, 2]}}, "cannot be printed"),
-        ({"a\nb": {"input": [1, 2]}}, "cannot be printed"),
+        ({"\ud800": {"input": [1, 2]}}, "holds unprintable characters"),
+        ({"a\nb": {"input": [1, 2]}}, "holds unprintable characters"),
     ],
 )
 def test_what_is_no_number_or_no_name_is_refused(tmp_path, rows, message):
@@ -267,7 +267,7 @@ def test_archives_and_arrays_that_lie_about_themselves_are_refused(tmp_path):
 def test_an_id_that_is_there_twice_or_missing_is_refused(tmp_path):
     twice = tmp_path / "twice.json"
     twice.write_text('{"a": {"input": [1]}, "b": {"input": [2]}, "a": {"input": [3]}}')
-    with pytest.raises(InputError, match=r"twice.json: not readable JSON: 'a' is there twice"):
+    with pytest.raises(InputError, match=r"twice.json: not readable JSON: 'a' appears twice"):
         read_observations(twice)
     table = pa.table({"input_id": ["a", None], "input": [[1.0], [2.0]]})
     pq.write_table(table, tmp_path / "null.parquet")

@@ -105,7 +105,7 @@ def test_a_torn_last_line_is_dropped_and_its_part_adopted_without_computing(
     (finished / "_SUCCESS").unlink()
     ended = resume(command, small, finished)
     assert ended.code == 0
-    assert "1 part that a run before had finished but not recorded: kept" in ended.err
+    assert "kept 1 part that an earlier run finished but did not record" in ended.err
     assert "= 0 passes" in ended.err
     assert state_of(finished) == expected
 
@@ -219,7 +219,7 @@ def test_status_tells_running_stopped_and_complete_and_what_to_type(command, sma
     more = ("--quiet", "--end_index", 11)
     assert resume(command, small, out, *more).code == 0
     stopped = command("status", out)
-    assert "stopped" in stopped.out and "the run's own command again" in stopped.out
+    assert "stopped" in stopped.out and "run the same command again" in stopped.out
     with another_run(out):
         assert json.loads(command("status", out, "--json").out)["state"] == "running"
     assert resume(command, small, out, "--quiet").code == 0

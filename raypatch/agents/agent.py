@@ -114,7 +114,7 @@ def make_agent(
     if not isinstance(output, torch.Tensor) or output.dim() != 2 or not output.shape[1]:
         shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise AgentError(
-            f"{origin}: the network gives {shape}, not one row of outputs an input; name the "
+            f"{origin}: the network gives {shape}, not one row of outputs per input; name the "
             "action network with --agent_output, or write an --agent_factory whose module gives "
             "the logits alone"
         )

@@ -42,7 +42,7 @@ def check_archive(source: Path | BinaryIO, origin: str) -> list[str]:
             raise AgentError(f"{origin}: member {member.filename[:100]!r} {fault}; refused")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise AgentError(f"{origin}: member {twice[:100]!r} is there twice; refused")
+        raise AgentError(f"{origin}: member {twice[:100]!r} appears twice; refused")
     unpacked, packed = (sum(getattr(m, k) for m in members) for k in ("file_size", "compress_size"))
     if unpacked > BOMB_BYTES and unpacked > BOMB_RATIO * max(packed, 1):
         raise AgentError(

@@ -26,8 +26,8 @@ def importable(*directories: Path, last: Path | None = None) -> Iterator[None]:
         for found in (d / f for d in folders for f in (f"{name}.py", f"{name}/__init__.py")):
             if found.is_file() and found != file:
                 raise AgentError(
-                    f"{found}: {name!r} was imported from {file} before, and Python has one module "
-                    "of a name; rename one, or load the two agents in processes of their own"
+                    f"{found}: {name!r} was already imported from {file}, and Python keeps one "
+                    "module per name; rename one, or load the two agents in separate processes"
                 )
     before, known = list(sys.path), set(sys.modules)
     after = [] if last is None else [str(last.resolve())]

@@ -21,8 +21,8 @@ ACTIONS = ("discrete", "continuous")
 PATTERNS = (("*.zip",), ("*.pt2",), ("*.ts",), ("*.safetensors",), ("*.pt", "*.pth"))
 
 ONE_OUTPUT = (
-    "one output: as the logit of an action it is always the same choice and most metrics are 0; if "
-    "it is a continuous action, say --actions continuous"
+    "one output: as the logit of a discrete action it always picks the same one, and most metrics "
+    "are 0; if it is a continuous action, pass --actions continuous"
 )
 
 
@@ -76,8 +76,7 @@ def _refuse_unused(file: Path, options: AgentOptions, taken: tuple[str, ...] = (
         if name not in taken and getattr(options, name) is not None:
             says = "its factory" if "agent_factory" in taken else "this kind of file itself"
             raise InputError(
-                f"{file}: leave out {name.removeprefix('agent_')!r} (--{name}): {says} says what "
-                "it is"
+                f"{file}: leave out {name.removeprefix('agent_')!r} (--{name}): {says} defines it"
             )
 
 

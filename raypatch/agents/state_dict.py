@@ -221,8 +221,8 @@ def load_tensors(source: Path | BinaryIO, origin: str) -> dict[str, torch.Tensor
         isinstance(value, torch.Tensor) for value in content.values()
     ):
         raise AgentError(
-            f"{origin}: holds no state dict (names to tensors) but {_outline(content)}; save the "
-            "agent's own alone"
+            f"{origin}: holds no state dict (names to tensors) but {_outline(content)}; save only "
+            "the agent's state dict"
         )
     return {
         str(name).replace("_orig_mod.", ""): value

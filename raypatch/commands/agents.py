@@ -87,7 +87,7 @@ SEARCH_OPTIONS = [
 @click.option(
     "--monotone",
     is_flag=True,
-    help="Stop where no candidate makes it stronger, or changes as many actions.",
+    help="Stop when no candidate makes it stronger while changing at least as many actions.",
 )
 @click.option(
     "--output_dir", type=LOCAL_PATH, default="coalition", show_default=True, metavar="DIR"

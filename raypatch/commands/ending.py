@@ -46,8 +46,8 @@ def _next_command(facts: dict[str, Any]) -> str:
         return f"raypatch status {where}"
     if facts["state"] == "stopped":
         if facts["verification_failed"]:
-            return "report this with your agent; --overwrite computes everything anew"
-        return "the run's own command again; it resumes where it stopped"
+            return "report this with your agent; --overwrite recomputes everything"
+        return "run the same command again; it resumes where it stopped"
     return f"raypatch rank {where}"
 
 

@@ -45,10 +45,10 @@ AGENT_OPTIONS = [
     click.option(
         "--trust_agent_code", is_flag=True, help="Allow running code from the agent's directory."
     ),
-    click.option("--actions", metavar="KIND", help="discrete or continuous, where files are mute."),
+    click.option("--actions", metavar="KIND", help="discrete or continuous, if no file says."),
 ]
 
-COMBINE_HELP = "Both directions: average, or maximum, the default of signed metrics."
+COMBINE_HELP = "Of the two directions the average, or the maximum (default of signed metrics)."
 INPUT_OPTIONS = [
     click.option(name, type=LOCAL_PATH, metavar="FILE", help="Default: in the agent's directory.")
     for name in ("--clean_inputs", "--corrupted_inputs")

@@ -26,7 +26,7 @@ FINISHED_WITH_FAILURES = 3
 @click.option("--type", "kind", required=True, type=click.Choice(KINDS), help="Kind of definition.")
 @click.option("--agent_path", type=LOCAL_PATH, metavar="DIR", help="Agent whose layers are read.")
 @click.option(
-    "--layer_structure", metavar="JSON|FILE", help="Layers and sizes; goes before the agent."
+    "--layer_structure", metavar="JSON|FILE", help="Layers and sizes, instead of the agent's own."
 )
 @click.option(
     "--group_size",
@@ -100,7 +100,7 @@ RUN_OPTIONS = [
     click.option("--backend", metavar="B", help="ray, or inline without Ray.  [default: ray]"),
     click.option("--verify", type=int, help="Experiments re-checked.  [default: 8]"),
     click.option(
-        "--max_failures", type=int, help="Quarantined experiments to bear.  [default: 100]"
+        "--max_failures", type=int, help="Quarantined experiments before giving up.  [default: 100]"
     ),
     click.option("--watchdog_s", type=float, help="Longest wait for an item.  [default: 600]"),
     click.option("--overwrite", is_flag=True, default=None, help="Replace another sweep there."),

@@ -126,7 +126,7 @@ class PatchRun:
         if any(x._version != version for x, version in self._versions):
             raise InputError(
                 "inputs have been written over since they were prepared: prepare them again, or "
-                "give copies"
+                "pass copies"
             )
         if isinstance(self._fill, GivenFill):
             self._fill.check({layer for group in plan.groups for layer, _ in group.signature})

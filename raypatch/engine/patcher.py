@@ -149,7 +149,7 @@ class Patcher:
         if kind not in SOURCE_KINDS:
             raise InputError(f"source kind {kind!r}: valid: {', '.join(SOURCE_KINDS)}")
         if target is None or (kind in ("pair", "given") and source is None):
-            raise InputError("patching needs target inputs, and source inputs for kind 'pair'")
+            raise InputError("patching needs a target, and for kind 'pair' or 'given' a source too")
         target_args = self._taken(target)
         n_inputs = count_inputs(target_args)
         source_args = None
@@ -158,8 +158,8 @@ class Patcher:
             sides = [(count_inputs(a), described(a)) for a in (source_args, target_args)]
             if sides[0] != sides[1]:
                 raise InputError(
-                    "every target input has its source input, of its shape: got {} of {} as "
-                    "source, {} of {} as target".format(*sides[0], *sides[1])
+                    "source and target need the same number of inputs, of the same shapes: got {} "
+                    "of {} as source, {} of {} as target".format(*sides[0], *sides[1])
                 )
         elif kind == "given" and not isinstance(source, Mapping):
             raise InputError(
@@ -302,8 +302,8 @@ class Patcher:
         if self._network is None:
             reason = f"; {not_captured}" if not_captured else ""
             raise InputError(
-                f"this copy is for inputs of {described(self._probe)}, not of "
-                f"{described(target)}; make a Patcher of the network itself{reason}"
+                f"this pickled copy takes inputs of {described(self._probe)} only, not of "
+                f"{described(target)}; make a new Patcher of the network{reason}"
             )
         probe = trial_inputs(target, telling)
         engine: Engine
@@ -374,8 +374,8 @@ def _why_no_layer(module: nn.Module) -> str:
     """Said of a module that no experiment can patch."""
     if owns_weights(module):
         return (
-            "is never called by the forward, or gives no tensor; where its weights are used, it "
-            "may be by another module"
+            "is never called by the forward, or gives no tensor (another module may use its "
+            "weights)"
         )
     kind = type(module).__name__
     return f"is a {kind}: only modules with a matrix or kernel as a parameter can be patched"

@@ -159,8 +159,8 @@ class StackedPrepared:
             other = "nothing" if source is None else list(source.shape)
             raise InputError(
                 f"layer {name!r} gives {list(output.shape)} for these targets and {other} for the "
-                "sources: which inputs it gets depends on their values, so that no value of the "
-                "source stands for one of the target"
+                "sources: which inputs reach it depends on their values, so source and target "
+                "cannot be matched"
             )
         return source
 

@@ -136,7 +136,7 @@ def _check_outputs(network: nn.Module, probe: Args, dtype: torch.dtype) -> None:
     if again.shape != output.shape or not is_kept or not _compared(again, output, dtype)[1]:
         raise InputError(
             "the network gives other outputs for the same inputs when it is called again: it draws "
-            "random numbers or changes what it holds; patching needs a forward that does neither"
+            "random numbers or updates its own state; patching needs a forward that does neither"
         )
 
 

@@ -39,7 +39,7 @@ def export(results: Results, form: str, by: str, output: str) -> Path:
     """
     target = Path(output)
     if form != "json" and by != "experiment":
-        raise InputError(f"--by {by}: chooses one of the json layouts; {form} has one file for all")
+        raise InputError(f"--by {by}: is for --format json only; {form} has one file for all")
     if target.exists():
         raise InputError(f"--output {output}: exists; choose a new directory")
     results.require_rows()

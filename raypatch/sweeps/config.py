@@ -79,7 +79,7 @@ def config_of(options: Mapping[str, Any]) -> RunConfig:
     types = {field.name: str(field.type).split(" | ")[0] for field in fields(RunConfig)}
     for name in options:
         if name not in types:
-            raise InputError(f"{name}: no option of run; valid: {', '.join(types)}")
+            raise InputError(f"{name}: unknown option of run; valid: {', '.join(types)}")
     for name in ("agent_path", "definition_file", "output_dir"):
         if options.get(name) is None:
             raise InputError(f"--{name} is missing; see raypatch run --help")
@@ -176,12 +176,12 @@ def check_options(config: RunConfig) -> None:
     if config.cpu_actors and (config.device == "cpu" or config.backend == "inline"):
         other = "--device cpu" if config.device == "cpu" else "--backend inline"
         raise InputError(
-            f"--cpu_actors {config.cpu_actors}: adds to actors on GPUs, which {other} has none of"
+            f"--cpu_actors {config.cpu_actors}: adds CPU actors to those on GPUs; {other} has none"
         )
     for name, own in (("address", None), ("num_actors", 1)):
         if config.backend == "inline" and (value := getattr(config, name)) not in (None, own):
             raise InputError(
-                f"--{name} {value}: --backend inline computes in its own process; leave out one"
+                f"--{name} {value}: --backend inline has no actors; leave out one of the two"
             )
     if config.source_activations is not None and config.source != "pair":
         raise InputError(
@@ -190,8 +190,8 @@ def check_options(config: RunConfig) -> None:
         )
     if config.source_activations is not None and config.direction == "both":
         raise InputError(
-            "--source_activations holds the activations of one side: give --direction denoising "
-            "where they are those of the clean inputs, noising where of the corrupted ones"
+            "--source_activations holds the activations of one side: add --direction denoising if "
+            "they are those of the clean inputs, noising if those of the corrupted ones"
         )
 
 
@@ -202,7 +202,7 @@ def check_config(config: RunConfig) -> None:
         config.output_dir.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"--output_dir {config.output_dir!r}: is not text; choose a name without such bytes"
+            f"--output_dir {config.output_dir!r}: is not valid UTF-8; choose another name"
         ) from None
     for name in ("definition_file", "agent_path"):
         place = getattr(config, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raypatch.definitions import Experiments
-from raypatch.errors import InputError, Interrupted, RaypatchError
+from raypatch.errors import Interrupted
 from raypatch.results import layout
 from raypatch.results.locks import ALL_EXPERIMENTS
 from raypatch.results.schema import Columns
@@ -23,15 +22,12 @@ from raypatch.sweeps.interruption import Interruption, signals_caught
 from raypatch.sweeps.progress import Progress, counted
 
 if TYPE_CHECKING:
-    from raypatch.actors import RayBackend
-    from raypatch.engine.patcher import Patcher
     from raypatch.results.reader import Results
-    from raypatch.sweeps.inline import InlineBackend
+    from raypatch.sweeps.planning import Plan
     from raypatch.sweeps.reading import Subject
-    from raypatch.sweeps.shipping import Shipment
     from raypatch.sweeps.sweep import Range
     from raypatch.sweeps.verification import Verifier
-    from raypatch.sweeps.work import Item
+    from raypatch.sweeps.work import Backend, Item
     from raypatch.sweeps.worker import WorkerSpec
 
 
@@ -45,7 +41,7 @@ def run_config(config: RunConfig, *, on_start: Callable[[str], None] | None = No
     from raypatch.actors import PoolOptions, RayBackend
     from raypatch.sweeps.inline import InlineBackend
 
-    backend: RayBackend | InlineBackend
+    backend: Backend
     if config.backend == "inline":
         backend = InlineBackend(config.device)
     else:
@@ -89,16 +85,14 @@ class Job:
     """One run from its config to its last commit."""
 
     subject: Subject
-    patcher: Patcher
+    planned: Plan
     ranges: list[Range]
     # Parts of a run before that have no record of being checked.
     adopted: tuple[layout.Receipt, ...]
     # A file that workers look for, to learn whether they see the output directory.
     beacon = ""
 
-    def __init__(
-        self, config: RunConfig, backend: RayBackend | InlineBackend, interruption: Interruption
-    ) -> None:
+    def __init__(self, config: RunConfig, backend: Backend, interruption: Interruption) -> None:
         from raypatch.results.store import open_store
 
         self.config = config
@@ -112,120 +106,14 @@ class Job:
 
         self.subject = read_subject(self.config)
 
-    # --------------------------------------------------------------------------- plan
-
     def plan(self) -> None:
         """Capture the network, settle device and items, and look at the output directory."""
-        import torch
-
         import raypatch.results.tables  # noqa: F401  (loads while Ray still starts)
-        from raypatch.engine.patcher import Patcher
-        from raypatch.sweeps import recovery, sweep
+        from raypatch.sweeps import recovery
+        from raypatch.sweeps.planning import plan_sweep
 
-        config, subject = self.config, self.subject
-        self.patcher = Patcher(
-            subject.agent.network,
-            dtype=getattr(torch, config.dtype),
-            device="cpu",
-            batch_rows=config.batch_size,
-            # An actor keeps the runs of every direction.
-            memory_bytes=config.memory_per_actor // len(subject.directions),
-        )
-        self.outputs_by_side = self._baselines()
-        self.backend.wait_started()
-        self.packed = self._packed_patcher()
-        self.identity = self._identity()
-        self.fingerprint = sweep.fingerprint(self.identity)
-        recovery.held_receipts(self.store, self.identity, overwrite=config.overwrite)
-        self.passes_each = len(subject.directions) * len(subject.inputs)
-        # One multiplication per weight is the least a forward costs.
-        self.item_length = sweep.item_length(
-            n_experiments=len(subject.experiments),
-            passes_each=self.passes_each,
-            operations=2 * sum(subject.agent.parameters.values()),
-            n_outputs=subject.agent.output_size,
-            device_class=self.device_class,
-        )
-
-    @property
-    def device_class(self) -> str:
-        """Where passes are computed: what results depend on in their last digits."""
-        return self.backend.device + ("+cpu" if self.config.cpu_actors else "")
-
-    def _baselines(self) -> dict[str, Any]:
-        """Unpatched outputs by side; also settles how the network is captured."""
-        import torch
-
-        inputs = self.subject.inputs
-        target, *others = map(torch.from_numpy, inputs.sides.values())
-        # Both sides together where there are two: one may be the same throughout and tell little.
-        try:
-            if others:
-                run = self.patcher.prepare(others[0], target)
-            else:
-                run = self.patcher.prepare(target=target, kind="zero")
-        except InputError as error:
-            raise self._of_an_input(error) from error
-        baselines = [run.baseline, run.source_baseline][: len(inputs.sides)]
-        found = {side: b.numpy() for side, b in zip(inputs.sides, baselines) if b is not None}
-        for side, outputs in found.items():
-            bad = np.flatnonzero(~np.isfinite(outputs).all(1))
-            if len(bad):
-                raise InputError(
-                    f"{side} input {inputs.ids[bad[0]]!r}: the agent's own output holds NaN "
-                    "or infinity; leave this input out (--input_ids), or check the agent (actions "
-                    "are masked by a large number, as -1e8)"
-                )
-        return found
-
-    def _of_an_input(self, error: InputError) -> InputError:
-        """The error of the first input on which the network fails alone; where it fails on all, or
-        on none, that is no input's fault."""
-        import torch
-
-        from raypatch.engine.trial import network_output
-
-        inputs, faults = self.subject.inputs, []
-        for side, values in inputs.sides.items():
-            for i, name in enumerate(inputs.ids):
-                try:
-                    network_output(self.subject.agent.network, (torch.from_numpy(values[[i]]),))
-                except InputError as alone:
-                    faults.append(f"{side} input {name!r}: {alone}")
-        is_all = len(faults) == len(inputs.sides) * len(inputs)
-        return InputError(faults[0]) if faults and not is_all else error
-
-    def _identity(self) -> dict[str, Any]:
-        """Everything that decides the numbers and files; no time, machine or actor count."""
-        from raypatch.engine.identity import network_digest
-        from raypatch.sweeps import sweep
-
-        config, subject = self.config, self.subject
-        inputs, given = subject.inputs, subject.given
-        return {
-            "format_version": layout.FORMAT_VERSION,
-            "agent": sweep.files_digest(subject.agent.files),
-            "network": network_digest(subject.agent.network, self.patcher.graph),
-            "inputs": sweep.sha256_of(
-                json.dumps(inputs.ids).encode(), *(inputs.sides[s] for s in sorted(inputs.sides))
-            ),
-            "sides": list(inputs.sides),
-            "definition": sweep.definition_digest(subject.experiments),
-            "n_experiments": len(subject.experiments),
-            "layers": subject.agent.neuron_counts,
-            "directions": list(subject.directions),
-            "source": subject.source_kind,
-            "source_activations": sweep.sha256_of(
-                *(part for name in sorted(given) for part in (name.encode(), given[name]))
-            ),
-            "seed": config.seed,
-            "metrics": list(subject.metrics),
-            "save": config.save,
-            "compression": config.compression,
-            "dtype": config.dtype,
-            "batch_size": config.batch_size,
-            "device_class": self.device_class,
-        }
+        self.planned = plan_sweep(self.config, self.subject, self.backend)
+        recovery.held_receipts(self.store, self.planned.identity, overwrite=self.config.overwrite)
 
     # --------------------------------------------------------------------------- open
 
@@ -234,7 +122,7 @@ class Job:
         """The output directory held against other runs, in order, and described."""
         from raypatch.sweeps import recovery, sweep
 
-        store, config, subject = self.store, self.config, self.subject
+        store, config, subject, planned = self.store, self.config, self.subject, self.planned
         store.make(*([layout.SHARDS] if config.save != "summary" else []), layout.SUMMARY)
         wanted = subject.wanted
         held = (0, ALL_EXPERIMENTS) if config.overwrite else (wanted.first, wanted.last)
@@ -242,10 +130,10 @@ class Job:
             if config.overwrite:
                 recovery.clear(store)
             # Another run may have come and gone since the plan was made.
-            receipts = recovery.held_receipts(store, self.identity, overwrite=config.overwrite)
+            receipts = recovery.held_receipts(store, planned.identity, overwrite=config.overwrite)
             expected = recovery.Expected(
-                self.fingerprint, config.save, self.passes_each, len(subject.directions),
-                self.item_length,
+                planned.fingerprint, config.save, planned.passes_each, len(subject.directions),
+                planned.item_length,
             )  # fmt: skip
             found = recovery.survey(store, expected, receipts, wanted)
             for note in found.notes():
@@ -271,55 +159,47 @@ class Job:
     def _describe_sweep(self) -> None:
         """Write what describes the sweep, unless a run before has done so and it is still that."""
         from raypatch.results import tables
-        from raypatch.results.store import digest_of
-        from raypatch.sweeps import records, recovery
+        from raypatch.sweeps import records
 
-        store, config, subject = self.store, self.config, self.subject
+        store, subject = self.store, self.subject
 
         def write_baselines() -> None:
             baselines = tables.baseline_table(
-                self.outputs_by_side, subject.inputs.ids, discrete=subject.agent.discrete
+                self.planned.outputs_by_side, subject.inputs.ids, discrete=subject.agent.discrete
             )
-            store.write(layout.BASELINES, tables.file_bytes(baselines, config.compression))
+            store.write(layout.BASELINES, tables.file_bytes(baselines, self.config.compression))
 
-        with store.changing():
-            content = store.read(layout.SWEEP)
-            held = None if content is None else layout.parse_sweep(content)
-            digests = {}
-            writers: dict[str, Callable[[], None]] = {
-                layout.EXPERIMENTS: lambda: records.write_experiments(store, subject.experiments),
-                layout.BASELINES: write_baselines,
-            }
-            for name, write in writers.items():
-                if held is None or recovery.description_fault(store, held, name) is not None:
-                    write()
-                digests[name] = digest_of(store, name)
-            if held is not None:
-                if held.get(layout.DIGESTS) != digests:
-                    records.write_sweep(store, held | {layout.DIGESTS: digests})
-                return
-            path = str(Path(config.agent_path).resolve())
-            record = {
-                "format_version": layout.FORMAT_VERSION,
-                "fingerprint": self.fingerprint,
-                "identity": self.identity,
-                "options": asdict(config),
-                "agent": records.agent_record(subject.agent, path, self.patcher.path),
-                "definition_file": _absolute(config.definition_file),
-                "input_files": [str(path.resolve()) for path in subject.inputs.files],
-                "input_ids": list(subject.inputs.ids),
-                "n_outputs": subject.agent.output_size,
-                "item_length": self.item_length,
-                "units": self._units(),
-                "device": self.backend.device,
-                "precision": f"{config.dtype}, TF32 off",
-                "backend": self.backend.name,
-                "started": records.local_time(time.time()),
-                "versions": records.software_versions(),
-                layout.DIGESTS: digests,
-                "runs": [],
-            }
-            records.write_sweep(store, record)
+        writers = {
+            layout.EXPERIMENTS: lambda: records.write_experiments(store, subject.experiments),
+            layout.BASELINES: write_baselines,
+        }
+        records.describe(store, self._record(), writers)
+
+    def _record(self) -> dict[str, Any]:
+        """The record of a new sweep, ``sweep.json``."""
+        from raypatch.sweeps import records
+
+        config, subject, planned = self.config, self.subject, self.planned
+        path = str(Path(config.agent_path).resolve())
+        return {
+            "format_version": layout.FORMAT_VERSION,
+            "fingerprint": planned.fingerprint,
+            "identity": planned.identity,
+            "options": asdict(config),
+            "agent": records.agent_record(subject.agent, path, planned.patcher.path),
+            "definition_file": _absolute(config.definition_file),
+            "input_files": [str(path.resolve()) for path in subject.inputs.files],
+            "input_ids": list(subject.inputs.ids),
+            "n_outputs": subject.agent.output_size,
+            "item_length": planned.item_length,
+            "units": self._units(),
+            "device": self.backend.device,
+            "precision": f"{config.dtype}, TF32 off",
+            "backend": self.backend.name,
+            "started": records.local_time(time.time()),
+            "versions": records.software_versions(),
+            "runs": [],
+        }
 
     def describe(self) -> str:
         """One line on what is about to run."""
@@ -336,8 +216,8 @@ class Job:
         return (
             f"{subject.agent.loaded_as}\n{notes}"
             f"{counted(left, 'experiment')} x {pairs} x {directions} "
-            f"= {left * self.passes_each:,} passes{resumed}; "
-            f"{self.patcher.path}, {config.dtype} on {self.device_class}"
+            f"= {left * self.planned.passes_each:,} passes{resumed}; "
+            f"{self.planned.patcher.path}, {config.dtype} on {self.planned.device_class}"
         )
 
     # ------------------------------------------------------------------------- compute
@@ -349,13 +229,13 @@ class Job:
         from raypatch.sweeps.work import Item, Work
 
         config, subject = self.config, self.subject
-        n_items = sweep.count_items(self.ranges, self.item_length)
-        items = (Item(*cut) for cut in sweep.cut(self.ranges, self.item_length))
+        n_items = sweep.count_items(self.ranges, self.planned.item_length)
+        items = (Item(*cut) for cut in sweep.cut(self.ranges, self.planned.item_length))
         work = Work(
             self.worker_spec(), items, n_items, self.experiments_of, lambda: bool(self.interruption)
         )
         n_left = sum(map(len, self.ranges))
-        with Progress(n_left, self.passes_each, quiet=config.quiet) as progress:
+        with Progress(n_left, self.planned.passes_each, quiet=config.quiet) as progress:
             committer = Committer(
                 self.store, subject.experiments, subject.wanted, self.verifier(), progress,
                 config.max_failures,
@@ -398,7 +278,7 @@ class Job:
 
         config, subject = self.config, self.subject
         return WorkerSpec(
-            patcher=self.packed,
+            patcher=self.planned.packed,
             sides=subject.inputs.sides,
             directions=subject.directions,
             source_kind=subject.source_kind,
@@ -408,7 +288,7 @@ class Job:
             columns=Columns(subject.agent.output_size, subject.metrics, config.save),
             metadata={
                 "format_version": layout.FORMAT_VERSION,
-                "fingerprint": self.fingerprint,
+                "fingerprint": self.planned.fingerprint,
                 "layers": subject.agent.neuron_counts,
                 "units": self._units(),
             },
@@ -418,19 +298,6 @@ class Job:
             samples=choose_sample(self.ranges, config.verify, config.seed),
             device=self.backend.device,
         )
-
-    def _packed_patcher(self) -> Shipment:
-        """The captured network; what is left of the user's own code in it travels by value."""
-        folders = [Path(self.config.agent_path).resolve(), Path.cwd()]
-        try:
-            return self.backend.packed(self.patcher, folders)
-        except RaypatchError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"--agent_path {self.config.agent_path}: the network cannot be sent to actors "
-                f"({type(error).__name__}: {error}); use --backend inline"
-            ) from None
 
     def _units(self) -> dict[str, str]:
         from raypatch.metrics.formulas import METRICS

@@ -45,7 +45,7 @@ class InlineBackend:
         self.device = "cuda" if available and self._wanted != "cpu" else "cpu"
 
     def outcomes(self, work: Work) -> Generator[Outcome | Quarantined | Tick, None, None]:
-        """See :meth:`RayBackend.outcomes`; one item at a time."""
+        """See :class:`Backend`; one item at a time."""
         import torch
 
         from raypatch.sweeps.worker import Worker

@@ -58,7 +58,7 @@ def read_subject(config: RunConfig) -> Subject:
     inputs = read_inputs(paths, shape, input_ids=ids)
     if config.source == "resample" and len(inputs) == 1:
         raise InputError(
-            f"--source resample: takes another input, and there is only {inputs.ids[0]!r}"
+            f"--source resample: needs at least two inputs; there is only {inputs.ids[0]!r}"
         )
     directions = _directions(config, inputs)
     recorded = config.source_activations

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
 from raypatch.results import layout
-from raypatch.results.store import Store
+from raypatch.results.store import Store, digest_of
+from raypatch.sweeps import recovery
 
 if TYPE_CHECKING:
     from raypatch.agents.agent import Agent
@@ -49,6 +50,23 @@ def local_time(seconds: float) -> str:
 
 def write_sweep(store: Store, record: Mapping[str, Any]) -> None:
     store.write(layout.SWEEP, json.dumps(record, indent=2).encode())
+
+
+def describe(
+    store: Store, record: Mapping[str, Any], writers: Mapping[str, Callable[[], None]]
+) -> None:
+    """Write ``sweep.json`` and, each by its writer, the files that describe a sweep beside it; what
+    an earlier run has left of these whole stays."""
+    with store.changing():
+        content = store.read(layout.SWEEP)
+        held = None if content is None else layout.parse_sweep(content)
+        digests = {}
+        for name, write in writers.items():
+            if held is None or recovery.description_fault(store, held, name) is not None:
+                write()
+            digests[name] = digest_of(store, name)
+        if held is None or held.get(layout.DIGESTS) != digests:
+            write_sweep(store, {**(held or record), layout.DIGESTS: digests})
 
 
 def add_run(store: Store, ending: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ import pyarrow as pa
 from raypatch.errors import InputError
 from raypatch.results import layout
 from raypatch.results.store import PARTIAL, Store, digest_of
+from raypatch.sweeps.progress import counted
 from raypatch.sweeps.sweep import Range, check_identity, unreadable_records
 
 HASHING_THREADS = 4
@@ -64,9 +65,9 @@ def held_receipts(
     check_identity(held, identity, store.location, "sweep")
     if layout.DISTRUSTED in record:
         raise InputError(
-            f"--output_dir {store.location}: a run before failed its verification, so what lies "
-            f"there is not to be trusted ({record[layout.DISTRUSTED]}); choose a new directory, "
-            "or --overwrite to compute everything anew"
+            f"--output_dir {store.location}: an earlier run failed its verification, so its "
+            f"results cannot be trusted ({record[layout.DISTRUSTED]}); choose a new directory, or "
+            "--overwrite to compute everything anew"
         )
     beyond = next((r for r in receipts if r.last > identity["n_experiments"]), None)
     if beyond is not None:
@@ -97,8 +98,8 @@ class Survey:
         for receipt, reason in self.broken.items():
             yield f"{receipt.part}: {reason}; its experiments are computed again"
         if self.adopted:
-            parts = "1 part" if len(self.adopted) == 1 else f"{len(self.adopted)} parts"
-            yield f"{parts} that a run before had finished but not recorded: kept"
+            parts = counted(len(self.adopted), "part")
+            yield f"kept {parts} that an earlier run finished but did not record"
 
 
 @dataclass(frozen=True)

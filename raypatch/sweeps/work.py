@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from raypatch.results import layout
 from raypatch.sweeps.pool import Failed
 
 if TYPE_CHECKING:
+    from raypatch.sweeps.shipping import Shipment
     from raypatch.sweeps.worker import WorkerSpec
 
 
@@ -104,3 +106,24 @@ def verdict(failed: Failed[Item], error: str) -> Quarantined:
             f"computed alone: {error}; run the same command again to resume"
         )
     return Quarantined(failed.item.first, error, failed.tries)
+
+
+class Backend(Protocol):
+    """Where the work is done; entered before anything is read, so that it may start meanwhile."""
+
+    name: str
+    device: str  # "cpu" or "cuda", settled once it has started
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def wait_started(self) -> None:
+        """Wait until the device is known; raises InputError or RunError where there is none."""
+
+    def packed(self, value: Any, folders: Sequence[Path]) -> Shipment:
+        """A value for workers, with the user's code from these folders where they lack it."""
+
+    def outcomes(self, work: Work) -> Generator[Outcome | Quarantined | Tick, None, None]:
+        """Outcomes as items finish, verdicts on experiments that cannot be computed, and a tick at
+        least every fraction of a second."""
