@@ -391,14 +391,16 @@ class _Gauges:
         from ray.util import metrics
 
         self._passes = metrics.Counter("raypatch_passes", "Patched forwards that are computed.")
-        self._rows = metrics.Counter("raypatch_rows", "Rows of shards.")
+        self._rows = metrics.Counter("raypatch_rows", "Rows written to shards.")
         self._retries = metrics.Gauge("raypatch_retries", "Tries that failed, and lost actors.")
         self._in_flight = metrics.Gauge("raypatch_items_in_flight", "Items sent, not answered.")
 
     def note(self, outcome: Outcome) -> None:
-        if outcome.receipt.rows:
-            self._passes.inc(outcome.receipt.rows)
-            self._rows.inc(outcome.receipt.rows)
+        receipt = outcome.receipt
+        if receipt.rows:
+            self._passes.inc(receipt.rows)
+            if receipt.bytes is not None:  # none are written with --save summary
+                self._rows.inc(receipt.rows)
 
     def show(self, dispatch: Dispatch[Item]) -> None:
         self._retries.set(dispatch.retries + dispatch.node_losses)

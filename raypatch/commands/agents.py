@@ -106,6 +106,7 @@ def coalition(
     **given: Any,
 ) -> None:
     """Greedy search for neurons that move the outputs together; resumes where it stopped."""
+    from raypatch.results.analysis import usual_combination
     from raypatch.searches.coalition import SearchOptions, Step, find_coalition
 
     shown = []
@@ -116,8 +117,6 @@ def coalition(
         click.echo(
             f"{step.size:3}  {step.layer}_neuron_{step.neuron}  {metric} {step.score:.4g}{flips}"
         )
-
-    from raypatch.results.analysis import usual_combination
 
     combine = combine or usual_combination(metric)
     options = SearchOptions(metric, candidates, direction, combine, against, monotone)

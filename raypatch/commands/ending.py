@@ -22,7 +22,7 @@ def status_of(results: Results) -> dict[str, Any]:
         "state": _state(results),
         "experiments": n_experiments,
         "experiments_committed": done,
-        "rows": sum(r.rows for r in results.receipts) if results.has_rows else 0,
+        "rows": results.n_rows,
         "bytes": sum((r.bytes or 0) + r.summary_bytes for r in results.receipts),
         "items_committed": len(results.receipts),
         "quarantined": [asdict(failure) for failure in results.failures],

@@ -16,6 +16,8 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from raypatch.definitions import OUTPUT_LOGITS
+
 Args = tuple[Any, ...]
 WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 # Called with the number of the layer's call within one forward and the layer's output;
@@ -240,8 +242,6 @@ def record_activations(network: nn.Module, args: Args, names: list[str]) -> dict
 
     The key ``output_logits`` holds the network's own output.
     """
-    from raypatch.definitions import OUTPUT_LOGITS
-
     taken: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def recorder(name: str) -> Hook:

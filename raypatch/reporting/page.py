@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from raypatch.errors import InputError, missing_package
-from raypatch.reporting.gather import Gathered, gather, ordered_layers
+from raypatch.reporting.gather import MAX_STRIP_INPUTS, Gathered, gather, ordered_layers
 from raypatch.results.analysis import LIKENESS, SIGNED, strength
 from raypatch.results.reader import DEFAULT_METRIC, Results
 from raypatch.sweeps.progress import counted, duration, short_number
@@ -82,7 +82,7 @@ def _data(results: Results, found: Gathered) -> dict[str, Any]:
             m: {index: _listed(values) for index, values in strips.items()}
             for m, strips in found.strips.items()
         },
-        "input_ids": results.sweep["input_ids"][:200],
+        "input_ids": results.sweep["input_ids"][:MAX_STRIP_INPUTS],
         "flips": {d: counts.tolist() for d, counts in found.flips.items()},
         "n_experiments": found.n_experiments,
         "sampled": sorted(found.sampled),
@@ -122,17 +122,15 @@ def _listed(values: Any) -> list[float | None]:
 
 def _facts(results: Results) -> str:
     record, runs = results.sweep, results.sweep["runs"]
-    rows = sum(receipt.rows for receipt in results.receipts)
-    committed = sum(receipt.last - receipt.first for receipt in results.receipts)
     facts = {
         "agent": record["agent"]["loaded_as"],
         "network": f"{record['agent']['engine']}; outputs: {record['n_outputs']}",
-        "experiments": f"{committed:,} of {record['identity']['n_experiments']:,} committed, of "
-        f"{Path(record['definition_file']).name}",
+        "experiments": f"{results.n_tried:,} of {record['identity']['n_experiments']:,} "
+        f"committed, of {Path(record['definition_file']).name}",
         "pairs": f"{len(record['input_ids']):,}, {' and '.join(results.directions)}, "
         f"source: {record['identity']['source']}",
         "state": "complete" if results.complete else "not complete yet",
-        "rows": f"{rows:,}",
+        "rows": f"{results.n_rows:,}",
         "precision": f"{record['precision']} on {record['device']}",
     }
     if runs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -193,7 +193,7 @@ class _Part:
     values: np.ndarray
     lows: np.ndarray
     highs: np.ndarray
-    rates: np.ndarray = field(repr=False)
+    rates: np.ndarray
 
 
 def _parts(

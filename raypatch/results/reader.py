@@ -108,7 +108,7 @@ class Results:
 
     def dataset(self) -> pyarrow.dataset.Dataset:
         """All committed rows as one Arrow dataset, nothing read yet."""
-        if self.sweep["identity"]["save"] == "summary":
+        if not self.has_rows:
             raise InputError(f"{self.path}: was run with --save summary and holds no rows")
         import pyarrow.dataset  # brings pandas along, where that is installed
 
@@ -148,6 +148,11 @@ class Results:
     def has_rows(self) -> bool:
         """Whether the run kept rows, not summaries only."""
         return bool(self.sweep["identity"]["save"] != "summary")
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all shards."""
+        return sum(receipt.rows for receipt in self.receipts) if self.has_rows else 0
 
     def rows_of(self, indices: Sequence[int], columns: list[str]) -> dict[int, pa.Table]:
         """Rows of some experiments, in the order of direction and input; others are not read
