@@ -142,7 +142,7 @@ class Routes(nn.Module):
 def test_as_many_inputs_of_a_layer_on_both_sides_need_not_be_the_same():
     one, other = torch.tensor([[1.0, 2.0]]), torch.tensor([[-1.0, 3.0]])
     network, experiments = Routes(), [{"experts.1": [0]}]
-    with pytest.raises(InputError, match="which inputs it gets depends on their values"):
+    with pytest.raises(InputError, match="which inputs reach it depends on their values"):
         Patcher(network)(experiments, torch.cat([one, other]), torch.cat([other, one]))
     found = Patcher(network)(experiments, 2 * one, one)
     check_equal(found, reference_outputs(network, experiments, 2 * one, one), torch.float32)

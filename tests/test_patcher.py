@@ -164,8 +164,8 @@ def test_unknown_layers_and_neurons_are_refused():
         (None, (torch.randn(4, 6), torch.randn(4, 6)), "zero", "fails on inputs of .*takes 2"),
         (None, torch.randn(1, 6), "resample", "'resample' takes another input; there is only one"),
         (torch.randn(4, 6), torch.randn(4, 6), "given", "maps layers to recorded .*got Tensor"),
-        (None, torch.randn(4, 6), "pair", "needs target inputs, and source"),
-        (None, None, "zero", "needs target inputs"),
+        (None, torch.randn(4, 6), "pair", "needs a target, and for kind .* a source"),
+        (None, None, "zero", "needs a target"),
         (None, torch.randn(0, 6), "zero", "number of inputs above 0"),
         (None, torch.randn(4, 6), "other", "source kind 'other'"),
     ],
@@ -225,7 +225,9 @@ def test_longer_sequences_in_a_later_call_are_captured_anew_but_not_by_a_copy():
     assert patcher.path.startswith("incremental")
     copied = pickle.loads(pickle.dumps(patcher))
     assert torch.equal(copied(experiments, *longer), found)
-    with pytest.raises(InputError, match=r"for inputs of float32 \[inputs, 10\], not of .*6\]"):
+    with pytest.raises(
+        InputError, match=r"takes inputs of float32 \[inputs, 10\] only, not of .*6\]"
+    ):
         copied(experiments, source, target)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 import raypatch
-from raypatch.sweeps.shipping import pack, unpack
+from raypatch.sweeps.shipping import pack, tensor_on, unpack
+from raypatch.sweeps.worker import source_and_target
 
 
 def test_weights_leave_the_pickle_and_come_back_on_the_same_memory():
@@ -39,3 +41,28 @@ def test_a_patcher_on_read_only_memory_gives_the_same_numbers():
     for array in shipment.arrays:
         array.flags.writeable = False
     torch.testing.assert_close(unpack(shipment)(experiments, source, target), expected)
+
+
+@pytest.mark.parametrize("offset", [0, 8, 24])
+def test_tensors_begin_where_torchs_own_do_and_lie_on_the_arrays_memory_where_that_does(offset):
+    raw = np.zeros(256, np.uint8)
+    start = -raw.ctypes.data % 64 + offset
+    array = raw[start : start + 80].view(np.float32)
+    array[:] = np.arange(20)
+    tensor = tensor_on(array)
+    assert tensor.data_ptr() % 64 == 0 and tensor.tolist() == list(range(20))
+    assert (tensor.data_ptr() == array.ctypes.data) == (offset == 0)
+
+
+def test_what_a_worker_computes_does_not_depend_on_where_its_inputs_lie():
+    raw = np.zeros(1024, np.uint8)
+    start = -raw.ctypes.data % 64 + 8  # as Ray lays small arrays
+    clean = raw[start : start + 140].view(np.float32).reshape(7, 5)
+    clean[:] = np.random.default_rng(0).normal(size=(7, 5))
+    source, target = source_and_target(
+        {"clean": clean, "corrupted": clean}, "denoising", "pair", {}
+    )
+    assert source.data_ptr() % 64 == target.data_ptr() % 64 == 0
+    _, target = source_and_target({"corrupted": clean}, "denoising", "zero", {})
+    given, _ = source_and_target({"corrupted": clean}, "denoising", "given", {"a": clean})
+    assert given["a"].data_ptr() % 64 == target.data_ptr() % 64 == 0

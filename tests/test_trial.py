@@ -306,7 +306,7 @@ class Routes(nn.Module):
 def test_a_layer_that_gets_other_inputs_on_the_other_side_is_named():
     target = torch.tensor([[1.0, 2], [1, 3], [-1, 2], [-1, 1]])
     source = torch.tensor([[1.0, 1], [-1, 1], [-1, 2], [-1, 0]])
-    with pytest.raises(InputError, match="layer 'one' gives .* which inputs it gets depends"):
+    with pytest.raises(InputError, match="layer 'one' gives .* which inputs reach it depends"):
         raypatch.patch(Routes(), [{"one": [0]}], source, target)
 
 

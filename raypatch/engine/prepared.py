@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine import dense_ops
+from raypatch.engine.cancelling import LARGE, Magnitudes
 from raypatch.engine.graph import CaptureError, Graph, InputsMeetError, Node
 from raypatch.engine.input_axes import (
     entries_at,
@@ -28,17 +28,15 @@ from raypatch.engine.input_axes import (
     per_input,
     shape_of,
 )
-from raypatch.engine.layers import Args
+from raypatch.engine.layers import Args, tensors_in
 from raypatch.engine.plan import Group, Selection
 from raypatch.engine.scratch import Scratch
 from raypatch.engine.sources import Fill
 from raypatch.engine.structure import BASE, SOURCE, SPARSE, Program, Step, Structure
 from raypatch.engine.values import Batch, Sparse
 
-# An update of an output this large may leave so little of it that its rounding errors show: a
-# result that is that many times smaller has lost as many of its digits.
-LARGE_OUTPUT = 8.0
-CANCELLATION = 16
+# Elements of rows that are computed whole at a time, where an update would leave rounding errors.
+WHOLE_ELEMENTS = 1 << 22
 # Rows are compacted when fewer than this share of them change and what follows costs at
 # least this many multiplications a row; else copying them costs more than it saves.
 COMPACT_SHARE = 0.9
@@ -46,12 +44,6 @@ COMPACT_WORK = 2048
 # Experiments that change nothing are left out of the batches when so many dense elements are
 # saved; else finding the others costs more.
 LEAVE_OUT_ELEMENTS = 1 << 18
-
-
-def _sizes(node: Node, value: Tensor) -> Tensor:
-    """The largest number of each of the node's places, along the axis of its own neurons."""
-    axis = 1 if isinstance(node.target, _ConvNd) else -1
-    return value.abs().amax(axis)  # torch's own norm of this kind takes ten times as long
 
 
 def _true_places(mask: Tensor) -> Tensor:
@@ -100,7 +92,7 @@ class Prepared:
             self.source_baseline = self.source_values[-1]
         self._chains: dict[int, dict[int, Sparse]] = {}
         self._changes: dict[tuple[int, tuple[int, ...]], Changes] = {}
-        self._sizes: dict[int, Tensor | None] = {}
+        self._magnitudes: dict[int, Magnitudes] = {}
 
     def _check_inputs_lie_apart(self) -> None:
         """Inputs must run along one axis of every value; else rows cannot be told apart."""
@@ -294,10 +286,13 @@ class Prepared:
         if step.spread is not None and self.changes(step.spread.entry, program).is_finite:
             sparse = self.chain(step.spread.entry)[step.spread.node]
             index = batch.index[program.patched[step.spread.entry]]
+            emptied = self._emptied(step, program, sparse, index, batch)
             structured = step.spread.rule(self, node, sparse, index, batch)
-            if structured is not None and not self._cancels(node, structured):
+            if structured is not None:
+                if emptied is not None:
+                    self._compute_whole(step, program, batch, emptied, structured)
                 # A lone update has added exactly zero to unchanged rows.
-                batch.unchanged_are_exact = len(program.steps) == 1
+                batch.unchanged_are_exact = len(program.steps) == 1 and emptied is None
                 if batch.rows is None:
                     return structured.flatten(0, 1)
                 entries = sparse.of.per_input
@@ -314,22 +309,36 @@ class Prepared:
             )
         return step.operation.call(values.__getitem__)
 
-    def _cancels(self, node: Node, structured: Tensor) -> bool:
-        """Whether adding patches to the base output has left little but its rounding errors in some
-        row of ``[E, N, ...]``.
+    def _emptied(
+        self, step: Step, program: Program, sparse: Sparse, index: Selection, batch: Batch
+    ) -> Tensor | None:
+        """Flat indices e * N + n of the rows for which an update is not exact enough; None where
+        there are none."""
+        assert step.spread is not None
+        node = step.node
+        if node.index not in self._magnitudes:
+            weights = self.scratch.weights(node) if node.op == "module" else None
+            self._magnitudes[node.index] = Magnitudes(self, node, weights)
+        magnitudes = self._magnitudes[node.index]
+        if program.is_gentle and magnitudes.largest < LARGE:
+            return None
+        emptied = magnitudes.emptied(step.spread.rule, node, sparse, index, batch)
+        rows = None if emptied is None else _true_places(emptied)
+        return None if rows is None or not len(rows) else rows
 
-        So it is where few neurons make up nearly all of an output and a patch takes them away; the
-        operation is then run whole.
-        """
-        if node.index not in self._sizes:
-            base: Tensor = self.base_values[node.index]
-            small = float(base.abs().max()) < LARGE_OUTPUT
-            self._sizes[node.index] = None if small else _sizes(node, base)
-        size = self._sizes[node.index]
-        if size is None:
-            return False
-        left = _sizes(node, structured.flatten(0, 1)).view(len(structured), *size.shape)
-        return bool((left * CANCELLATION < size).any())
+    def _compute_whole(
+        self, step: Step, program: Program, batch: Batch, rows: Tensor, structured: Tensor
+    ) -> None:
+        """Write these rows into the node's output ``[E, N * A, ...]``, each from all its inputs."""
+        into = structured.view(batch.n_experiments * batch.n_inputs, -1, *structured.shape[2:])
+        inputs = tensors_in([self.structure.sample[i] for i in step.node.inputs])
+        at_a_time = max(1, WHOLE_ELEMENTS // max(1, sum(value.numel() for value in inputs)))
+        for start in range(0, len(rows), at_a_time):
+            some = rows[start : start + at_a_time]
+            part = Batch(batch.n_experiments, batch.n_inputs, batch.index, some)
+            values = {i: self._rows(i, program, part, {}) for i in step.node.inputs}
+            found = step.node.call(values.__getitem__)
+            into.index_copy_(0, some, found.reshape(len(some), *into.shape[1:]))
 
     def _rows(self, index: int, program: Program, batch: Batch, dense: dict[int, Any]) -> Any:
         """A node's value as rows of the batch, whatever its kind."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.arguments import inputs_between
+from raypatch.engine.cancelling import are_gentle
 from raypatch.engine.chains import Chains
 from raypatch.engine.decisions import SIZED_BY_VALUES
 from raypatch.engine.faster import faster
@@ -94,6 +95,7 @@ class Program:
     ends: dict[int, tuple[int, ...]]  # patched node to where its patch alone is no longer all
     row_elements: int  # of all dense values of one row
     work_after: int  # multiplications a row after the first dense step
+    is_gentle: bool  # no operation on dense rows makes a large error of a small one
 
 
 class Structure:
@@ -226,6 +228,7 @@ class Structure:
             row_elements=sum(_numel(self.sample[s.node.index]) for s in steps)
             + _numel(self.sample[self.output]),
             work_after=sum(self._work(step.node) for step in steps[1:]),
+            is_gentle=are_gentle(needed, lambda i: kinds[i] not in (BASE, SOURCE)),
         )
 
     def _kind(self, index: int, kinds: dict[int, Kind]) -> Kind:

@@ -20,7 +20,7 @@ from raypatch.results import layout
 from raypatch.sweeps import sweep
 from raypatch.sweeps.config import RunConfig
 from raypatch.sweeps.reading import Subject
-from raypatch.sweeps.shipping import Shipment
+from raypatch.sweeps.shipping import Shipment, tensor_on
 from raypatch.sweeps.work import Backend
 
 
@@ -73,7 +73,7 @@ def plan_sweep(config: RunConfig, subject: Subject, backend: Backend) -> Plan:
 def _baselines(patcher: Patcher, subject: Subject) -> dict[str, np.ndarray]:
     """Unpatched outputs by side; also settles how the network is captured."""
     inputs = subject.inputs
-    target, *others = map(torch.from_numpy, inputs.sides.values())
+    target, *others = map(tensor_on, inputs.sides.values())
     # Both sides together where there are two: one may be the same throughout and tell little.
     try:
         if others:

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 
 
+ALIGNMENT = 64  # bytes
+
+
 @dataclass(frozen=True)
 class Shipment:
     """What :func:`pack` made: the pickle, and the tensors' numbers in order."""
@@ -50,6 +53,16 @@ def pack(value: Any, pickler: type[Any] = pickle.Pickler) -> Shipment:
     return Shipment(stream.getvalue(), arrays)
 
 
+def tensor_on(array: np.ndarray) -> torch.Tensor:
+    """A tensor on an array's own memory where that begins as torch's own does, else on a copy:
+    products of what lies otherwise are rounded otherwise. Ray lays small arrays anywhere."""
+    with warnings.catch_warnings():
+        # Arrays of Ray's are read only; the engine writes into none.
+        warnings.simplefilter("ignore")
+        tensor = torch.from_numpy(array)
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
 def unpack(shipment: Shipment) -> Any:
     """The object again, its tensors on the arrays' own memory."""
     tensors: dict[int, torch.Tensor] = {}
@@ -58,10 +71,7 @@ def unpack(shipment: Shipment) -> Any:
         def persistent_load(self, place: tuple[int, bool]) -> torch.Tensor:
             number, is_parameter = place
             if number not in tensors:
-                with warnings.catch_warnings():
-                    # Weights are read only here; the engine writes none of them.
-                    warnings.simplefilter("ignore")
-                    tensor = torch.from_numpy(shipment.arrays[number])
+                tensor = tensor_on(shipment.arrays[number])
                 tensors[number] = (
                     torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
                 )

@@ -25,7 +25,7 @@ from raypatch.results.schema import SOURCE_SIDE, STATISTICS, TARGET_SIDE
 from raypatch.results.store import open_store
 from raypatch.results.tables import ItemArrays
 from raypatch.sweeps.allocator import keep_freed_memory
-from raypatch.sweeps.shipping import Shipment, unpack
+from raypatch.sweeps.shipping import Shipment, tensor_on, unpack
 from raypatch.sweeps.work import Item, Outcome
 
 
@@ -199,10 +199,10 @@ def source_and_target(
     """What is patched in, as :meth:`Patcher.prepare` takes it for this kind, and into what."""
     source: Any = None
     if kind == "pair":
-        source = torch.from_numpy(sides[SOURCE_SIDE[direction]])
+        source = tensor_on(sides[SOURCE_SIDE[direction]])
     elif kind == "given":
-        source = {name: torch.from_numpy(value) for name, value in given.items()}
-    return source, torch.from_numpy(sides[TARGET_SIDE[direction]])
+        source = {name: tensor_on(value) for name, value in given.items()}
+    return source, tensor_on(sides[TARGET_SIDE[direction]])
 
 
 def prepare_direction(patcher: Patcher, spec: WorkerSpec, direction: str) -> PatchRun:

@@ -1,0 +1,140 @@
+"""Rows of which a low-rank update would leave little but rounding errors.
+
+An update takes away from a node's base output what patched neurons gave to it. Where that was
+nearly all of some number, what is left holds the rounding errors of what was there, and the next
+operation may make anything of them: a quotient, a root, a comparison. Such rows are computed whole.
+
+They are found by making the same update of magnitudes: absolute values through absolute weights
+give, for every number of the output, the sizes of all terms of its sum, before a patch and after.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raypatch.engine.dense_ops import Weights
+from raypatch.engine.graph import Node
+from raypatch.engine.plan import Selection
+from raypatch.engine.spread_rules import Context, SpreadRule
+from raypatch.engine.values import Batch, Sparse
+
+# A sum is left with its rounding errors where less than one part in so many of its terms is left.
+LEFT = 16
+# Errors of sums of terms up to this size, all together, are small by themselves.
+LARGE = 32.0
+# Elements of a batch of single neurons, for which magnitudes are updated at a time.
+ELEMENTS = 1 << 20
+# What makes of a small error no large one, by its name without underscores.
+GENTLE = set(
+    """
+    abs adaptiveavgpool1d adaptiveavgpool2d adaptiveavgpool3d add addmm alphadropout amax amin
+    avgpool1d avgpool2d avgpool3d baddbmm batchnorm batchnorm1d batchnorm2d batchnorm3d bmm cat
+    celu chunk clamp clampmax clampmin clip clone concat concatenate contiguous conv1d conv2d
+    conv3d cos detach double dropout dropout1d dropout2d dropout3d elu expand expandas flatten
+    flip float gelu getitem gru grucell hardsigmoid hardswish hardtanh hstack identity
+    indexselect leakyrelu lerp linear logsigmoid logsoftmax logsumexp lstm lstmcell maskedfill
+    matmul max maximum maxpool1d maxpool2d maxpool3d mean min minimum mish mm movedim mul
+    multiheadattention narrow neg permute prelu ravel relu relu6 repeat reshape reshapeas rnn
+    rnncell roll rsub scaleddotproductattention select selu sigmoid silu sin slice softmax
+    softplus softsign split square squeeze stack sub sum swapaxes t tanh tanhshrink tile to
+    tocopy transpose type unbind unflatten unsqueeze view viewas vstack
+    """.split()
+)
+DIVISIONS = {"div", "truediv", "truedivide"}
+
+
+def are_gentle(nodes: Iterable[Node], is_dense: Callable[[int], bool]) -> bool:
+    """Whether these operations on dense rows make of a small error no large one."""
+    for node in nodes:
+        name = node.name.replace("_", "").lower()
+        by_what_is_given = name in DIVISIONS and not any(map(is_dense, node.inputs[1:]))
+        if not node.is_torchs or not (name in GENTLE or by_what_is_given):
+            return False
+    return True
+
+
+class Magnitudes:
+    """Sizes of the terms of a linear node's output; what its rule may ask for them."""
+
+    def __init__(self, context: Context, node: Node, weights: Weights | None) -> None:
+        self._context = context
+        self._weights = weights
+        whole = node if weights is None else replace(node, target=_absolute(node.target, weights))
+        self._base: Tensor = whole.call(lambda i: _size(context.base(i)))
+        self.largest = float(self._base.max()) if self._base.numel() else 0.0
+        self._columns: Tensor | None = None
+        self._of_neurons: dict[int, Tensor | None] = {}
+
+    def base(self, _: int) -> Tensor:
+        return self._base
+
+    def buffer(self, node: Node, *shape: int) -> Tensor:
+        return self._context.buffer(node, *shape)
+
+    def once(self, node: Node, make: Callable[[], Any]) -> Any:
+        return self._context.once(node, make)
+
+    def weight_columns(self, _: Node) -> Tensor:
+        if self._columns is None:
+            assert self._weights is not None
+            self._columns = self._weights.columns.abs()
+        return self._columns
+
+    def emptied(
+        self, rule: SpreadRule, node: Node, sparse: Sparse, index: Selection, batch: Batch
+    ) -> Tensor | None:
+        """``[E, N]`` bool: the rows to compute whole; None where there are none."""
+        if index.shape[1] > 1:
+            return self._emptied(rule, node, sparse, index, batch)
+        key = id(sparse)
+        if key not in self._of_neurons:
+            self._of_neurons[key] = self._by_neuron(rule, node, sparse, batch.n_inputs)
+        of_neurons = self._of_neurons[key]
+        return None if of_neurons is None else index.take(of_neurons)
+
+    def _by_neuron(
+        self, rule: SpreadRule, node: Node, sparse: Sparse, n_inputs: int
+    ) -> Tensor | None:
+        """The same for each neuron alone, ``[J, N]``."""
+        neurons = torch.arange(sparse.of.neurons, device=self._base.device)[:, None]
+        found = []
+        for start in range(0, len(neurons), step := max(1, ELEMENTS // self._base.numel())):
+            part = neurons[start : start + step]
+            index = Selection(part, start)
+            of_part = self._emptied(rule, node, sparse, index, Batch(len(part), n_inputs, {}))
+            if of_part is None:
+                return None
+            found.append(of_part)
+        emptied = torch.cat(found)
+        return emptied if bool(emptied.any()) else None
+
+    def _emptied(
+        self, rule: SpreadRule, node: Node, sparse: Sparse, index: Selection, batch: Batch
+    ) -> Tensor | None:
+        sizes = Sparse(_size(sparse.base), _size(sparse.full), sparse.of)
+        left = rule(self, node, sizes, index, batch)
+        if left is None:  # the node is run whole anyway
+            return None
+        base = self._base.masked_fill(self._base.isinf(), torch.nan)  # nothing can be taken from
+        emptied = ~(left.mul_(LEFT) >= base).flatten(2).all(-1)
+        return emptied.view(batch.n_experiments, batch.n_inputs, -1).any(-1)
+
+
+def _absolute(layer: nn.Module, weights: Weights) -> nn.Module:
+    """The layer with the absolute values of its weights."""
+    other = copy.copy(layer)
+    other._parameters = {
+        name: None if value is None else nn.Parameter(value.abs(), requires_grad=False)
+        for name, value in (("weight", weights.rows), ("bias", weights.bias))
+    }
+    return other
+
+
+def _size(value: Any) -> Any:
+    return value.abs() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,0 +1,152 @@
+"""What a low-rank update leaves where patches take nearly everything away: no rounding errors that
+the next operation makes large."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import mlp
+from torch import nn
+from torch.nn import functional as F
+
+from raypatch import Patcher
+from raypatch.engine.cancelling import Magnitudes
+from raypatch.engine.reference import reference_outputs
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+class Through(nn.Module):
+    """Few live units, and a function after the next layer that asks how much is left of them."""
+
+    def __init__(self, after, off: float = 0.5) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 8, bias=False)
+        self.o = nn.Linear(after(torch.ones(1, 8)).shape[1], 4)
+        self.after, self.off = after, off
+
+    def forward(self, x):
+        return self.o(self.after(self.b(F.relu(self.a(x) - self.off))))
+
+
+class Reduced(nn.Module):
+    """The same of sums of the units themselves, of several groups of them side by side."""
+
+    def __init__(self, after) -> None:
+        super().__init__()
+        self.a, self.o, self.after = nn.Linear(6, 12), nn.Linear(4, 3), after
+
+    def forward(self, x):
+        return self.o(self.after(self.a(x).view(-1, 4, 3)))
+
+
+class OverPlaces(nn.Module):
+    """A direction at every place of a map, after a convolution or a linear layer."""
+
+    def __init__(self, mixing: nn.Module) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(2, 6, 1)
+        self.b = mixing
+        self.o = nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = F.relu(self.a(x) - 0.8)
+        if isinstance(self.b, nn.Linear):
+            h = self.b(h.flatten(2).transpose(1, 2)).transpose(1, 2)
+        else:
+            h = self.b(h)
+        return self.o(F.normalize(h, dim=1).flatten(1))
+
+
+def direction(h):
+    return F.normalize(h, dim=-1)
+
+
+def length(h):
+    return h.pow(2).sum(-1, keepdim=True).sqrt()
+
+
+def logarithm(h):
+    return torch.log(h.abs() + 1e-9)
+
+
+def sign(h):
+    return (h > 0).to(h.dtype)
+
+
+def by_mean(h):
+    return h / (h.abs().mean(-1, keepdim=True) + 1e-9)
+
+
+NETWORKS = {
+    **{f.__name__: lambda f=f: Through(f) for f in (direction, length, logarithm, sign, by_mean)},
+    "layer_norm": lambda: Through(nn.LayerNorm(8, eps=1e-12)),
+    "lengths": lambda: Reduced(lambda h: h.pow(2).sum(-1).sqrt()),
+    "logarithms of means": lambda: Reduced(lambda h: torch.log(h.relu().mean(-1) + 1e-9)),
+    "convolution": lambda: OverPlaces(nn.Conv2d(6, 4, 1, bias=False)),
+    "linear over places": lambda: OverPlaces(nn.Linear(6, 4, bias=False)),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", ["pair", "zero"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_nothing_is_made_of_rounding_errors_that_are_left(name, kind, dtype):
+    torch.manual_seed(0)
+    network = NETWORKS[name]()
+    shape = (2, 2, 2) if isinstance(network, OverPlaces) else (6,)
+    source, target = torch.randn(2, 60, *shape)
+    n = network.a.out_channels if shape[1:] else network.a.out_features
+    experiments = [{"a": [j]} for j in range(n)] + [{"a": [j, j + 1]} for j in range(n - 1)]
+    experiments += [{"a": list(range(j, j + 3))} for j in range(0, n, 3) if j + 3 <= n]
+    found = Patcher(network, dtype=dtype)(experiments, source, target, kind=kind)
+    expected = reference_outputs(network, experiments, source, target, kind=kind)
+    # Where hooks themselves are at a jump, there is nothing to compare with.
+    plain = reference_outputs(network, experiments, source, target, kind=kind, dtype=dtype)
+    sure = (plain - expected).abs() <= TOLERANCE[dtype] * expected.abs().clamp(min=1)
+    assert sure.float().mean() > 0.97
+    error = (found - expected).abs() / expected.abs().clamp(min=1)
+    assert float(error[sure].max()) <= 4 * TOLERANCE[dtype]
+
+
+def test_a_value_that_drowns_all_others_leaves_them_whole_when_it_is_patched_away():
+    network = mlp([3, 8, 8, 2], nn.ReLU)
+    target = torch.tensor([[1e7, 0.3, -0.2], [1.0, 2.0, 3.0]])
+    source = torch.tensor([[0.5, 0.3, -0.2], [1.5, 1.0, 2.0]])
+    experiments = [{"0": [j]} for j in range(8)] + [{"0": "all"}, {"0": [0, 1]}]
+    found = Patcher(network)(experiments, source, target)
+    expected = reference_outputs(network, experiments, source, target)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_overflowed_is_finite_again_without_the_unit_that_did_it():
+    network = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 1))
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, 0)
+    with torch.no_grad():
+        network[0].weight[:2, 0] = torch.tensor([1.0, 1e-38])
+        network[1].weight[0, :2] = torch.tensor([4.0, 1.0])
+    target, source = torch.tensor([[3e38]]), torch.tensor([[0.0]])
+    found = Patcher(network)([{"0": [0]}, {"0": [2]}], source, target)
+    assert found.flatten().tolist() == pytest.approx([3.0, float("inf")])
+
+
+def test_rows_are_computed_whole_only_where_little_would_be_left(monkeypatch):
+    asked = []
+    real = Magnitudes.emptied
+
+    def emptied(*args):
+        asked.append(real(*args))
+        return asked[-1]
+
+    monkeypatch.setattr(Magnitudes, "emptied", emptied)
+    torch.manual_seed(0)
+    source, target = torch.randn(2, 20, 6)
+    experiments = [{"0": [j]} for j in range(16)]
+    Patcher(mlp([6, 16, 16, 2], nn.ReLU))(experiments, source, target)
+    assert asked == []  # no operation makes a large error of a small one
+    network = Through(direction, off=-3.0)  # all units live
+    run = Patcher(network).prepare(source, target)
+    asked.clear()  # a trial patches noise
+    run([{"a": [j]} for j in range(16)])
+    assert asked and not any(rows is not None and rows.any() for rows in asked)
