@@ -96,11 +96,23 @@ class Node:
         """Whether the operation is torch's or Python's own, so that its name says what it does."""
         if self.op == "method" or isinstance(self.target, AtenOperation):
             return True
+        own = self._home in ("torch", "_operator", "builtins")
+        return self.op in ("module", "function") and own
+
+    @property
+    def is_networks(self) -> bool:
+        """Whether the operation is code of the network's own, or has hooks of its own."""
+        if self.op == "method" or isinstance(self.target, AtenOperation):
+            return False
+        return self.op in ("module", "function") and (
+            self.key is None or not (self.is_torchs or self._home == "raypatch")
+        )
+
+    @property
+    def _home(self) -> str:
         code = type(self.target) if self.op == "module" else self.target
         # Many of torch's own functions name no module.
-        home = getattr(code, "__module__", None) or "torch"
-        own = home.split(".")[0] in ("torch", "_operator", "builtins")
-        return self.op in ("module", "function") and own
+        return (getattr(code, "__module__", None) or "torch").split(".")[0]
 
     def option(self, place: int, name: str) -> Any:
         """An argument by its place or its name; None where it is not given."""
@@ -182,6 +194,11 @@ class Graph:
                 node.is_wide = True
                 made = self._value(node, values, args)
             values.append(made)
+
+    @property
+    def holds_networks_code(self) -> bool:
+        """Whether a node is code of the network's own, which may do anything with its arguments."""
+        return any(node.is_networks for node in self.nodes)
 
     def with_nodes(self, nodes: list[Node]) -> Graph:
         """The graph with others of its nodes, of which the last is the output."""

@@ -78,7 +78,7 @@ def choose_engine(
         decided.of_python
     ):  # tracing by symbols notices by itself, and goes on where only an assertion asks
         unfit = dict.fromkeys(WAYS[1:], "its Python decides by values")
-    own = _Trial(network, layers, probe, dtype, savings)
+    own = _Trial(network, layers, probe, dtype, savings, decided.of_python)
     wide = _in_float64(own)
     reasons: list[str] = [not_captured] if not_captured else []
     for how in WAYS[-1:] if not_captured else WAYS:
@@ -98,7 +98,7 @@ def choose_engine(
         return single, f"single ({'; '.join(reasons)})"
     del wide  # its copy of the network makes room
     try:
-        engine = engine or _build(how, network, layers, probe, dtype, savings)
+        engine = engine or own.build(how)
     except CaptureError as reason:
         return Stacked(network, layers, limit=1), f"single ({'; '.join([*reasons, str(reason)])})"
     if isinstance(engine, Incremental):
@@ -159,31 +159,6 @@ def network_output(network: nn.Module, args: Args) -> Any:
         ) from error
 
 
-def _build(
-    how: str,
-    network: nn.Module,
-    layers: dict[str, Layer],
-    probe: Args,
-    dtype: torch.dtype,
-    savings: Savings,
-) -> Engine:
-    if how == "stacked":
-        return Stacked(network, layers, limit=None)
-    try:
-        with torch.no_grad(), left_as_it_was(network), distributions_unchecked():
-            graph = capture(network, probe) if how == "torch.fx" else capture_export(network, probe)
-            if (device := tensors_in(probe)[0].device).type != "cpu":
-                for node in graph.nodes:
-                    node.move(device)
-            if dtype is torch.float64:
-                graph.widen(probe)
-            return Incremental(graph, layers, savings, probe)
-    except CaptureError:
-        raise
-    except Exception as error:  # anything a strange network may do when it is taken apart
-        raise CaptureError(one_line(error)) from None
-
-
 class _DiffersError(CaptureError):
     """An engine gives something else than plain hooks do."""
 
@@ -197,10 +172,40 @@ class _Trial:
     probe: Args
     dtype: torch.dtype
     savings: Savings
+    decides: bool | None  # whether Python does by values; None where that cannot be seen
+
+    def build(self, how: str) -> Engine:
+        """An engine; CaptureError where the network cannot be evaluated so."""
+        if how == "stacked":
+            return Stacked(self.network, self.layers, limit=None)
+        capturing = capture if how == "torch.fx" else capture_export
+        network, probe = self.network, self.probe
+        try:
+            with torch.no_grad(), left_as_it_was(network), distributions_unchecked():
+                graph = capturing(network, probe)
+                if graph.holds_networks_code:
+                    self._check_networks_code()
+                if (device := tensors_in(probe)[0].device).type != "cpu":
+                    for node in graph.nodes:
+                        node.move(device)
+                if self.dtype is torch.float64:
+                    graph.widen(probe)
+                return Incremental(graph, self.layers, self.savings, probe)
+        except CaptureError:
+            raise
+        except Exception as error:  # anything a strange network may do when it is taken apart
+            raise CaptureError(one_line(error)) from None
+
+    def _check_networks_code(self) -> None:
+        """Raises CaptureError where code of the network's own, which is one node, does something
+        else for the rows of a batch together."""
+        if self.decides is not False:
+            raise CaptureError("a module or function of its own decides by values")
+        refuse_mixing(self.network, list(self.layers), self.probe)
 
     def passed(self, how: str) -> Engine:
         """An engine that does what plain hooks do; CaptureError where it does not."""
-        engine = _build(how, self.network, self.layers, self.probe, self.dtype, self.savings)
+        engine = self.build(how)
         if how == "torch.export" and self.dtype is torch.float64:
             self._check_far(engine.graph)  # type: ignore[union-attr]
         for source, fill, expected in self._expected:

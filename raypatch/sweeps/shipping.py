@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-
 ALIGNMENT = 64  # bytes
 
 
