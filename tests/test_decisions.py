@@ -355,3 +355,64 @@ def test_an_error_that_the_network_catches_decides_for_no_other_experiment(trace
         target[3:] *= scale
         expected = reference_outputs(network, experiments, source, target)
         check_equal(patcher(experiments, source, target), expected, torch.float64)
+
+
+@torch.fx.wrap
+def shrunk(x):
+    return x / 10 if x.max() > 20 else x
+
+
+class OwnCode(nn.Module):
+    """One node of a trace that is code of the network's own, between two layers."""
+
+    def __init__(self, between, hook=None, pre_hook=None):
+        super().__init__()
+        self.a, self.between, self.o = nn.Linear(4, 8), between, nn.Linear(8, 3)
+        if hook:
+            between.register_forward_hook(hook)
+        if pre_hook:
+            between.register_forward_pre_hook(pre_hook)
+
+    def forward(self, x):
+        return self.o(self.between(self.a(x)))
+
+
+class Own(nn.Module):
+    """A layer of the network's own with a function of what it gives."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.weight, self.after = nn.Parameter(torch.randn(8, 8) * 0.3), after
+
+    def forward(self, x):
+        return self.after(nn.functional.linear(x, self.weight))
+
+
+class Function(nn.Module):
+    def forward(self, x):
+        return shrunk(x)
+
+
+OWN_CODE = {
+    "a layer that decides": lambda: OwnCode(Own(lambda y: y / 10 if y.max() > 20 else y)),
+    "a wrapped function": lambda: OwnCode(Function()),
+    "a hook that decides": lambda: OwnCode(
+        nn.ReLU(), hook=lambda m, i, o: o / 10 if o.max() > 20 else o
+    ),
+    "a hook that mixes": lambda: OwnCode(nn.ReLU(), hook=lambda m, i, o: o / o.max().clamp(min=20)),
+    "a hook before a layer that mixes": lambda: OwnCode(
+        nn.Linear(8, 8), pre_hook=lambda m, i: (i[0] / i[0].abs().max().clamp(min=20),)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_CODE)
+def test_code_that_is_one_node_of_a_trace_sees_one_experiment_at_a_time(name):
+    torch.manual_seed(0)
+    network = OWN_CODE[name]().eval()
+    # Both sources alike and large, so that whole batches and inputs by themselves agree.
+    source, target = (torch.randn(1, 4) * 60).repeat(2, 1), torch.randn(2, 4)
+    experiments = [{"a": [j]} for j in range(8)]
+    found = Patcher(network, dtype=torch.float64)(experiments, source, target)
+    expected = reference_outputs(network, experiments, source, target)
+    check_equal(found, expected, torch.float64)

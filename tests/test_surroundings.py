@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import threading
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -199,3 +202,116 @@ def test_means_of_a_network_that_runs_on_no_lone_input_are_refused():
     network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False))
     with pytest.raises(InputError, match="does not run on each input alone"):
         Patcher(network)([{"0": [0]}], target=torch.randn(5, 6), kind="mean")
+
+
+def head_of(network):
+    def head(x, scale=2.0, *, last=network.o):
+        return last(x) * scale
+
+    return head
+
+
+class Closures(nn.Module):
+    """Functions that hold on to the network, in every way that a function can."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.o = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+        self.head = head_of(self)
+        self.first = [lambda x: torch.relu(self.norm(self.a(x)))]
+        self.all = functools.partial(lambda name, x: self.head(self.first[0](x)), "all")
+
+    def forward(self, x):
+        return self.all(x)
+
+
+def test_functions_that_hold_on_to_the_network_hold_on_to_the_copy_in_a_copy():
+    torch.manual_seed(0)
+    network, (source, target) = Closures().train(), torch.randn(2, 5, 4)
+    before = copy.deepcopy(network.state_dict())
+    experiments = [{"a": [0]}, {"a": [5]}, {"o": [1]}]
+    patcher = Patcher(network)
+    found = patcher(experiments, source, target)
+    assert all(torch.equal(before[name], now) for name, now in network.state_dict().items())
+    expected = reference_outputs(network, experiments, source, target)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        network.a.weight.mul_(3)
+    torch.testing.assert_close(patcher(experiments, source, target), found)
+
+
+def test_a_network_that_finds_itself_by_a_global_name_is_refused_before_it_runs():
+    class Global(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.o = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.o(network.norm(self.a(x)))
+
+    network = Global().train()
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(InputError, match="calls a BatchNorm1d of the network itself by a global"):
+        Patcher(network)([{"a": [0]}], torch.randn(3, 4), torch.randn(3, 4))
+    assert all(torch.equal(before[name], now) for name, now in network.state_dict().items())
+
+
+def test_arguments_without_an_axis_may_come_with_resampled_inputs():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+
+        def forward(self, x, scale):
+            return self.a(x) * scale
+
+    network, args = Scaled(), (torch.randn(6, 4), torch.tensor(2.0))
+    found = Patcher(network)([{"a": [0]}], target=args, kind="resample", seed=3)
+    expected = reference_outputs(network, [{"a": [0]}], None, args, kind="resample", seed=3)
+    torch.testing.assert_close(found, expected.float())
+
+
+def test_a_network_that_begins_in_float64_is_taken_as_it_is():
+    class Stem(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(4, 8).double(), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.stem(x.double())).float())
+
+    network, (source, target) = Stem(), torch.randn(2, 5, 4)
+    found = Patcher(network, dtype=torch.float32)([{"stem": [0]}], source, target)
+    expected = reference_outputs(network, [{"stem": [0]}], source, target)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_named_tuple_is_one_argument():
+    class Observation(NamedTuple):
+        position: torch.Tensor
+
+    class Takes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 2)
+
+        def forward(self, observation):
+            return self.a(observation.position)
+
+    source, target = (Observation(torch.randn(3, 4)) for _ in range(2))
+    assert Patcher(Takes())([{"a": [0]}], source, target).shape == (1, 3, 2)
+
+
+def test_one_observation_without_an_axis_of_inputs_is_refused_for_that():
+    network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    with pytest.raises(InputError, match=r"gives \[2\]; patching needs one tensor \[inputs, out"):
+        Patcher(network)([{"0": [0]}], torch.randn(4), torch.randn(4))
+
+
+def test_means_of_masked_values_do_not_overflow():
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        network[0].bias[0] = torch.finfo(torch.float32).min
+        network[1].weight[:, 0] = 0
+    found = Patcher(network)([{"0": [0]}], target=torch.randn(5, 3), kind="mean")
+    assert found.isfinite().all()

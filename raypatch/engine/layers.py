@@ -104,11 +104,13 @@ def forward(network: nn.Module, args: Args) -> Any:
 def as_in_forward(network: nn.Module, args: Args) -> Iterator[None]:
     """Within, what a forward makes lies where its inputs do; and what it makes or casts as float32
     is float64, where the network or what it gets is."""
-    held = [*tensors_in(args), *islice(network.parameters(), 1)]
+    given = tensors_in(args)
+    held = [*given, *islice(network.parameters(), 1)]
+    kinds = {p.dtype for p in network.parameters() if p.is_floating_point()}
     with ExitStack() as stack:
         if held and held[0].device.type != "cpu":
             stack.enter_context(held[0].device)
-        if any(x.dtype is torch.float64 for x in held):
+        if kinds == {torch.float64} or any(x.dtype is torch.float64 for x in given):
             stack.enter_context(float64_is_default())
             stack.enter_context(_Widened())
         yield
@@ -152,8 +154,10 @@ def without_nested_tensors(network: nn.Module) -> nn.Module:
 
 
 def as_args(inputs: Any) -> Args:
-    """Positional arguments of ``forward``: a tuple or list of several, anything else alone."""
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    """Positional arguments of ``forward``: a tuple or list of several, anything else alone, as a
+    named tuple is."""
+    several = isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields")
+    return tuple(inputs) if several else (inputs,)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], args: Any) -> Any:

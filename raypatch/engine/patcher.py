@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from threading import RLock
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from raypatch.engine.arguments import (
     in_parts,
     inputs_between,
 )
-from raypatch.engine.copies import own_copy
+from raypatch.engine.copies import CallsOriginalError, none_called, own_copy
 from raypatch.engine.graph import CaptureError, Graph
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.input_axes import AxisUnsettled
@@ -47,6 +48,7 @@ from raypatch.engine.sources import (
 from raypatch.engine.stacked import Stacked
 from raypatch.engine.structure import Savings
 from raypatch.engine.trial import (
+    check_outputs,
     check_unpatched,
     choose_engine,
     network_output,
@@ -108,6 +110,7 @@ class Patcher:
         with torch.inference_mode(False):
             own = own_copy(network, self.device, self.dtype)
         self._network: nn.Module | None = own
+        self._originals: Any = WeakSet({*network.modules()} - {*own.modules()})
         self._modules = {name: _why_no_layer(module) for name, module in own.named_modules()}
         self._engine: Engine | None = None
         self._probe: Args = ()
@@ -172,7 +175,7 @@ class Patcher:
             if n_inputs == 1:
                 raise InputError("source kind 'resample' takes another input; there is only one")
             order = resample_order(n_inputs, seed).to(self.device)
-            source_args = map_tensors(lambda x: x[order], target_args)
+            source_args = map_tensors(lambda x: x[order] if x.dim() else x, target_args)
         try:
             with _one_prepares, exact_math():
                 make = partial(self._run, source_args, target_args, n_inputs, kind, source)
@@ -306,9 +309,12 @@ class Patcher:
                 f"{described(target)}; make a new Patcher of the network{reason}"
             )
         probe = trial_inputs(target, telling)
+        if self._engine is None:
+            self._refuse_calls_of_originals(probe)
         engine: Engine
         if not _runs_on(self._network, probe) and _runs_on(self._network, target):
             probe = target
+            check_outputs(self._network, probe, self.dtype)
             engine = Stacked(self._network, find_layers(self._network, target), 1, routes=True)
             self.path = f"single (it does not run on other than {count_inputs(target)} inputs)"
         else:
@@ -320,9 +326,20 @@ class Patcher:
         self._engine = engine
         return True
 
+    def _refuse_calls_of_originals(self, probe: Args) -> None:
+        assert self._network is not None
+        try:
+            with none_called(self._originals):
+                network_output(self._network, probe)
+        except CallsOriginalError:
+            raise
+        except InputError:
+            return  # of these inputs others may run
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy needs no code of the user's where the graph holds the network."""
-        return {**self.__dict__, **({"_network": None} if self._captured else {})}
+        network = {"_network": None} if self._captured else {}
+        return {**self.__dict__, **network, "_originals": ()}
 
     def _means(self, target: Args, n_inputs: int) -> MeanFill:
         assert self._engine is not None
@@ -341,7 +358,9 @@ class Patcher:
                     f"({one_line(error)}); give means as source of kind 'given'"
                 ) from error
             for name, calls in values.items():
-                totals = [call.sum(0, keepdim=True) for call in calls] if captured else calls
+                # Wide: what masks outputs overflows where it is added up.
+                wide = [call.to(torch.promote_types(call.dtype, torch.float64)) for call in calls]
+                totals = [call.sum(0, keepdim=True) for call in wide] if captured else wide
                 held = sums.get(name)
                 if held is not None and len(held) != len(totals):
                     raise no_mean(name)

@@ -60,7 +60,8 @@ def reference_outputs(
         values = record_activations(network, cast(as_args(source), dtype), names)
     elif kind == "resample":
         order = resample_order(len(own[OUTPUT_LOGITS][0]), seed)
-        values = record_activations(network, tuple(x[order] for x in target), names)
+        other = map_tensors(lambda x: x[order] if x.dim() else x, target)
+        values = record_activations(network, other, names)
     elif kind == "given" and any(
         source[name].numel() != calls[0].numel() for name, calls in own.items() if name in source
     ):

@@ -126,7 +126,7 @@ class MeanFill:
     def __call__(self, layer: str, call: int, activation: Tensor) -> Tensor:
         if call >= len(self.means[layer]):
             raise no_mean(layer)
-        mean = self.means[layer][call]
+        mean = self.means[layer][call].to(activation.dtype)
         try:
             return mean.expand_as(activation)
         except RuntimeError:

@@ -67,7 +67,7 @@ def choose_engine(
 
     ``not_captured`` is a reason, found elsewhere, why no captured graph will do.
     """
-    _check_outputs(network, probe, dtype)
+    check_outputs(network, probe, dtype)
     layers = find_layers(network, probe)
     # A way that cannot be taken for what the network is says why, whatever a trial shows.
     unfit: dict[str, str] = {}
@@ -122,7 +122,7 @@ def _passed(how: str, wide: _Trial | None, own: _Trial) -> Engine | None:
     return own.passed(how)
 
 
-def _check_outputs(network: nn.Module, probe: Args, dtype: torch.dtype) -> None:
+def check_outputs(network: nn.Module, probe: Args, dtype: torch.dtype) -> None:
     """Raises InputError where a network's outputs are not what can be patched."""
     output = network_output(network, probe)
     if not isinstance(output, Tensor) or output.dim() != 2:
