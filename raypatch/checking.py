@@ -24,6 +24,12 @@ POLICY_PREFIXES = frozenset({"policy", "q_net", "actor", "quantile_net", "module
 
 def check_layer_structure(structure: Any, origin: str) -> dict[str, int]:
     """A ``{layer: neurons}`` object as the user gave it; raises InputError naming the fault."""
+    if isinstance(structure, Pairs):
+        names = [name for name, _ in structure]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"{origin}: layer {twice!r} is given twice")
+        structure = dict(structure)
     if not isinstance(structure, dict) or not structure:
         raise InputError(
             f"{origin}: a layer structure is a non-empty object of layer names and sizes, "

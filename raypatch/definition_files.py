@@ -30,6 +30,9 @@ from raypatch.definitions import CHUNK, Experiment, Experiments
 from raypatch.errors import InputError, few, first_line
 from raypatch.whole_files import whole_file
 
+# More neurons than any layer has.
+NO_NEURON = np.iinfo(np.int32).max
+
 
 def read_definition(path: str | Path, layers: Mapping[str, int]) -> Experiments:
     """Read and check a definition file against an agent's layers (design 5).
@@ -85,7 +88,7 @@ def _table_batches(path: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet
 
-    wanted = _schema()
+    wanted = {"layers": pa.list_(pa.string()), "neurons": pa.list_(pa.list_(pa.int64()))}
     try:
         if path.suffix == ".parquet":
             file = pyarrow.parquet.ParquetFile(path)
@@ -94,21 +97,35 @@ def _table_batches(path: Path) -> Iterator[Any]:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             found = reader.schema
             batches = map(reader.get_batch, range(reader.num_record_batches))
-        if any(found.names.count(name) != 1 for name in wanted.names):
+        once = all(found.names.count(name) == 1 for name in wanted)
+        layer, neuron = (
+            _inside(found.field(name).type, depth) if once else None
+            for name, depth in (("layers", 1), ("neurons", 2))
+        )
+        if layer is None or neuron is None or pa.types.is_nested(layer):
             columns = few(f"{field.name}: {field.type}" for field in found)
             raise InputError(
                 f"{path}: a definition has the columns layers: list<string> and "
                 f"neurons: list<list<int32>>; this one has {columns}"
             )
-        kind = found.field("neurons").type
-        for _ in range(2):  # lists of lists
-            kind = getattr(kind, "value_type", kind)
-        if not pa.types.is_integer(kind) and not pa.types.is_null(kind):
-            raise InputError(f"{path}: neurons are of type {kind}; they are whole numbers, int32")
+        if not pa.types.is_integer(neuron) and not pa.types.is_null(neuron):
+            raise InputError(f"{path}: neurons are of type {neuron}; they are whole numbers, int32")
         for batch in batches:
-            yield pa.record_batch([batch[f.name].cast(f.type) for f in wanted], schema=wanted)
+            yield pa.record_batch({name: batch[name].cast(kind) for name, kind in wanted.items()})
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable {path.suffix[1:]} file: {error}") from None
+
+
+def _inside(kind: Any, depth: int) -> Any:
+    """What lists of so many levels hold; None where a type is none."""
+    import pyarrow as pa
+
+    for _ in range(depth):
+        lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        if not any(is_one(kind) for is_one in lists):
+            return kind if pa.types.is_null(kind) else None
+        kind = kind.value_type
+    return kind
 
 
 def _check_table(path: Path, layers: Mapping[str, int]) -> Experiments:
@@ -148,7 +165,8 @@ def _packed_batch(batch: Any, checker: Checker, first: int, origin: str) -> Expe
         offsets - offsets[0],
         numbers[words.indices.to_numpy()],
         starts - starts[0],
-        lists.flatten().to_numpy().astype(np.int32),
+        # What no int32 holds is no neuron either; the words for that have the number itself.
+        lists.flatten().to_numpy().clip(-1, NO_NEURON).astype(np.int32),
     )
     # The words for what is wrong come from the one place that has them.
     for row in bad_experiments(packed, checker.layers).tolist():

@@ -115,6 +115,8 @@ def read_inputs(
 
 def read_observations(path: Path) -> Mapping[str, Any]:
     """Observations by id as the file holds them, not checked yet."""
+    if path.is_dir():
+        raise InputError(f"{path}: this is a directory; name a file of inputs in it")
     if not path.is_file():
         raise InputError(
             f"{path}: no such input file; name one with --clean_inputs and --corrupted_inputs, or "
@@ -165,10 +167,12 @@ def _unwrapped(value: Any, where: str) -> Any:
 
 @contextmanager
 def _archive(path: Path) -> Iterator[Any]:
-    """The arrays of an ``.npz``; ValueError for a file that holds one array."""
+    """The arrays of an ``.npz``; ValueError for a file that is none, or one of pickled objects."""
+    if not zipfile.is_zipfile(path):
+        one = path.read_bytes()[:6] == b"\x93NUMPY"
+        kind = "one array (.npy)" if one else "something else"
+        raise ValueError(f"this is {kind}, not an archive of several arrays; see np.savez")
     content = np.load(path, allow_pickle=False)
-    if not isinstance(content, np.lib.npyio.NpzFile):
-        raise ValueError("this is one array (.npy), not an archive of several; see np.savez")
     with content:
         yield content
 
@@ -181,14 +185,15 @@ def _read_npz(path: Path) -> dict[str, Any]:
                 f"{path}: an .npz of inputs holds 'ids' and 'inputs', as np.savez(file, ids=..., "
                 f"inputs=...) writes them; this one has {', '.join(content.files)[:200]}"
             )
-        ids = [
-            key.decode() if isinstance(key, bytes) else str(key)
-            for key in np.atleast_1d(content["ids"])
-        ]
+        given = content["ids"]
+        if given.ndim != 1:
+            raise InputError(f"{path}: 'ids' has shape {list(given.shape)}; it is one row of ids")
+        ids = [key.decode() if isinstance(key, bytes) else str(key) for key in given]
         arrays = {name.removeprefix("inputs").lstrip("."): content[name] for name in names}
     short = next((name for name, array in arrays.items() if array.shape[:1] != (len(ids),)), None)
-    if short is not None or len(set(ids)) != len(ids):
-        raise InputError(f"{path}: 'ids' must hold one id for each row, all different")
+    if short is not None:
+        raise InputError(f"{path}: 'ids' must hold one id for each row of 'inputs'")
+    _refuse_repeated(ids, path)
     if "" in arrays:
         return dict(zip(ids, arrays[""]))
     return {key: {part: a[i] for part, a in arrays.items()} for i, key in enumerate(ids)}
@@ -223,9 +228,14 @@ def _read_table(path: Path) -> dict[str, Any]:
     if table["input_id"].null_count:
         raise InputError(f"{path}: an input_id is missing (null)")
     ids = [str(key) for key in table["input_id"].to_pylist()]
-    if len(set(ids)) != len(ids):
-        raise InputError(f"{path}: an input_id appears twice")
+    _refuse_repeated(ids, path)
     return dict(zip(ids, table["input"].to_pylist()))
+
+
+def _refuse_repeated(ids: Sequence[str], path: Path) -> None:
+    if len(set(ids)) != len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise InputError(f"{path}: input id {twice!r} appears twice")
 
 
 _READERS = {
@@ -297,10 +307,12 @@ def read_activations(
         with _archive(path) as content:
             by_place = {}
             for key in content.files:
-                owner = max((i for i in ids if key.startswith(f"{i}_")), key=len, default=None)
-                layer = None if owner is None else resolve(key[len(owner) + 1 :])
-                if layer in layers:
-                    by_place[layer, owner] = key
+                # An id may begin as another does with its layer: the longest that leaves a layer.
+                owners = sorted((i for i in ids if key.startswith(f"{i}_")), key=len)
+                places = ((resolve(key[len(i) + 1 :]), i) for i in reversed(owners))
+                place = next((place for place in places if place[0] in layers), None)
+                if place is not None:
+                    by_place[place] = key
             found = {}
             for layer, shape in layers.items():
                 rows = []

@@ -6,6 +6,8 @@ import json
 import pickle
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import LAVA
 from hypothesis import given, settings
@@ -333,3 +335,25 @@ def test_sizes_beyond_any_network_are_one_line(command, words):
 def test_a_folder_in_place_of_a_definition_is_one_line(tmp_path):
     with pytest.raises(InputError, match="this is a directory; give a definition file in it"):
         read_definition(tmp_path, LAYERS)
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
+def test_numbers_beyond_int32_and_flat_columns_of_a_table_are_named(tmp_path, suffix):
+    path = tmp_path / f"definition{suffix}"
+
+    def message(layers, neurons):
+        table = pa.table({"layers": layers, "neurons": neurons})
+        if suffix == ".parquet":
+            pq.write_table(table, path)
+        else:
+            with pa.ipc.new_file(path, table.schema) as writer:
+                writer.write_table(table)
+        with pytest.raises(InputError) as caught:
+            read_definition(path, {"a": 4, "output_logits": 2})
+        return str(caught.value)
+
+    for number in (1 << 40, (1 << 32) + 1, -(1 << 40)):
+        assert f"experiment 1: layer 'a': neuron {number} is " in message(
+            [["a"], ["a"]], pa.array([[[1]], [[number]]], pa.list_(pa.list_(pa.int64())))
+        )
+    assert "this one has layers: string, neurons: list<" in message(["a"], [[1]])

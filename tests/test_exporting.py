@@ -45,7 +45,10 @@ def test_an_export_tells_which_neurons_and_inputs_its_numbers_stand_for(lava_run
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("export", "--format", "csv", "--by", "input", "--output", "x"), "--by input: chooses"),
+        (
+            ("export", "--format", "csv", "--by", "input", "--output", "x"),
+            "--by input: is for --format json",
+        ),
         (("rank", "--json", "--csv"), "one form at a time"),
     ],
 )

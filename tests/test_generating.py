@@ -116,3 +116,8 @@ def test_a_mistaken_option_is_no_reason_to_generate_something_else(
 ):
     ended = command("generate", "--type", "layer", "--agent_path", LAVA, *options)
     assert ended.code == 2 and message in ended.err and not list(in_empty_folder.iterdir())
+
+
+def test_a_layer_that_is_given_twice_is_named(command, in_empty_folder):
+    ended = command("generate", "--type", "layer", "--layer_structure", '{"a": 2, "b": 1, "a": 3}')
+    assert ended.code == 2 and "--layer_structure: layer 'a' is given twice" in ended.err

@@ -155,7 +155,7 @@ def test_symbolic_links_and_names_given_twice_are_refused(folder):
     shutil.copy(CARTPOLE / "agent.zip", folder / "agent.zip")
     with zipfile.ZipFile(folder / "agent.zip", "a") as archive, pytest.warns(UserWarning):
         archive.writestr("data", b"{}")
-    assert_refused(folder, "there twice")
+    assert_refused(folder, "appears twice")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not an archive", b"\x1f\x8b" * 50])

@@ -13,7 +13,7 @@ import pytest
 from conftest import LAVA
 
 from raypatch.errors import InputError
-from raypatch.inputs import ObservationShape, read_inputs, read_observations
+from raypatch.inputs import ObservationShape, read_activations, read_inputs, read_observations
 
 
 def write(tmp_path, clean, corrupted):
@@ -292,3 +292,13 @@ def test_arrays_and_archives_under_each_others_names_are_told_apart(tmp_path):
     (tmp_path / "inputs.csv").write_text("1,2")
     with pytest.raises(InputError, match=r"inputs.csv: inputs are files of the kinds .json, .npz"):
         read_observations(tmp_path / "inputs.csv")
+
+
+def test_recorded_activations_of_ids_that_begin_alike_are_told_apart(tmp_path):
+    values = {"a_q_net.0": [1.0, 2.0], "a_q_q_net.0": [3.0, 4.0]}
+    np.savez(tmp_path / "a.npz", **{key: np.array([value]) for key, value in values.items()})
+    layers = {"q_net.0": (2,)}
+    found = read_activations(
+        tmp_path / "a.npz", ["a", "a_q"], layers, lambda name: name if name in layers else None
+    )
+    assert found["q_net.0"].tolist() == [[1, 2], [3, 4]]

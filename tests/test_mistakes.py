@@ -51,7 +51,12 @@ MISTAKES = [
         r"--source resample: needs at least two inputs; there is only 'lava_beside_00'",
     ),
     ({"--cpu_actors": "-1"}, r"--cpu_actors: -1 is below 0"),
-    ({"--cpu_actors": "2"}, r"--cpu_actors 2: adds to actors on GPUs, which --backend inline has"),
+    (
+        {"--cpu_actors": "2"},
+        r"--cpu_actors 2: adds CPU actors to those on GPUs; --backend inline has",
+    ),
+    ({"--gpus_per_actor": "inf"}, r"--gpus_per_actor: inf are more than there can be"),
+    ({"--additional_args": "--save metrics --seed 1"}, r"write --name=value, with commas between"),
     ({"--gpus_per_actor": "0"}, r"--gpus_per_actor: 0.0 is not above 0"),
     ({"--batch_size": "many"}, r"--batch_size: 'many' is not auto or a number"),
     ({"--memory_per_actor": "lots"}, r"--memory_per_actor: 'lots' is not a size"),

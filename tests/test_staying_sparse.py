@@ -8,6 +8,8 @@ from networks import AS_IF_LARGE, NotTraced, changed_by, check_equal, checked_pa
 from torch import fx, nn
 from torch.nn import functional as F
 
+from raypatch.agents.exported import with_layers
+from raypatch.engine.capture_export import exported_graph_module
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.reference import reference_outputs
 
@@ -339,3 +341,32 @@ def test_an_entry_that_does_not_change_changes_no_row_unless_another_does():
     )
     changed = changed_by(run._prepare(0), "first")
     assert changed.tolist() == [[True, False, True, True]] * 6
+
+
+@pytest.mark.parametrize(
+    "between",
+    [nn.BatchNorm2d(6), nn.AdaptiveMaxPool2d(2), nn.LogSigmoid(), nn.ConstantPad2d(1, 2.0)],
+    ids=lambda module: type(module).__name__,
+)
+def test_dead_channels_of_an_exported_program_are_the_baseline_bit_for_bit(between):
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(2, 6, 3), between, nn.Threshold(0.1, 0.0), nn.Flatten()]
+    network = nn.Sequential(*parts, nn.LazyLinear(3))
+    network(torch.randn(4, 2, 8, 8))
+    network.eval()
+    free = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(network, (torch.zeros(2, 2, 8, 8),), dynamic_shapes=free)
+    again = with_layers(exported_graph_module(program))
+    source, target = torch.randn(2, 5, 2, 8, 8)
+    experiments = [{"0": [i]} for i in range(6)]
+    patcher = Patcher(again)
+    found = patcher(experiments, source, target)
+    expected = reference_outputs(network, experiments, source, target)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    after = parts[2](between(network[0](target))) != parts[2](between(network[0](source)))
+    still = ~after.flatten(2).any(-1).t()
+    unpatched = patcher.prepare(source, target).baseline.expand_as(found)
+    assert torch.equal(found[still], unpatched[still])
+    structure = patcher._engine.structure
+    (layer,) = structure.calls["0"]
+    assert "reshape" in {structure.nodes[i].name for i in structure.chains.after(layer)}

@@ -183,15 +183,11 @@ def test_an_agent_that_has_changed_is_named_as_what_differs(
     assert ended.code == 2 and "different: agent" in ended.err
 
 
-def test_a_moved_agent_is_found_with_the_option(command, run_inline, single_neurons, lava_copy):
+def test_a_moved_agent_and_its_inputs_are_found_with_the_option(
+    command, run_inline, single_neurons, lava_copy
+):
     out = run_inline(lava_copy, single_neurons(lava_copy))
-    moved = lava_copy.with_name("elsewhere")
-    for side in ("clean", "corrupted"):
-        name = f"activation_inputs/{side}_inputs.json"
-        (moved / name).parent.mkdir(parents=True, exist_ok=True)
-        (moved / name).write_bytes((lava_copy / name).read_bytes())
-    for name in ("agent.json", "policy.pt"):
-        (lava_copy / name).rename(moved / name)
+    moved = lava_copy.rename(lava_copy.with_name("elsewhere"))
     ended = command("verify", out, "--agent_path", moved)
     assert ended.code == 0, ended.err
 

@@ -108,14 +108,15 @@ def coalition(
     """Greedy search for neurons that move the outputs together; resumes where it stopped."""
     from raypatch.results.analysis import usual_combination
     from raypatch.searches.coalition import SearchOptions, Step, find_coalition
+    from raypatch.sweeps.progress import counted
 
     shown = []
 
     def show(step: Step) -> None:
         shown.append(step)
-        flips = "" if step.flips is None else f", {step.flips} greedy actions changed"
+        changed = "" if step.flips is None else f", {counted(step.flips, 'greedy action')} changed"
         click.echo(
-            f"{step.size:3}  {step.layer}_neuron_{step.neuron}  {metric} {step.score:.4g}{flips}"
+            f"{step.size:3}  {step.layer}_neuron_{step.neuron}  {metric} {step.score:.4g}{changed}"
         )
 
     combine = combine or usual_combination(metric)

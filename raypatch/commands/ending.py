@@ -9,7 +9,7 @@ from typing import Any
 
 from raypatch.results.analysis import rank
 from raypatch.results.reader import Results
-from raypatch.sweeps.progress import duration, short_number
+from raypatch.sweeps.progress import counted, duration, short_number
 from raypatch.terminal import console
 
 
@@ -69,7 +69,7 @@ def show_status(facts: dict[str, Any]) -> None:
         "experiments",
         f"{facts['experiments_committed']:,} of {facts['experiments']:,} committed ({share:.0%})",
     )
-    _add_row(table, "rows", f"{facts['rows']:,} in {facts['items_committed']:,} items")
+    _add_row(table, "rows", f"{facts['rows']:,} in {counted(facts['items_committed'], 'item')}")
     _add_row(table, "size", f"{facts['bytes'] / 1e6:.1f} MB")
     _add_row(table, "retried items", f"{facts['items_retried']:,}")
     _add_row(table, "agent", facts["agent"])

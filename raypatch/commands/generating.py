@@ -87,7 +87,7 @@ def _layers(
 ) -> tuple[dict[str, int], int]:
     """Layers and the number of logits, from the option, the agent, or the fallback."""
     if layer_structure is not None:
-        structure, origin = json_argument(layer_structure, "--layer_structure")
+        structure, origin = json_argument(layer_structure, "--layer_structure", keep_pairs=True)
         layers = check_layer_structure(structure, origin)
         return layers, list(layers.values())[-1]
     reason = "no --agent_path or --layer_structure given"

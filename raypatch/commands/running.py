@@ -142,6 +142,11 @@ def run_options(given: dict[str, Any]) -> dict[str, Any]:
                 joined[-1] += f",{word}"
         if not joined[0].startswith("-"):
             raise InputError(f"--additional_args: {joined[0]!r} is no option; write --name=value")
+        apart = next((word for word in joined if " " in word.partition("=")[0]), None)
+        if apart is not None:
+            raise InputError(
+                f"--additional_args: {apart!r}: write --name=value, with commas between options"
+            )
         try:
             inside = _typed(joined)
             if "additional_args" in inside:

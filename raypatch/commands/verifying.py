@@ -8,6 +8,7 @@ the float64 reference.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from raypatch.errors import InputError, RunError
@@ -98,7 +99,8 @@ def _config(results: Results, agent_options: dict[str, Any], sample: int) -> Run
             f"{results.path}: this run's agent was loaded with {given}, which runs code; give it "
             "again to allow that here"
         )
-    sides = dict(zip(record["identity"]["sides"], record["input_files"]))
+    files = (_moved(file, record["agent"]["path"], agent_options) for file in record["input_files"])
+    sides = dict(zip(record["identity"]["sides"], files))
     return RunConfig(
         **{
             **options,
@@ -111,6 +113,14 @@ def _config(results: Results, agent_options: dict[str, Any], sample: int) -> Run
             **{f"{side}_inputs": file for side, file in sides.items()},
         }
     )
+
+
+def _moved(file: str, agent_path: str, agent_options: dict[str, Any]) -> str:
+    """Where an input file is now, if it was moved along with the agent."""
+    path, now = Path(file), agent_options.get("agent_path")
+    if now and not path.exists() and path.is_relative_to(agent_path):
+        return str(Path(now) / path.relative_to(agent_path))
+    return file
 
 
 class _AsRecorded(InlineBackend):

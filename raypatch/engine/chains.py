@@ -144,7 +144,9 @@ class _Tracker:
         value = self.chains.sample[node.index]
         if not any(i in self.owners for i in node.inputs) or not tensors_in(value):
             return  # base, or a size, which no patch changes
-        counts = {per_input(axis) for axis in tree_flatten(self.chains.axes[node.index])[0]}
+        axes, values = (tree_flatten(x)[0] for x in (self.chains.axes[node.index], value))
+        # Results that an operation does not need, as statistics, are empty.
+        counts = {per_input(a) for a, v in zip(axes, values) if not _is_empty(v)}
         entries = counts.pop() if len(counts) == 1 else None
         owners = None if entries is None else self._owners(node, value)
         if entries is None or owners is None:
@@ -183,3 +185,7 @@ class _Tracker:
         if same and all(o.shape == v.shape for o, v in zip(owners, value)):
             return tuple(owners)
         return None
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.numel()

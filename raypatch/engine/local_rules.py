@@ -66,14 +66,14 @@ POINTWISE_MODULES = (
 )  # fmt: skip
 POINTWISE_NAMES = """
     relu relu6 leaky_relu elu celu selu gelu silu mish tanh sigmoid hardtanh hardsigmoid hardswish
-    hardshrink softplus softshrink softsign tanhshrink threshold logsigmoid rrelu dropout
-    dropout1d dropout2d dropout3d alpha_dropout feature_dropout abs neg exp exp2 expm1 log log1p
-    logit sqrt rsqrt square sin cos sinh cosh atan atan2 erf sign reciprocal round floor ceil frac
-    clamp clamp_min clamp_max clip pow add sub mul div rsub true_divide floor_divide fmod remainder
-    maximum minimum hypot logaddexp copysign heaviside where lerp addcmul addcdiv masked_fill
-    nan_to_num gt ge lt le eq ne logical_not logical_and logical_or logical_xor bitwise_not
-    bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__ float double half bool int long to
-    _to_copy type contiguous clone detach
+    hardshrink softplus softshrink softsign tanhshrink threshold logsigmoid log_sigmoid rrelu
+    dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout abs neg exp exp2 expm1 log
+    log1p logit sqrt rsqrt square sin cos sinh cosh atan atan2 erf sign reciprocal round floor
+    ceil frac clamp clamp_min clamp_max clip pow add sub mul div rsub true_divide floor_divide
+    fmod remainder maximum minimum hypot logaddexp copysign heaviside where lerp addcmul addcdiv
+    masked_fill nan_to_num gt ge lt le eq ne logical_not logical_and logical_or logical_xor
+    bitwise_not bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__ float double half bool
+    int long to _to_copy type contiguous clone detach
 """.split()
 MOVEMENT_NAMES = """
     flatten unflatten reshape view permute transpose t squeeze unsqueeze movedim moveaxis swapaxes
@@ -87,6 +87,12 @@ CHANNELWISE_NAMES = """
     adaptive_avg_pool2d adaptive_avg_pool3d _max_pool1d _max_pool2d _max_pool3d
     _adaptive_max_pool1d _adaptive_max_pool2d _adaptive_max_pool3d batch_norm interpolate
     upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d prelu
+    _adaptive_avg_pool2d _adaptive_avg_pool3d
+""".split()
+# The same as exported programs have them, which give several results.
+CHANNELWISE_OF_SEVERAL = """
+    _native_batch_norm_legit_no_training max_pool2d_with_indices max_pool3d_with_indices
+    adaptive_max_pool2d adaptive_max_pool3d
 """.split()
 POINTWISE_OPERATORS = (
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,
@@ -102,9 +108,14 @@ PADDING_MODULES = {
     }.items()
     for n in (1, 2, 3)
 }  # fmt: skip
+# Channelwise also where there are no places.
+OF_TWO_AXES = (
+    "BatchNorm1d", "batch_norm", "_native_batch_norm_legit_no_training", "PReLU", "prelu",
+)  # fmt: skip
 # What makes one number of those along some axes, or changes them by each other.
 ALONG_AXES_NAMES = """
-    mean sum prod amax amin max min var std logsumexp softmax log_softmax cumsum cumprod
+    mean sum prod amax amin max min var std logsumexp softmax log_softmax _softmax _log_softmax
+    cumsum cumprod
 """.split()
 
 
@@ -201,13 +212,18 @@ def gathered(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     return shared.expand(shape)
 
 
-@local(*(getattr(nn.modules.padding, name) for name in PADDING_MODULES), *_named(["pad"]))
+@local(
+    *(getattr(nn.modules.padding, name) for name in PADDING_MODULES),
+    *_named(["pad", "constant_pad_nd"]),
+)
 def padding(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
     owner = owners.of(node.inputs[0])
     if node.op == "module":
         sizes, mode = node.target.padding, PADDING_MODULES[node.name]
     else:
-        sizes, mode = node.option(1, "pad"), node.option(2, "mode") or "constant"
+        sizes, mode = node.option(1, "pad"), "constant"
+        if node.name == "pad":
+            mode = node.option(2, "mode") or mode
     if owner is None or len(node.inputs) > 1:
         return None
     fill = -1 if mode == "constant" else None
@@ -230,9 +246,17 @@ def channelwise(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
         return None
     if owner is None or owner.dim() < 2 or owner.shape[1] != shape[1]:
         return None
-    if owner.dim() == 2 and node.name not in ("BatchNorm1d", "batch_norm", "PReLU", "prelu"):
+    if owner.dim() == 2 and node.name not in OF_TWO_AXES:
         return None  # to others the inputs are the channels then
     return _by_channel(owner, shape)
+
+
+@local(*CHANNELWISE_OF_SEVERAL)
+def channelwise_of_several(node: Node, owners: Owners, shape: tuple[int, ...]) -> Any:
+    found = channelwise(node, owners, shape)
+    if found is None or node.name.startswith("_native_batch_norm"):
+        return None if found is None else (found, *[torch.empty(0, dtype=torch.int64)] * 2)
+    return found, found  # the largest and their places
 
 
 @local(nn.Conv1d, nn.Conv2d, nn.Conv3d)

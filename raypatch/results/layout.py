@@ -109,7 +109,7 @@ def read_manifest(content: bytes | None) -> list[Receipt]:
             receipt = Receipt.from_line(line.decode())
         except (ValueError, RecursionError):
             if number < len(lines):
-                raise ValueError(f"line {number} is damaged") from None
+                raise ValueError(f"line {number} of {MANIFEST} is damaged") from None
             continue
         receipts[receipt.first, receipt.last] = receipt
     return list(receipts.values())

@@ -146,8 +146,13 @@ def compared(results: Results, path: str) -> dict[str, Any]:
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         estimates = {layer: np.array(v, float) for layer, v in record["estimates"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"--screen {path}: not estimates of raypatch screen: {error}") from None
+    except OSError as error:
+        raise InputError(f"--screen {path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"--screen {path}: not estimates of raypatch screen; give the file that --estimates of "
+            "that command named"
+        ) from None
     truth = results.effect_matrix(METRIC)
     layers = []
     for layer, guesses in estimates.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -173,6 +174,8 @@ def check_options(config: RunConfig) -> None:
     for name in ("gpus_per_actor", "watchdog_s"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name}: {getattr(config, name)} is not above 0")
+    if config.gpus_per_actor == math.inf:
+        raise InputError(f"--gpus_per_actor: {config.gpus_per_actor} are more than there can be")
     if config.cpu_actors and (config.device == "cpu" or config.backend == "inline"):
         other = "--device cpu" if config.device == "cpu" else "--backend inline"
         raise InputError(

@@ -32,7 +32,10 @@ class Interruption:
     def check(self) -> None:
         """Raises Interrupted where nothing has begun that would have to be finished."""
         if self.signal_number is not None:
-            raise Interrupted("stopped before anything was computed", self.signal_number)
+            raise Interrupted(
+                "stopped before anything was computed; run the same command again to go on",
+                self.signal_number,
+            )
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if hasattr(signal, "alarm"):
