@@ -60,13 +60,15 @@ def are_gentle(nodes: Iterable[Node], is_dense: Callable[[int], bool]) -> bool:
 
 
 class Magnitudes:
-    """Sizes of the terms of a linear node's output; what its rule may ask for them."""
+    """Sizes of the terms of a linear node's output; what its rule may ask for them.
 
-    def __init__(self, context: Context, node: Node, weights: Weights | None) -> None:
+    ``absolute`` is the node with the absolute values of its weights, see :func:`absolute`.
+    """
+
+    def __init__(self, context: Context, absolute: Node) -> None:
         self._context = context
-        self._weights = weights
-        whole = node if weights is None else replace(node, target=_absolute(node.target, weights))
-        self._base: Tensor = whole.call(lambda i: _size(context.base(i)))
+        self._absolute = absolute
+        self._base: Tensor = absolute.call(lambda i: _size(context.base(i)))
         self.largest = float(self._base.max()) if self._base.numel() else 0.0
         self._columns: Tensor | None = None
         self._of_neurons: dict[int, Tensor | None] = {}
@@ -82,8 +84,7 @@ class Magnitudes:
 
     def weight_columns(self, _: Node) -> Tensor:
         if self._columns is None:
-            assert self._weights is not None
-            self._columns = self._weights.columns.abs()
+            self._columns = Weights.of(self._absolute.target).columns
         return self._columns
 
     def emptied(
@@ -126,14 +127,16 @@ class Magnitudes:
         return emptied.view(batch.n_experiments, batch.n_inputs, -1).any(-1)
 
 
-def _absolute(layer: nn.Module, weights: Weights) -> nn.Module:
-    """The layer with the absolute values of its weights."""
-    other = copy.copy(layer)
-    other._parameters = {
-        name: None if value is None else nn.Parameter(value.abs(), requires_grad=False)
-        for name, value in (("weight", weights.rows), ("bias", weights.bias))
+def absolute(node: Node) -> Node:
+    """A linear node with the absolute values of its weights, where it has any."""
+    if node.op != "module":
+        return node
+    layer = copy.copy(node.target)
+    layer._parameters = {
+        name: None if value is None else nn.Parameter(value.detach().abs(), requires_grad=False)
+        for name, value in (("weight", layer.weight), ("bias", layer.bias))
     }
-    return other
+    return replace(node, target=layer)
 
 
 def _size(value: Any) -> Any:

@@ -317,8 +317,7 @@ class Prepared:
         assert step.spread is not None
         node = step.node
         if node.index not in self._magnitudes:
-            weights = self.scratch.weights(node) if node.op == "module" else None
-            self._magnitudes[node.index] = Magnitudes(self, node, weights)
+            self._magnitudes[node.index] = Magnitudes(self, self.scratch.absolute(node))
         magnitudes = self._magnitudes[node.index]
         if program.is_gentle and magnitudes.largest < LARGE:
             return None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raypatch.engine.cancelling import absolute
 from raypatch.engine.dense_ops import Weights
 from raypatch.engine.graph import Node
 
@@ -20,6 +21,7 @@ class Scratch:
         self._buffers: dict[int, Tensor] = {}
         self._views: dict[int, Tensor] = {}
         self._made: dict[int, Any] = {}
+        self._absolute: dict[int, Node] = {}
 
     def buffer(self, key: int, *shape: int, like: Tensor) -> Tensor:
         """Scratch memory of this shape, reused by the next batch that asks with the key.
@@ -48,10 +50,16 @@ class Scratch:
             self._made[node.index] = make()
         return self._made[node.index]
 
+    def absolute(self, node: Node) -> Node:
+        """A linear node with the absolute values of its weights."""
+        if node.index not in self._absolute:
+            self._absolute[node.index] = absolute(node)
+        return self._absolute[node.index]
+
     def weights(self, node: Node) -> Weights:
         """Those of a linear or convolution node."""
         made: Weights = self.once(node, lambda: Weights.of(node.target))
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_buffers": {}, "_views": {}, "_made": {}}
+        return {name: {} for name in vars(self)}
