@@ -150,3 +150,21 @@ def test_rows_are_computed_whole_only_where_little_would_be_left(monkeypatch):
     asked.clear()  # a trial patches noise
     run([{"a": [j]} for j in range(16)])
     assert asked and not any(rows is not None and rows.any() for rows in asked)
+
+
+@pytest.mark.parametrize(
+    ("after", "is_gentle"),
+    [
+        (nn.Sequential(nn.ReLU(), nn.Linear(8, 8), nn.Softmax(-1)), True),
+        (lambda h: torch.tanh(h) / 2, True),
+        (lambda h: h / h.sum(-1, keepdim=True), False),
+        (lambda h: h.to(torch.int64).to(h.dtype), False),
+        (lambda h: h.max(-1, keepdim=True)[1].to(h.dtype), False),
+        (nn.LayerNorm(8), False),
+        (lambda h: h * (h > 0), False),
+    ],
+)
+def test_operations_that_jump_or_divide_are_not_taken_for_gentle(after, is_gentle):
+    run = Patcher(Through(after)).prepare(torch.randn(4, 6), torch.randn(4, 6))
+    (group,) = run.plan([{"a": [0]}]).groups
+    assert run._prepare(0).program(group).is_gentle is is_gentle

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from raypatch.engine.dense_ops import Weights
 from raypatch.engine.graph import Node
+from raypatch.engine.layers import tensors_in
 from raypatch.engine.plan import Selection
 from raypatch.engine.spread_rules import Context, SpreadRule
 from raypatch.engine.values import Batch, Sparse
@@ -49,12 +50,17 @@ GENTLE = set(
 DIVISIONS = {"div", "truediv", "truedivide"}
 
 
-def are_gentle(nodes: Iterable[Node], is_dense: Callable[[int], bool]) -> bool:
-    """Whether these operations on dense rows make of a small error no large one."""
+def are_gentle(
+    nodes: Iterable[Node], is_dense: Callable[[int], bool], value_of: Callable[[int], Any]
+) -> bool:
+    """Whether these operations on dense rows make of a small error no large one. ``value_of`` is a
+    node's value for some input."""
     for node in nodes:
         name = node.name.replace("_", "").lower()
         by_what_is_given = name in DIVISIONS and not any(map(is_dense, node.inputs[1:]))
-        if not node.is_torchs or not (name in GENTLE or by_what_is_given):
+        # Places and truths jump.
+        jumps = not all(value.is_floating_point() for value in tensors_in(value_of(node.index)))
+        if jumps or not node.is_torchs or not (name in GENTLE or by_what_is_given):
             return False
     return True
 

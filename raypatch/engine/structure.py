@@ -228,7 +228,9 @@ class Structure:
             row_elements=sum(_numel(self.sample[s.node.index]) for s in steps)
             + _numel(self.sample[self.output]),
             work_after=sum(self._work(step.node) for step in steps[1:]),
-            is_gentle=are_gentle(needed, lambda i: kinds[i] not in (BASE, SOURCE)),
+            is_gentle=are_gentle(
+                needed, lambda i: kinds[i] not in (BASE, SOURCE), self.sample.__getitem__
+            ),
         )
 
     def _kind(self, index: int, kinds: dict[int, Kind]) -> Kind:
