@@ -106,14 +106,22 @@ def as_in_forward(network: nn.Module, args: Args) -> Iterator[None]:
     is float64, where the network or what it gets is."""
     given = tensors_in(args)
     held = [*given, *islice(network.parameters(), 1)]
-    kinds = {p.dtype for p in network.parameters() if p.is_floating_point()}
     with ExitStack() as stack:
         if held and held[0].device.type != "cpu":
             stack.enter_context(held[0].device)
-        if kinds == {torch.float64} or any(x.dtype is torch.float64 for x in given):
+        if any(x.dtype is torch.float64 for x in given) or _is_float64(network):
             stack.enter_context(float64_is_default())
             stack.enter_context(_Widened())
         yield
+
+
+def _is_float64(network: nn.Module) -> bool:
+    """Whether all its floating parameters are, and there are any."""
+    floating = (p for p in network.parameters() if p.is_floating_point())
+    first = next(floating, None)
+    if first is None or first.dtype is not torch.float64:
+        return False
+    return all(p.dtype is torch.float64 for p in floating)
 
 
 _in_float64 = 0

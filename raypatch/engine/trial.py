@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -208,9 +208,9 @@ class _Trial:
         engine = self.build(how)
         if how == "torch.export" and self.dtype is torch.float64:
             self._check_far(engine.graph)  # type: ignore[union-attr]
-        for source, fill, expected in self._expected:
+        for source, fill, plan, expected in self._expected:
             try:
-                found = PatchRun(engine, self._limits, source, self.probe, fill)(self._plan)
+                found = PatchRun(engine, self._limits, source, self.probe, fill)(plan)
             except CaptureError:
                 raise
             except Exception as error:  # anything a strange network may do
@@ -235,34 +235,41 @@ class _Trial:
             if not is_small:
                 raise _DiffersError(f"differs from the network by {difference:.1e} on large inputs")
 
-    @cached_property
-    def _plan(self) -> Plan:
-        return plan_experiments(_experiments(self.layers))
-
     @property
     def _limits(self) -> Limits:
         return Limits(torch.device("cpu"), TRIAL_BYTES)
 
     @cached_property
-    def _expected(self) -> list[tuple[Args | None, Fill | None, list[tuple[Tensor, Tensor]]]]:
-        """For each way of filling in values the source, the fill, and for each input the outputs
-        ``[experiments, 1, outputs]`` and ``[1, outputs]`` without a patch."""
+    def _expected(self) -> list[_Way]:
+        """What plain hooks give."""
         source = map_tensors(lambda x: x.roll(1, 0) if x.dim() else x, self.probe)
         single = Stacked(self.network, self.layers, limit=1)
 
-        def alone(i: int, source: Args | None, fill: Fill | None) -> tuple[Tensor, Tensor]:
-            own = None if source is None else inputs_between(source, i, i + 1)
-            target = inputs_between(self.probe, i, i + 1)
-            run = PatchRun(single, self._limits, own, target, fill)
-            return run(self._plan), run.baseline
+        def way(source: Args | None, fill: Fill | None, trials: list[Experiment]) -> _Way:
+            plan, expected = plan_experiments(Experiments.from_list(trials)), []
+            for i in range(count_inputs(self.probe)):
+                own = None if source is None else inputs_between(source, i, i + 1)
+                target = inputs_between(self.probe, i, i + 1)
+                run = PatchRun(single, self._limits, own, target, fill)
+                expected.append((run(plan), run.baseline))
+            return _Way(source, fill, plan, expected)
 
-        # Inputs may be equal or the layers' values zero: noise makes every patch change something.
-        ways = ((source, None), (None, noise_fill))
-        inputs = range(count_inputs(self.probe))
+        of_few, of_all = _trials(self.layers)
         try:
-            return [(given, fill, [alone(i, given, fill) for i in inputs]) for given, fill in ways]
+            # Inputs may be equal or values zero: with noise every patch changes something.
+            return [way(source, None, of_few), way(None, noise_fill, of_all)]
         except Exception as error:  # anything a strange network may do
             raise CaptureError(one_line(error)) from None
+
+
+class _Way(NamedTuple):
+    """A way of filling in values: for each input the outputs ``[experiments, 1, outputs]`` that are
+    right, and ``[1, outputs]`` without a patch."""
+
+    source: Args | None
+    fill: Fill | None
+    plan: Plan
+    expected: list[tuple[Tensor, Tensor]]
 
 
 def _in_float64(trial: _Trial) -> _Trial | None:
@@ -325,12 +332,11 @@ def _scaled(x: Tensor, by: float) -> Tensor:
     return x * by if x.is_floating_point() else x
 
 
-def _experiments(layers: dict[str, Layer]) -> Experiments:
+def _trials(layers: dict[str, Layer]) -> tuple[list[Experiment], list[Experiment]]:
+    """Experiments on the first and the last layers, and with them some on every other."""
     names = list(layers)
     chosen = names if len(names) <= 12 else [*names[:6], *names[-6:]]
     trials: list[Experiment] = []
-    for name in names[6:-6]:
-        trials += [{name: [0]}, {name: [layers[name].neurons // 2]}]
     for name in chosen:
         size = layers[name].neurons
         # At least two of a signature, so that really something is stacked.
@@ -339,7 +345,9 @@ def _experiments(layers: dict[str, Layer]) -> Experiments:
     if len(chosen) > 1:
         trials.append({chosen[0]: [0], chosen[-1]: [0]})
     trials.append({OUTPUT_LOGITS: [0]})
-    return Experiments.from_list(trials)
+    others = [name for name in names if name not in chosen]
+    more = [{name: [neuron]} for name in others for neuron in (0, layers[name].neurons // 2)]
+    return trials, [*trials, *more]
 
 
 def trial_inputs(args: Args, telling: Args | None = None) -> Args:
