@@ -61,9 +61,9 @@ def words(fragile, out, factory, *more):
 def shortened(definition):
     """The definition cut to a few experiments around the poison, so that it is found in fewer of
     the tries that take seconds; where it is and how many there are."""
-    few = json.loads(definition.read_text())[POISON_INDEX - 5 : POISON_INDEX + 11]
+    few = json.loads(definition.read_text())[POISON_INDEX - 1 : POISON_INDEX + 3]
     definition.write_text(json.dumps(few))
-    return 5, len(few)
+    return 1, len(few)
 
 
 def check_all_but_the_poison(out, poison=POISON_INDEX, n_experiments=N_EXPERIMENTS):
