@@ -168,3 +168,18 @@ def test_operations_that_jump_or_divide_are_not_taken_for_gentle(after, is_gentl
     run = Patcher(Through(after)).prepare(torch.randn(4, 6), torch.randn(4, 6))
     (group,) = run.plan([{"a": [0]}]).groups
     assert run._prepare(0).program(group).is_gentle is is_gentle
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_layers_whose_weights_are_made_by_hooks_of_torchs_own_are_captured(norm):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), norm(nn.Linear(8, 8)), nn.LayerNorm(8))
+    network.append(norm(nn.Linear(8, 2))).eval()
+    source, target = torch.randn(2, 5, 6)
+    experiments = [{"0": [j]} for j in range(8)] + [{"2": [3]}, {"0": [1, 2]}]
+    patcher = Patcher(network)
+    found = patcher(experiments, source, target)
+    assert patcher.path.startswith("incremental (torch.fx)")
+    expected = reference_outputs(network, experiments, source, target)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)

@@ -10,7 +10,6 @@ give, for every number of the output, the sizes of all terms of its sum, before 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from raypatch.engine.dense_ops import Weights
+from raypatch.engine.from_weights import convolution_of, linear_of
 from raypatch.engine.graph import Node
 from raypatch.engine.layers import tensors_in
 from raypatch.engine.plan import Selection
@@ -137,12 +137,14 @@ def absolute(node: Node) -> Node:
     """A linear node with the absolute values of its weights, where it has any."""
     if node.op != "module":
         return node
-    layer = copy.copy(node.target)
-    layer._parameters = {
-        name: None if value is None else nn.Parameter(value.detach().abs(), requires_grad=False)
-        for name, value in (("weight", layer.weight), ("bias", layer.bias))
-    }
-    return replace(node, target=layer)
+    layer = node.target
+    weight, bias = layer.weight.detach().abs(), layer.bias
+    bias = None if bias is None else bias.detach().abs()
+    if isinstance(layer, nn.Linear):
+        return replace(node, target=linear_of(weight, bias))
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    options = {name: getattr(layer, name) for name in names}
+    return replace(node, target=convolution_of(weight, bias, **options))
 
 
 def _size(value: Any) -> Any:
