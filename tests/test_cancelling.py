@@ -183,3 +183,27 @@ def test_layers_whose_weights_are_made_by_hooks_of_torchs_own_are_captured(norm)
     assert patcher.path.startswith("incremental (torch.fx)")
     expected = reference_outputs(network, experiments, source, target)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_complex_layers_are_captured_and_cancel_as_others_do():
+    class Modulus(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 6).to(torch.complex64)
+            self.b = nn.Linear(6, 5, bias=False).to(torch.complex64)
+            self.o = nn.Linear(5, 3)
+
+        def forward(self, x):
+            h = self.a(x.to(self.a.weight.dtype))
+            return self.o(F.normalize(self.b(h * (h.real > 0.4)).abs(), dim=-1))
+
+    torch.manual_seed(0)
+    network, (source, target) = Modulus(), torch.randn(2, 40, 4)
+    experiments = [{"a": [j]} for j in range(6)] + [{"a": [j, j + 1]} for j in range(5)]
+    for kind in ("pair", "zero"):
+        patcher = Patcher(network)
+        found = patcher(experiments, source, target, kind=kind)
+        assert patcher.path == "incremental (torch.fx)"
+        expected = reference_outputs(network, experiments, source, target, kind=kind)
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)

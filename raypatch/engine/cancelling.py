@@ -83,7 +83,8 @@ class Magnitudes:
         return self._base
 
     def buffer(self, node: Node, *shape: int) -> Tensor:
-        return self._context.buffer(node, *shape)
+        own = self._context.buffer(node, *shape)
+        return own if own.dtype == self._base.dtype else self._base.new_empty(shape)
 
     def once(self, node: Node, make: Callable[[], Any]) -> Any:
         return self._context.once(node, make)
@@ -148,4 +149,5 @@ def absolute(node: Node) -> Node:
 
 
 def _size(value: Any) -> Any:
-    return value.abs() if isinstance(value, Tensor) and value.is_floating_point() else value
+    is_number = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return value.abs() if is_number else value
