@@ -21,6 +21,7 @@ import numpy as np
 
 from raypatch.errors import InputError, few
 
+ALIGNMENT = 64  # bytes
 SIDES = ("clean", "corrupted")
 # Where inputs lie beside an agent.
 INPUTS_FOLDER = "activation_inputs"
@@ -99,7 +100,7 @@ def read_inputs(
             raise InputError(f"--input_ids: an id is given twice in {','.join(input_ids)}")
         ids = tuple(input_ids)
     sides = {
-        side: np.stack(
+        side: _stacked(
             [
                 check_observation(values[key], observation, f"{paths[side]}: input {key!r}")
                 for key in ids
@@ -111,6 +112,15 @@ def read_inputs(
 
 
 # ------------------------------------------------------------------------------ formats
+
+
+def _stacked(rows: list[np.ndarray]) -> np.ndarray:
+    """``[inputs, ...]`` float32, in memory that begins as torch's does, which takes it as it is."""
+    shape = (len(rows), *rows[0].shape)
+    memory = np.empty(4 * math.prod(shape) + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    whole = memory[start : start + 4 * math.prod(shape)].view(np.float32).reshape(shape)
+    return np.stack(rows, out=whole)
 
 
 def read_observations(path: Path) -> Mapping[str, Any]:
@@ -327,7 +337,7 @@ def read_activations(
                     if value.shape == (1, *shape):
                         value = value[0]
                     rows.append(_array(value, shape, f"--source_activations {path}: {key!r}"))
-                found[layer] = np.stack(rows)
+                found[layer] = _stacked(rows)
     except UNREADABLE as error:
         raise InputError(f"--source_activations {path}: not readable: {error}") from None
     return found

@@ -13,7 +13,13 @@ import pytest
 from conftest import LAVA
 
 from raypatch.errors import InputError
-from raypatch.inputs import ObservationShape, read_activations, read_inputs, read_observations
+from raypatch.inputs import (
+    SIDES,
+    ObservationShape,
+    read_activations,
+    read_inputs,
+    read_observations,
+)
 
 
 def write(tmp_path, clean, corrupted):
@@ -302,3 +308,11 @@ def test_recorded_activations_of_ids_that_begin_alike_are_told_apart(tmp_path):
         tmp_path / "a.npz", ["a", "a_q"], layers, lambda name: name if name in layers else None
     )
     assert found["q_net.0"].tolist() == [[1, 2], [3, 4]]
+
+
+def test_inputs_begin_in_memory_where_torchs_own_tensors_do():
+    paths = {side: LAVA / "activation_inputs" / f"{side}_inputs.json" for side in SIDES}
+    raw = read_observations(paths["clean"])
+    shape = ObservationShape(np.shape(next(iter(raw.values()))))
+    for values in read_inputs(paths, shape).sides.values():
+        assert values.ctypes.data % 64 == 0 and values.dtype == np.float32

@@ -55,6 +55,7 @@ MISTAKES = [
         {"--cpu_actors": "2"},
         r"--cpu_actors 2: adds CPU actors to those on GPUs; --backend inline has",
     ),
+    ({"--input_ids": "a\nb"}, r"--input_ids 'a\\nb': write ids in one line, with commas"),
     ({"--gpus_per_actor": "inf"}, r"--gpus_per_actor: inf are more than there can be"),
     ({"--additional_args": "--save metrics --seed 1"}, r"write --name=value, with commas between"),
     ({"--gpus_per_actor": "0"}, r"--gpus_per_actor: 0.0 is not above 0"),

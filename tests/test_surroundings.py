@@ -240,7 +240,76 @@ def test_functions_that_hold_on_to_the_network_hold_on_to_the_copy_in_a_copy():
     torch.testing.assert_close(patcher(experiments, source, target), found)
 
 
-def test_a_network_that_finds_itself_by_a_global_name_is_refused_before_it_runs():
+class Shared(nn.Module):
+    """Modules that share lists, dictionaries and variables, with functions in them or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up, self.o = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.down.skips = self.up.skips = []
+        self.calls = {"relu": torch.relu, "head": lambda x: self.o(x)}
+        self.up.calls = self.calls
+        self.both = (self.calls, self.down.skips)
+        seen = 0
+
+        def count(module, args):
+            nonlocal seen
+            seen += 1
+
+        def scaled(x):
+            nonlocal seen
+            factor, seen = seen, 0
+            return self.calls["head"](x) * factor
+
+        self.down.register_forward_pre_hook(count)
+        self.up.register_forward_pre_hook(count)
+        self.scaled = scaled
+
+        def folded(x, times):
+            return x if not times else torch.relu(folded(x, times - 1)) + self.o.bias.sum()
+
+        self.folded = folded
+
+    def forward(self, x):
+        h = self.up.calls["relu"](self.down(x))
+        self.down.skips.append(h)
+        h = self.up(h) + self.up.skips.pop()
+        assert not self.both[1] and self.both[0] is self.up.calls
+        return self.scaled(self.folded(h, 2))
+
+
+def test_what_modules_share_is_shared_by_their_copies():
+    torch.manual_seed(0)
+    network, (source, target) = Shared().eval(), torch.randn(2, 5, 4)
+    experiments = [{"down": [0]}, {"up": [5]}, {"o": [1]}, {"down": "all"}]
+
+    def hooked(layer, neurons):
+        with torch.no_grad():
+            values = {}
+            module = getattr(network, layer)
+            handle = module.register_forward_hook(lambda m, i, out: values.update(of=out.clone()))
+            network(source)
+            handle.remove()
+
+            def patch(_, __, out):
+                out = out.clone()
+                chosen = slice(None) if neurons == "all" else neurons
+                out[:, chosen] = values["of"][:, chosen]
+                return out
+
+            handle = module.register_forward_hook(patch)
+            found = network(target)
+            handle.remove()
+        return found
+
+    expected = torch.stack([hooked(*next(iter(one.items()))) for one in experiments])
+    found = Patcher(network)(experiments, source, target)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    reference = reference_outputs(network, experiments, source, target)
+    torch.testing.assert_close(reference.float(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_in_training_that_finds_itself_by_a_global_name_is_refused_before_it_runs():
     class Global(nn.Module):
         def __init__(self):
             super().__init__()
@@ -251,7 +320,7 @@ def test_a_network_that_finds_itself_by_a_global_name_is_refused_before_it_runs(
 
     network = Global().train()
     before = copy.deepcopy(network.state_dict())
-    with pytest.raises(InputError, match="calls a BatchNorm1d of the network itself by a global"):
+    with pytest.raises(InputError, match="calls a BatchNorm1d of the network itself, in training"):
         Patcher(network)([{"a": [0]}], torch.randn(3, 4), torch.randn(3, 4))
     assert all(torch.equal(before[name], now) for name, now in network.state_dict().items())
 

@@ -140,7 +140,7 @@ def run_options(given: dict[str, Any]) -> dict[str, Any]:
                 joined.append(word)
             else:
                 joined[-1] += f",{word}"
-        if not joined[0].startswith("-"):
+        if joined and not joined[0].startswith("-"):
             raise InputError(f"--additional_args: {joined[0]!r} is no option; write --name=value")
         apart = next((word for word in joined if " " in word.partition("=")[0]), None)
         if apart is not None:

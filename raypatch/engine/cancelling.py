@@ -77,6 +77,8 @@ class Magnitudes:
         self._base: Tensor = absolute.call(lambda i: _size(context.base(i)))
         self.largest = float(self._base.max()) if self._base.numel() else 0.0
         self._columns: Tensor | None = None
+        # Of single neurons what was asked for; once that is half of them, all are looked at.
+        self._asked: dict[int, int] = {}
         self._of_neurons: dict[int, Tensor | None] = {}
 
     def base(self, _: int) -> Tensor:
@@ -98,11 +100,13 @@ class Magnitudes:
         self, rule: SpreadRule, node: Node, sparse: Sparse, index: Selection, batch: Batch
     ) -> Tensor | None:
         """``[E, N]`` bool: the rows to compute whole; None where there are none."""
-        if index.shape[1] > 1:
-            return self._emptied(rule, node, sparse, index, batch)
         key = id(sparse)
-        if key not in self._of_neurons:
-            self._of_neurons[key] = self._by_neuron(rule, node, sparse, batch.n_inputs)
+        if index.shape[1] == 1 and key not in self._of_neurons:
+            asked = self._asked[key] = self._asked.get(key, 0) + index.shape[0]
+            if 2 * asked >= sparse.of.neurons:
+                self._of_neurons[key] = self._by_neuron(rule, node, sparse, batch.n_inputs)
+        if index.shape[1] > 1 or key not in self._of_neurons:
+            return self._emptied(rule, node, sparse, index, batch)
         of_neurons = self._of_neurons[key]
         return None if of_neurons is None else index.take(of_neurons)
 

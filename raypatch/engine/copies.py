@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_flatten
 
 from raypatch.engine.layers import tensors_in, without_nested_tensors
 from raypatch.errors import InputError, one_line
@@ -51,15 +52,18 @@ def own_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
 
 @contextmanager
 def none_called(originals: Container[nn.Module]) -> Iterator[None]:
-    """Raises CallsOriginalError where this thread calls one of these modules, before it runs: a
-    copy does where its code finds the original by a global name."""
+    """Raises CallsOriginalError where this thread calls one of these modules and it is one that
+    behaves otherwise in training, before it runs: a copy does where its code finds the original
+    by a global name."""
     thread = threading.get_ident()
 
     def refuse(module: nn.Module, _: Any) -> None:
-        if threading.get_ident() == thread and module in originals:
+        is_told = module.training and isinstance(module, (_NormBase, _DropoutNd))
+        if is_told and threading.get_ident() == thread and module in originals:
             raise CallsOriginalError(
-                f"the network's code calls a {type(module).__name__} of the network itself by a "
-                "global name or through a class, not through self; a copy of it cannot be patched"
+                f"the network's code calls a {type(module).__name__} of the network itself, in "
+                "training mode, where a copy of it cannot follow (by a global name, a class, a "
+                "cache): call network.eval() first, or reach it through self"
             )
 
     handle = register_module_forward_pre_hook(refuse)
@@ -81,8 +85,7 @@ def copied(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -
     held = [t for module in network.modules() for t in tensors_in(vars(module)) if not t.is_leaf]
     copies: dict[int, Any] = {id(t): t.detach().clone() for t in held}
     own = copy.deepcopy(network, copies)
-    for module in own.modules():
-        vars(module).update({n: _rebound(value, copies) for n, value in vars(module).items()})
+    _Rebinding(copies).look_into(own)
 
     kinds = {p.dtype for p in network.parameters() if p.is_floating_point()}
     kept = {torch.float64, torch.complex128} if kinds != {torch.float64} else set()
@@ -104,55 +107,124 @@ def copied(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -
     return without_nested_tensors(own.eval())
 
 
-def _rebound(value: Any, copies: dict[int, Any]) -> Any:
-    """A value of a copy, with functions that hold on to copies where theirs were the originals, as
-    that of ``self.head = lambda x: self.out(x)`` does: copying leaves functions as they are.
+class _Rebinding:
+    """Lets functions in a copy hold on to copies where theirs were the originals, as that of
+    ``self.head = lambda x: self.out(x)`` does: copying leaves functions as they are.
 
-    ``copies`` are by the id of what they are of.
+    ``copies`` are by the id of what they are of. What holds functions is changed in place, so that
+    what is shared stays shared; and so are the variables that functions share.
     """
-    if isinstance(value, FunctionType):
-        return _rebound_function(value, copies)
-    if isinstance(value, partial) and isinstance(value.func, FunctionType):
-        function = _rebound_function(value.func, copies)
-        return partial(function, *value.args, **value.keywords)
-    if type(value) in (list, tuple):
-        return type(value)(_rebound(item, copies) for item in value)
-    if type(value) in (dict, OrderedDict):
-        return type(value)((key, _rebound(item, copies)) for key, item in value.items())
-    return value
+
+    def __init__(self, copies: dict[int, Any]) -> None:
+        self._copies = copies
+        self._own = {id(value) for key, value in copies.items() if key != id(copies)}
+        self._cells: dict[int, CellType] = {}
+        self._seen: set[int] = set()
+
+    def look_into(self, value: Any) -> Any:
+        """What takes the value's place: another for a function or a tuple with one in it that
+        reaches the original, else the value itself."""
+        if isinstance(value, FunctionType):
+            return self._of_copy(value)
+        if isinstance(value, partial):
+            return self._of_copy(value) if self._reaches(value.func, set()) else value
+        if type(value) is tuple:
+            items = tuple(map(self.look_into, value))
+            return value if all(a is b for a, b in zip(items, value)) else items
+        if id(value) not in self._own or id(value) in self._seen:
+            return value
+        self._seen.add(id(value))
+        if isinstance(value, list):
+            value[:] = [self.look_into(item) for item in value]
+        elif isinstance(value, dict):
+            for key, item in list(value.items()):
+                if (other := self.look_into(item)) is not item:
+                    value[key] = other
+        elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, type):
+            for key, item in list(vars(value).items()):
+                if (other := self.look_into(item)) is not item:
+                    vars(value)[key] = other
+            if isinstance(value, nn.Module):
+                for child in value._modules.values():
+                    self.look_into(child)
+        return value
+
+    def _held_by(self, value: Any) -> list[Any]:
+        """What a function, or something that it may hold, holds."""
+        if isinstance(value, FunctionType):
+            given = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+            return [*map(_content, value.__closure__ or ()), *given, *vars(value).values()]
+        if isinstance(value, MethodType):
+            return [value.__self__]
+        if isinstance(value, partial):
+            return [value.func, *value.args, *value.keywords.values()]
+        if isinstance(value, dict):
+            return list(value.values())
+        if isinstance(value, (list, tuple, set, frozenset, deque)):
+            return list(value)
+        is_plain = type(value).__module__.split(".")[0] not in ("torch", "builtins", "numpy")
+        return list(vars(value).values()) if is_plain and hasattr(value, "__dict__") else []
+
+    def _reaches(self, value: Any, looked_at: set[int]) -> bool:
+        """Whether it leads to something of the original that there is a copy of."""
+        if self._copies.get(id(value), value) is not value:
+            return True
+        if id(value) in looked_at or isinstance(value, (type, ModuleType)):
+            return False
+        looked_at.add(id(value))
+        return any(self._reaches(held, looked_at) for held in self._held_by(value))
+
+    def _of_copy(self, value: Any) -> Any:
+        """The same for the copy, where it reaches the original."""
+        if id(value) in self._copies:
+            return self._copies[id(value)]
+        if not self._reaches(value, set()):
+            return value
+        if isinstance(value, FunctionType):
+            return self._rebound(value)
+        if isinstance(value, partial):
+            other = partial(
+                self._of_copy(value.func),
+                *map(self._of_copy, value.args),
+                **{name: self._of_copy(item) for name, item in value.keywords.items()},
+            )
+            vars(other).update(vars(value))
+            return other
+        try:
+            made = copy.deepcopy(value, self._copies)
+        except Exception:  # what cannot be copied stays the original's
+            return value
+        self._own.add(id(made))
+        return self.look_into(made)
+
+    def _rebound(self, function: FunctionType) -> FunctionType:
+        closure, fill = [], []
+        for cell in function.__closure__ or ():
+            if id(cell) in self._cells:
+                closure.append(self._cells[id(cell)])
+            elif self._reaches(_content(cell), set()):
+                closure.append(self._cells.setdefault(id(cell), CellType()))
+                fill.append(cell)
+            else:
+                closure.append(cell)
+        code, context = function.__code__, function.__globals__
+        other = FunctionType(code, context, function.__name__, None, tuple(closure) or None)
+        self._copies[id(function)] = other  # before what it holds, which may be itself
+        for cell in fill:
+            self._cells[id(cell)].cell_contents = self._of_copy(_content(cell))
+        other.__defaults__ = tuple(map(self._of_copy, function.__defaults__ or ())) or None
+        named = function.__kwdefaults__ or {}
+        other.__kwdefaults__ = {k: self._of_copy(v) for k, v in named.items()} or None
+        vars(other).update({k: self._of_copy(v) for k, v in vars(function).items()})
+        return other
 
 
-def _rebound_function(function: FunctionType, copies: dict[int, Any]) -> FunctionType:
-    if id(function) in copies:
-        return copies[id(function)]
-    copies[id(function)] = function
-
-    def of_copy(held: Any) -> Any:
-        if id(held) in copies:
-            return copies[id(held)]
-        leaves = tree_flatten(held)[0] if type(held) in (list, tuple, dict) else []
-        if any(id(leaf) in copies for leaf in leaves):
-            return copy.deepcopy(held, copies)
-        return _rebound_function(held, copies) if isinstance(held, FunctionType) else held
-
+def _content(cell: CellType) -> Any:
+    """What a variable of a function holds, None where nothing yet."""
     try:
-        held = [cell.cell_contents for cell in function.__closure__ or ()]
-    except ValueError:  # a name that nothing has been given yet
-        return function
-    given, named = function.__defaults__ or (), function.__kwdefaults__ or {}
-    own = [of_copy(value) for value in held]
-    own_given = tuple(map(of_copy, given))
-    own_named = {name: of_copy(value) for name, value in named.items()}
-    before = [*held, *given, *named.values()]
-    if all(a is b for a, b in zip(before, [*own, *own_given, *own_named.values()])):
-        return function
-    code, context = function.__code__, function.__globals__
-    closure = tuple(map(CellType, own)) or None
-    rebound = FunctionType(code, context, function.__name__, own_given or None, closure)
-    rebound.__kwdefaults__ = own_named or None
-    rebound.__dict__.update(function.__dict__)
-    copies[id(function)] = rebound
-    return rebound
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def _undo_compiling(own: nn.Module, copies: dict[int, Any]) -> None:

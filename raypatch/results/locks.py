@@ -36,6 +36,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 _handles: dict[str, int] = {}
 # Neither do they keep this process's own runs apart: its ranges by directory.
 _ranges: dict[str, list[tuple[int, int]]] = {}
+_one_at_a_time = threading.Lock()
 
 
 def _handle(root: Path) -> int | None:
@@ -90,35 +91,43 @@ class RangeLock:
         self._own = (first, last)
 
     def __enter__(self) -> None:
-        import fcntl
-
-        handle = _handle(self._root)
-        if handle is None:
-            raise RunError(
-                f"{self._root}: cannot be written: no lock file can be made there; make it "
-                "writable or choose another --output_dir"
-            )
-        own = _ranges.setdefault(str(self._root.resolve()), [])
         deadline = time.monotonic() + PATIENCE_S
-        while any(first < self._own[1] and self._first < last for first, last in own) or not _set(
-            handle, fcntl.LOCK_EX | fcntl.LOCK_NB, self._first, self._length
-        ):
+        while not self._taken():
             if time.monotonic() > deadline:
-                self._let_go()
                 raise InputError(
                     f"--output_dir {self._root}: another run is writing here; wait for it to end, "
                     "or choose another directory (or another range of a sweep)"
                 )
             time.sleep(0.05)
-        own.append(self._own)
+
+    def _taken(self) -> bool:
+        """Take the range, unless somebody holds some of it."""
+        import fcntl
+
+        with _one_at_a_time:
+            handle = _handle(self._root)
+            if handle is None:
+                raise RunError(
+                    f"{self._root}: cannot be written: no lock file can be made there; make it "
+                    "writable or choose another --output_dir"
+                )
+            own = _ranges.setdefault(str(self._root.resolve()), [])
+            is_own = any(first < self._own[1] and self._first < last for first, last in own)
+            exclusive = fcntl.LOCK_EX | fcntl.LOCK_NB
+            if is_own or not _set(handle, exclusive, self._first, self._length):
+                self._let_go()
+                return False
+            own.append(self._own)
+            return True
 
     def __exit__(self, *_: object) -> None:
         import fcntl
 
         key = str(self._root.resolve())
-        _set(_handles[key], fcntl.LOCK_UN, self._first, self._length)
-        _ranges[key].remove(self._own)
-        self._let_go()
+        with _one_at_a_time:
+            _set(_handles[key], fcntl.LOCK_UN, self._first, self._length)
+            _ranges[key].remove(self._own)
+            self._let_go()
 
     def _let_go(self) -> None:
         """Close the lock file where this process holds no range of it."""

@@ -98,7 +98,12 @@ def joined(names: Iterable[Any]) -> str:
 
 def names_in(text: str) -> list[str]:
     """Names in the text of one option; see :func:`joined`."""
-    return next(csv.reader([text]), []) or [""]
+    try:
+        return next(csv.reader([text]), []) or [""]
+    except csv.Error as error:
+        raise InputError(
+            f"--input_ids {text[:60]!r}: write ids in one line, with commas between ({error})"
+        ) from None
 
 
 def _converted(name: str, value: Any, kind: str) -> Any:

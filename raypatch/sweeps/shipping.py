@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ALIGNMENT = 64  # bytes
+from raypatch.inputs import ALIGNMENT
 
 
 @dataclass(frozen=True)
