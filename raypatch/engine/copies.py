@@ -144,9 +144,6 @@ class _Rebinding:
             for key, item in list(vars(value).items()):
                 if (other := self.look_into(item)) is not item:
                     vars(value)[key] = other
-            if isinstance(value, nn.Module):
-                for child in value._modules.values():
-                    self.look_into(child)
         return value
 
     def _held_by(self, value: Any) -> list[Any]:
