@@ -85,8 +85,6 @@ def copied(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -
     held = [t for module in network.modules() for t in tensors_in(vars(module)) if not t.is_leaf]
     copies: dict[int, Any] = {id(t): t.detach().clone() for t in held}
     own = copy.deepcopy(network, copies)
-    _Rebinding(copies).look_into(own)
-
     kinds = {p.dtype for p in network.parameters() if p.is_floating_point()}
     kept = {torch.float64, torch.complex128} if kinds != {torch.float64} else set()
 
@@ -100,6 +98,7 @@ def copied(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -
         return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
     _undo_compiling(own, copies)
+    _Rebinding(copies).look_into(own)
     for module in own.modules():  # tensors that are neither parameters nor buffers
         held_apart = {n: converted(t) for n, t in vars(module).items() if isinstance(t, Tensor)}
         vars(module).update(held_apart)
