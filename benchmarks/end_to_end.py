@@ -22,6 +22,7 @@ from raypatch.engine.patcher import Patcher
 from raypatch.metrics.formulas import DEFAULT_METRICS
 from raypatch.results import layout, schema, tables
 from raypatch.sweeps.shipping import pack
+from raypatch.sweeps.sides import Sides
 from raypatch.sweeps.sweep import ITEM_ROWS
 from raypatch.sweeps.work import Item
 from raypatch.sweeps.worker import Worker, WorkerSpec
@@ -32,11 +33,11 @@ FORMULAS = "formulas"
 def make_worker(case, save: str, folder: str) -> tuple[Worker, Experiments]:
     patcher = Patcher(case.network)
     patcher.prepare(case.source, case.target)
-    sides = {"clean": case.source.numpy(), "corrupted": case.target.numpy()}
+    inputs = {"clean": case.source.numpy(), "corrupted": case.target.numpy()}
     n_outputs = case.network(case.target[:1]).shape[1]
     spec = WorkerSpec(
-        patcher=pack(patcher), sides=sides, directions=("denoising", "noising"),
-        source_kind="pair", seed=0, discrete=True,
+        patcher=pack(patcher), sides=Sides(inputs, ("denoising", "noising"), "pair"),
+        discrete=True,
         columns=schema.Columns(n_outputs, DEFAULT_METRICS, save), metadata={},
         compression="lz4", output_dir=folder,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from raypatch.metrics.table import MetricTable
 from raypatch.metrics.terms import Baselines
 from raypatch.results import schema
 from raypatch.sweeps.shipping import pack
+from raypatch.sweeps.sides import Sides
 from raypatch.sweeps.work import Item
 from raypatch.sweeps.worker import Worker, WorkerSpec
 
@@ -240,12 +241,12 @@ def check_worker(save: str) -> None:
     experiments = Experiments.from_list(
         [{layer: [i]} for layer, n in counts_of(network, (target,)).items() for i in range(n)]
     )
-    found = []
+    found, inputs = [], {"clean": source.numpy(), "corrupted": target.numpy()}
     for device in ("cpu", NAME):
         with tempfile.TemporaryDirectory() as folder, device_present():
             spec = WorkerSpec(
-                patcher=pack(patcher), sides={"clean": source.numpy(), "corrupted": target.numpy()},
-                directions=("denoising", "noising"), source_kind="pair", seed=0, discrete=True,
+                patcher=pack(patcher), sides=Sides(inputs, ("denoising", "noising"), "pair"),
+                discrete=True,
                 columns=schema.Columns(len(network(target)[0]), tuple(METRICS), save), metadata={},
                 compression="lz4", output_dir=folder, device=device,
                 samples=frozenset({2}),

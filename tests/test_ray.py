@@ -251,11 +251,12 @@ def test_an_actor_that_cannot_start_ends_the_run_at_once_in_one_line():
     from raypatch.errors import RunError
     from raypatch.results.schema import Columns
     from raypatch.sweeps.shipping import Shipment
+    from raypatch.sweeps.sides import Sides
     from raypatch.sweeps.work import Item, Work
     from raypatch.sweeps.worker import WorkerSpec
 
     spec = WorkerSpec(
-        patcher=Shipment(b"not a pickle", []), sides={}, directions=("denoising",), source_kind="zero", seed=0,
+        patcher=Shipment(b"not a pickle", []), sides=Sides({}, ("denoising",), "zero"),
         discrete=True, columns=Columns(2, (), "summary"), metadata={}, compression="lz4",
         output_dir="/nowhere",
     )  # fmt: skip

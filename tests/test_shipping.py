@@ -11,7 +11,7 @@ from torch import nn
 
 import raypatch
 from raypatch.sweeps.shipping import pack, tensor_on, unpack
-from raypatch.sweeps.worker import source_and_target
+from raypatch.sweeps.sides import Sides
 
 
 def test_weights_leave_the_pickle_and_come_back_on_the_same_memory():
@@ -59,10 +59,9 @@ def test_what_a_worker_computes_does_not_depend_on_where_its_inputs_lie():
     start = -raw.ctypes.data % 64 + 8  # as Ray lays small arrays
     clean = raw[start : start + 140].view(np.float32).reshape(7, 5)
     clean[:] = np.random.default_rng(0).normal(size=(7, 5))
-    source, target = source_and_target(
-        {"clean": clean, "corrupted": clean}, "denoising", "pair", {}
-    )
-    assert source.data_ptr() % 64 == target.data_ptr() % 64 == 0
-    _, target = source_and_target({"corrupted": clean}, "denoising", "zero", {})
-    given, _ = source_and_target({"corrupted": clean}, "denoising", "given", {"a": clean})
-    assert given["a"].data_ptr() % 64 == target.data_ptr() % 64 == 0
+    both = {"clean": clean, "corrupted": clean}
+    for kind in ("pair", "zero", "given"):
+        sides = Sides(both, ("denoising",), kind, given={"a": clean})
+        source, target = sides.source_and_target("denoising")
+        taken = [target, *(source or {}).values()] if kind == "given" else [target, source]
+        assert all(x.data_ptr() % 64 == 0 for x in taken if x is not None)

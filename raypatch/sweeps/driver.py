@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from raypatch.results.reader import Results
     from raypatch.sweeps.planning import Plan
     from raypatch.sweeps.reading import Subject
+    from raypatch.sweeps.sides import Sides
     from raypatch.sweeps.sweep import Range
     from raypatch.sweeps.verification import Verifier
     from raypatch.sweeps.work import Backend, Item
@@ -267,9 +268,8 @@ class Job:
 
         subject = self.subject
         return Verifier(
-            subject.agent.network, subject.experiments, subject.inputs.sides, subject.directions,
-            subject.source_kind, self.config.seed, self.config.dtype, subject.given,
-        )  # fmt: skip
+            subject.agent.network, subject.experiments, self._sides(), self.config.dtype
+        )
 
     def worker_spec(self) -> WorkerSpec:
         """All that a worker needs of this job."""
@@ -279,11 +279,7 @@ class Job:
         config, subject = self.config, self.subject
         return WorkerSpec(
             patcher=self.planned.packed,
-            sides=subject.inputs.sides,
-            directions=subject.directions,
-            source_kind=subject.source_kind,
-            given=subject.given,
-            seed=config.seed,
+            sides=self._sides(),
             discrete=subject.agent.discrete,
             columns=Columns(subject.agent.output_size, subject.metrics, config.save),
             metadata={
@@ -298,6 +294,15 @@ class Job:
             samples=choose_sample(self.ranges, config.verify, config.seed),
             device=self.backend.device,
         )
+
+    def _sides(self) -> Sides:
+        from raypatch.sweeps.sides import Sides
+
+        subject = self.subject
+        return Sides(
+            subject.inputs.sides, subject.directions, subject.source_kind, self.config.seed,
+            subject.given,
+        )  # fmt: skip
 
     def _units(self) -> dict[str, str]:
         from raypatch.metrics.formulas import METRICS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
@@ -12,8 +12,8 @@ from torch import nn
 from raypatch.definitions import Experiments
 from raypatch.engine.reference import reference_outputs
 from raypatch.errors import VerificationError
+from raypatch.sweeps.sides import Sides
 from raypatch.sweeps.sweep import Range
-from raypatch.sweeps.worker import source_and_target
 
 # The contract's tolerance: max |difference| within this times max(1, |logit|).
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12}
@@ -37,15 +37,10 @@ class Verifier:
 
     network: nn.Module
     experiments: Experiments
-    sides: Mapping[str, np.ndarray]
-    directions: tuple[str, ...]
-    source_kind: str
-    seed: int
+    sides: Sides
     dtype: str
-    given: Mapping[str, np.ndarray] = field(default_factory=dict)
     checked: int = 0
     largest_difference: float = 0.0
-    _seen: set[int] = field(default_factory=set)
 
     def check(self, samples: Mapping[int, np.ndarray]) -> None:
         """``samples`` maps experiments to outputs ``[directions, inputs, outputs]``.
@@ -54,13 +49,10 @@ class Verifier:
         """
         for index, outputs in samples.items():
             experiment = self.experiments[index]
-            for direction, found in zip(self.directions, outputs):
-                source, target = source_and_target(
-                    self.sides, direction, self.source_kind, self.given
-                )
+            for direction, found in zip(self.sides.directions, outputs):
                 expected = reference_outputs(
-                    self.network, [experiment], source, target,
-                    kind=self.source_kind, seed=self.seed,
+                    self.network, [experiment], *self.sides.source_and_target(direction),
+                    kind=self.sides.kind, seed=self.sides.seed,
                 )[0].numpy()  # fmt: skip
                 difference = np.abs(found - expected)
                 relative = difference / np.maximum(1.0, np.abs(expected))

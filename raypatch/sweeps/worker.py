@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
@@ -21,11 +21,12 @@ from raypatch.errors import RaypatchError
 from raypatch.metrics.table import MetricTable
 from raypatch.metrics.terms import Baselines
 from raypatch.results import layout, schema, tables
-from raypatch.results.schema import SOURCE_SIDE, STATISTICS, TARGET_SIDE
+from raypatch.results.schema import STATISTICS
 from raypatch.results.store import open_store
 from raypatch.results.tables import ItemArrays
 from raypatch.sweeps.allocator import keep_freed_memory
-from raypatch.sweeps.shipping import Shipment, tensor_on, unpack
+from raypatch.sweeps.shipping import Shipment, unpack
+from raypatch.sweeps.sides import Sides
 from raypatch.sweeps.work import Item, Outcome
 
 
@@ -34,10 +35,7 @@ class WorkerSpec:
     """All a worker needs; plain data and pickled bytes, no files of the agent."""
 
     patcher: Shipment
-    sides: Mapping[str, np.ndarray]
-    directions: tuple[str, ...]
-    source_kind: str
-    seed: int
+    sides: Sides
     discrete: bool
     columns: schema.Columns
     metadata: Mapping[str, Any]
@@ -47,8 +45,6 @@ class WorkerSpec:
     beacon: str = ""
     # Experiments whose outputs go back to the driver for verification.
     samples: frozenset[int] = frozenset()
-    # Recorded activations by layer, for the source kind "given".
-    given: Mapping[str, np.ndarray] = field(default_factory=dict)
     device: str = "cpu"
 
 
@@ -62,7 +58,7 @@ class Worker:
         self.store = open_store(spec.output_dir)
         self.sees_output = self._sees_output()
         self.patcher: Patcher = unpack(spec.patcher).to(spec.device)
-        self.runs = [prepare_direction(self.patcher, spec, d) for d in spec.directions]
+        self.runs = [prepare_direction(self.patcher, spec.sides, d) for d in spec.sides.directions]
         self.tables = [self._metric_table(run) for run in self.runs]
         self.row_schema = schema.row_schema(spec.columns, spec.metadata)
         self.summary_schema = schema.summary_schema(spec.columns.metrics, spec.metadata)
@@ -160,7 +156,7 @@ class Worker:
             changed = actions != torch.stack([table.baseline_actions for table in self.tables])
         return ItemArrays(
             indices=item.indices,
-            directions=self.spec.directions,
+            directions=self.spec.sides.directions,
             shape=(n_experiments, n_directions, n_inputs),
             outputs=_on_host(torch.stack(outputs, 1).float()) if columns.save == "full" else None,
             actions=_on_host(actions),
@@ -193,19 +189,7 @@ def outputs_of(outputs: list[torch.Tensor], place: int) -> np.ndarray:
     return np.stack([_on_host(patched[place]) for patched in outputs])
 
 
-def source_and_target(
-    sides: Mapping[str, np.ndarray], direction: str, kind: str, given: Mapping[str, np.ndarray]
-) -> tuple[Any, torch.Tensor]:
-    """What is patched in, as :meth:`Patcher.prepare` takes it for this kind, and into what."""
-    source: Any = None
-    if kind == "pair":
-        source = tensor_on(sides[SOURCE_SIDE[direction]])
-    elif kind == "given":
-        source = {name: tensor_on(value) for name, value in given.items()}
-    return source, tensor_on(sides[TARGET_SIDE[direction]])
-
-
-def prepare_direction(patcher: Patcher, spec: WorkerSpec, direction: str) -> PatchRun:
+def prepare_direction(patcher: Patcher, sides: Sides, direction: str) -> PatchRun:
     """Run both sides of one direction unpatched."""
-    source, target = source_and_target(spec.sides, direction, spec.source_kind, spec.given)
-    return patcher.prepare(source, target, kind=spec.source_kind, seed=spec.seed)  # type: ignore[arg-type]
+    source, target = sides.source_and_target(direction)
+    return patcher.prepare(source, target, kind=sides.kind, seed=sides.seed)  # type: ignore[arg-type]
