@@ -13,7 +13,7 @@ import raypatch
 from raypatch.commands.running import _typed
 from raypatch.commands.running import run as run_command
 from raypatch.errors import InputError
-from raypatch.sweeps.config import config_of, joined, names_in
+from raypatch.sweeps.config import config_of, ids_in, joined
 from raypatch.sweeps.progress import duration
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def test_a_script_may_give_paths_and_lists_of_names(tmp_path):
         ({"watchdog_s": "1"}, "--watchdog_s: '1' is a str; a number is expected"),
         ({"metrics": 3}, "--metrics: 3 is a int; text is expected"),
         ({"output_dir": None}, "--output_dir is missing"),
-        ({"outputs": "x"}, "outputs: unknown option of run; valid: agent_path, "),
+        ({"outputs": "x"}, "outputs: unknown option of run; valid: agent_file, "),
         ({"memory_per_actor": "much"}, "'much' is not a size like 512M or 4G"),
         ({"batch_size": "x"}, "'x' is not auto or a number"),
     ],
@@ -81,9 +81,13 @@ def test_the_help_names_the_defaults_that_options_have():
         assert getattr(config_of({**NEEDED, name: value}), name) == getattr(config, name), name
 
 
+def test_ids_may_be_written_with_spaces_after_the_commas():
+    assert ids_in('a, b,"c, d", " e"') == ["a", "b", "c, d", " e"]
+
+
 @given(st.lists(st.text(), min_size=1))
 def test_names_come_out_of_an_option_as_they_went_in(names):
-    assert names_in(joined(names)) == names
+    assert ids_in(joined(names)) == names
 
 
 def test_dashes_and_underscores_are_the_same_after_submit_too():

@@ -17,12 +17,11 @@ if TYPE_CHECKING:
     from raypatch.engine.layers import Layer
 
 
-@dataclass(frozen=True)
-class AgentOptions:
-    """How the user wants an agent read; the fields are the command's options.
+@dataclass(frozen=True, kw_only=True)
+class LoadingOptions:
+    """How the user wants an agent read; the fields are options of every command that reads one.
 
-    ``actions``, "discrete" or "continuous", is what some files do not tell. ``inputs`` is a file
-    whose observations are of the shape that the agent takes; None for one beside the agent.
+    ``actions``, "discrete" or "continuous", is what some files do not tell.
     """
 
     agent_file: str | None = None
@@ -31,6 +30,13 @@ class AgentOptions:
     activation: str | None = None
     trust_agent_code: bool = False
     actions: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentOptions(LoadingOptions):
+    """The same, and ``inputs``, a file whose observations are of the shape that the agent takes;
+    None for one beside the agent."""
+
     inputs: str | None = None
 
 

@@ -53,10 +53,15 @@ def count_inputs(args: Args) -> int:
     return sizes.pop()
 
 
+def chosen_inputs(args: Args, which: slice | list[int] | Tensor) -> Args:
+    """The inputs at these places; a tensor without an axis is the same for all."""
+    chosen: Args = map_tensors(lambda x: x[which] if x.dim() else x, args)
+    return chosen
+
+
 def inputs_between(args: Args, first: int, last: int) -> Args:
     """Inputs ``first`` to ``last`` (exclusive)."""
-    sliced: Args = map_tensors(lambda x: x[first:last] if x.dim() else x, args)
-    return sliced
+    return chosen_inputs(args, slice(first, last))
 
 
 def together(some: Args, others: Args) -> Args:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raypatch.engine.dense_ops import Weights
 from raypatch.engine.from_weights import convolution_of, linear_of
 from raypatch.engine.graph import Node
 from raypatch.engine.layers import tensors_in
@@ -73,10 +73,11 @@ class Magnitudes:
 
     def __init__(self, context: Context, absolute: Node) -> None:
         self._context = context
-        self._absolute = absolute
         self._base: Tensor = absolute.call(lambda i: _size(context.base(i)))
         self.largest = float(self._base.max()) if self._base.numel() else 0.0
         self._columns: Tensor | None = None
+        # By the id of a sparse value, which its chain keeps.
+        self._sizes: dict[int, Sparse] = {}
         # Of single neurons what was asked for; once that is half of them, all are looked at.
         self._asked: dict[int, int] = {}
         self._of_neurons: dict[int, Tensor | None] = {}
@@ -91,9 +92,14 @@ class Magnitudes:
     def once(self, node: Node, make: Callable[[], Any]) -> Any:
         return self._context.once(node, make)
 
-    def weight_columns(self, _: Node) -> Tensor:
+    @cached_property
+    def _finite(self) -> Tensor:
+        """From what is infinite nothing can be taken: NaN, than which nothing is larger."""
+        return self._base.masked_fill(self._base.isinf(), torch.nan)
+
+    def weight_columns(self, node: Node) -> Tensor:
         if self._columns is None:
-            self._columns = Weights.of(self._absolute.target).columns
+            self._columns = self._context.weight_columns(node).abs()
         return self._columns
 
     def emptied(
@@ -129,12 +135,12 @@ class Magnitudes:
     def _emptied(
         self, rule: SpreadRule, node: Node, sparse: Sparse, index: Selection, batch: Batch
     ) -> Tensor | None:
-        sizes = Sparse(_size(sparse.base), _size(sparse.full), sparse.of)
-        left = rule(self, node, sizes, index, batch)
+        if id(sparse) not in self._sizes:
+            self._sizes[id(sparse)] = Sparse(_size(sparse.base), _size(sparse.full), sparse.of)
+        left = rule(self, node, self._sizes[id(sparse)], index, batch)
         if left is None:  # the node is run whole anyway
             return None
-        base = self._base.masked_fill(self._base.isinf(), torch.nan)  # nothing can be taken from
-        emptied = ~(left.mul_(LEFT) >= base).flatten(2).all(-1)
+        emptied = ~(left.mul_(LEFT) >= self._finite).flatten(2).all(-1)
         return emptied.view(batch.n_experiments, batch.n_inputs, -1).any(-1)
 
 

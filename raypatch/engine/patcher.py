@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raypatch.engine.arguments import (
+    chosen_inputs,
     count_inputs,
     described,
     first_unlike,
@@ -175,7 +176,7 @@ class Patcher:
             if n_inputs == 1:
                 raise InputError("source kind 'resample' takes another input; there is only one")
             order = resample_order(n_inputs, seed).to(self.device)
-            source_args = map_tensors(lambda x: x[order] if x.dim() else x, target_args)
+            source_args = chosen_inputs(target_args, order)
         try:
             with _one_prepares, exact_math():
                 make = partial(self._run, source_args, target_args, n_inputs, kind, source)
@@ -309,10 +310,10 @@ class Patcher:
                 f"{described(target)}; make a new Patcher of the network{reason}"
             )
         probe = trial_inputs(target, telling)
-        if self._engine is None:
-            self._refuse_calls_of_originals(probe)
         engine: Engine
-        if not _runs_on(self._network, probe) and _runs_on(self._network, target):
+        with none_called(self._originals):
+            runs = _runs_on(self._network, probe)
+        if not runs and _runs_on(self._network, target):
             probe = target
             check_outputs(self._network, probe, self.dtype)
             engine = Stacked(self._network, find_layers(self._network, target), 1, routes=True)
@@ -325,16 +326,6 @@ class Patcher:
         self._probe, self._told = probe, first_unlike(probe) is not None
         self._engine = engine
         return True
-
-    def _refuse_calls_of_originals(self, probe: Args) -> None:
-        assert self._network is not None
-        try:
-            with none_called(self._originals):
-                network_output(self._network, probe)
-        except CallsOriginalError:
-            raise
-        except InputError:
-            return  # of these inputs others may run
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy needs no code of the user's where the graph holds the network."""
@@ -376,6 +367,8 @@ def _plain_tensor(x: Tensor) -> Tensor:
 def _runs_on(network: nn.Module, args: Args) -> bool:
     try:
         network_output(network, args)
+    except CallsOriginalError:
+        raise
     except InputError:
         return False
     return True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment
-from raypatch.engine.arguments import inputs_between
+from raypatch.engine.arguments import chosen_inputs, inputs_between
 from raypatch.engine.copies import copied
 from raypatch.engine.layers import (
     Args,
@@ -60,8 +60,7 @@ def reference_outputs(
         values = record_activations(network, cast(as_args(source), dtype), names)
     elif kind == "resample":
         order = resample_order(len(own[OUTPUT_LOGITS][0]), seed)
-        other = map_tensors(lambda x: x[order] if x.dim() else x, target)
-        values = record_activations(network, other, names)
+        values = record_activations(network, chosen_inputs(target, order), names)
     elif kind == "given" and any(
         source[name].numel() != calls[0].numel() for name, calls in own.items() if name in source
     ):

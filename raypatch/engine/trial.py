@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raypatch.definitions import OUTPUT_LOGITS, Experiment, Experiments
 from raypatch.engine.arguments import (
+    chosen_inputs,
     count_inputs,
     described,
     first_unlike,
@@ -242,12 +243,13 @@ class _Trial:
     @cached_property
     def _expected(self) -> list[_Way]:
         """What plain hooks give."""
-        source = map_tensors(lambda x: x.roll(1, 0) if x.dim() else x, self.probe)
+        n_inputs = count_inputs(self.probe)
+        source = chosen_inputs(self.probe, [i - 1 for i in range(n_inputs)])
         single = Stacked(self.network, self.layers, limit=1)
 
         def way(source: Args | None, fill: Fill | None, trials: list[Experiment]) -> _Way:
             plan, expected = plan_experiments(Experiments.from_list(trials)), []
-            for i in range(count_inputs(self.probe)):
+            for i in range(n_inputs):
                 own = None if source is None else inputs_between(source, i, i + 1)
                 target = inputs_between(self.probe, i, i + 1)
                 run = PatchRun(single, self._limits, own, target, fill)
@@ -359,5 +361,4 @@ def trial_inputs(args: Args, telling: Args | None = None) -> Args:
     if n_inputs == 1:
         return together(args, map_tensors(lambda x: (x / 2).to(x.dtype), args))
     order = list(dict.fromkeys([0, first_unlike(args) or 1, *range(n_inputs)][:5]))[:3]
-    chosen: Args = map_tensors(lambda x: x[order] if x.dim() else x, args)
-    return chosen
+    return chosen_inputs(args, order)

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from raypatch.agents.agent import AgentOptions
+from raypatch.agents.agent import AgentOptions, LoadingOptions
 from raypatch.errors import InputError
 from raypatch.results.schema import COMPRESSIONS, DIRECTIONS, SAVE_MODES
 
@@ -22,7 +22,7 @@ SOURCES = ("pair", "zero", "mean", "resample")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(LoadingOptions):
     """Options of ``raypatch run``, under the names of the command line."""
 
     agent_path: str
@@ -33,12 +33,6 @@ class RunConfig:
     clean_inputs: str | None = None
     corrupted_inputs: str | None = None
     input_ids: str | None = None
-    agent_file: str | None = None
-    agent_factory: str | None = None
-    agent_output: str | None = None
-    activation: str | None = None
-    trust_agent_code: bool = False
-    actions: str | None = None
     direction: str = "both"
     source: str = "pair"
     source_activations: str | None = None
@@ -63,15 +57,8 @@ class RunConfig:
     debug: bool = False
 
     def agent_options(self) -> AgentOptions:
-        return AgentOptions(
-            agent_file=self.agent_file,
-            agent_factory=self.agent_factory,
-            agent_output=self.agent_output,
-            activation=self.activation,
-            trust_agent_code=self.trust_agent_code,
-            actions=self.actions,
-            inputs=self.clean_inputs or self.corrupted_inputs,
-        )
+        loading = {field.name: getattr(self, field.name) for field in fields(LoadingOptions)}
+        return AgentOptions(**loading, inputs=self.clean_inputs or self.corrupted_inputs)
 
 
 def config_of(options: Mapping[str, Any]) -> RunConfig:
@@ -89,17 +76,17 @@ def config_of(options: Mapping[str, Any]) -> RunConfig:
     return RunConfig(**{name: value for name, value in given.items() if value is not None})
 
 
-def joined(names: Iterable[Any]) -> str:
-    """Names as the text of one option, with quotes around those that hold a comma."""
+def joined(ids: Iterable[Any]) -> str:
+    """Ids as the text of one option, in quotes, which keep their commas and spaces."""
     text = io.StringIO()
-    csv.writer(text).writerow(names)
+    csv.writer(text, quoting=csv.QUOTE_ALL).writerow(ids)
     return text.getvalue().removesuffix("\r\n")
 
 
-def names_in(text: str) -> list[str]:
-    """Names in the text of one option; see :func:`joined`."""
+def ids_in(text: str) -> list[str]:
+    """Ids in the text of one option, with spaces after the commas or not; see :func:`joined`."""
     try:
-        return next(csv.reader([text]), []) or [""]
+        return next(csv.reader([text], skipinitialspace=True), []) or [""]
     except csv.Error as error:
         raise InputError(
             f"--input_ids {text[:60]!r}: write ids in one line, with commas between ({error})"
@@ -110,7 +97,7 @@ def _converted(name: str, value: Any, kind: str) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if name in ("metrics", "input_ids") and isinstance(value, (list, tuple)):
-        value = joined(value)
+        value = joined(value) if name == "input_ids" else ",".join(map(str, value))
     if name == "batch_size" and isinstance(value, str):
         value = None if value == "auto" else _whole(value)
     if name == "memory_per_actor" and isinstance(value, str):

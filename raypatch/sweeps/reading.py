@@ -24,7 +24,7 @@ from raypatch.inputs import (
 )
 from raypatch.metrics.formulas import choose_metrics
 from raypatch.results.schema import DIRECTIONS, TARGET_SIDE
-from raypatch.sweeps.config import RunConfig, names_in
+from raypatch.sweeps.config import RunConfig, ids_in
 from raypatch.sweeps.sweep import Range
 
 
@@ -53,7 +53,7 @@ def read_subject(config: RunConfig) -> Subject:
     experiments = read_definition(config.definition_file, agent.neuron_counts)
     wanted = _range(config, len(experiments))
     paths = _input_paths(config)
-    ids = None if config.input_ids is None else names_in(config.input_ids)
+    ids = None if config.input_ids is None else ids_in(config.input_ids)
     shape = ObservationShape(agent.observation_shape, agent.observation_parts)
     inputs = read_inputs(paths, shape, input_ids=ids)
     if config.source == "resample" and len(inputs) == 1:
