@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,3 +162,23 @@ def values(lava_run):
     return {m: table[m].to_numpy().astype(np.float64).reshape(shape) for m in lava_run.metrics} | {
         "changed": table["action_changed"].to_numpy().reshape(shape)
     }
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A definition that is cut into three items."""
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps([{"q_net.0": [i]} for i in range(33)]))
+    return path
+
+
+@pytest.fixture
+def finished(run_inline, small, tmp_path):
+    return run_inline(LAVA, small, out=tmp_path / "finished")
+
+
+def resume(command, small, out, *more):
+    return command(
+        "run", "--agent_path", LAVA, "--definition_file", small, "--output_dir", out,
+        "--backend", "inline", *more,
+    )  # fmt: skip
