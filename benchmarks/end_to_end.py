@@ -3,7 +3,7 @@
 Takes the worker's own steps apart on one large item of the dqn_mlp network and of the example
 agents, for each ``--save`` mode.
 
-    python benchmarks/end_to_end.py [--repeats 5]
+    python benchmarks/end_to_end.py [--repeats 5] [--device cpu|cuda]
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from raypatch.sweeps.worker import Worker, WorkerSpec
 FORMULAS = "formulas"
 
 
-def make_worker(case, save: str, folder: str) -> tuple[Worker, Experiments]:
+def make_worker(case, save: str, folder: str, device: str) -> tuple[Worker, Experiments]:
     patcher = Patcher(case.network)
     patcher.prepare(case.source, case.target)
     inputs = {"clean": case.source.numpy(), "corrupted": case.target.numpy()}
@@ -39,12 +39,12 @@ def make_worker(case, save: str, folder: str) -> tuple[Worker, Experiments]:
         patcher=pack(patcher), sides=Sides(inputs, ("denoising", "noising"), "pair"),
         discrete=True,
         columns=schema.Columns(n_outputs, DEFAULT_METRICS, save), metadata={},
-        compression="lz4", output_dir=folder,
+        compression="lz4", output_dir=folder, device=device,
     )  # fmt: skip
     one = [{str(layer): [neuron]} for layer, neuron in case.experiments]
     # As long as an item of a large sweep: every neuron several times over.
     passes = 2 * len(case.target)
-    repeats = max(1, ITEM_ROWS["cpu"] // (len(one) * passes))
+    repeats = max(1, ITEM_ROWS[device] // (len(one) * passes))
     worker = Worker(spec)
     for run in worker.runs:
         run.deduplicate = False
@@ -59,6 +59,8 @@ def measure(worker: Worker, experiments: Experiments) -> dict[str, float]:
     def clock(name, step):
         started = time.perf_counter()
         result = step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         taken[name] = time.perf_counter() - started
         return result
 
@@ -88,14 +90,16 @@ def measure(worker: Worker, experiments: Experiments) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    repeats, device = options.repeats, options.device
     torch.set_num_threads(1)
     cases = [make_case("dqn_mlp", "cpu")]
     cases += map(agent_case, example_agents())
     for case in cases:
         for save in schema.SAVE_MODES:
             with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder, torch.no_grad():
-                worker, experiments = make_worker(case, save, folder)
+                worker, experiments = make_worker(case, save, folder, device)
                 measure(worker, experiments)
                 rows = [measure(worker, experiments) for _ in range(repeats)]
             passes = len(experiments) * 2 * len(case.target)

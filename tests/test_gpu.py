@@ -1,0 +1,109 @@
+"""What only a GPU can show: numbers, kept memory and whole sweeps on one.
+
+Without a GPU these are left out; ``tests/pretend_gpu.py`` looks for tensors on the wrong side.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import CARTPOLE, outputs_of
+from networks import AS_IF_LARGE, ZOO, build, check_equal, counts_of
+
+import raypatch
+from raypatch.definitions import Experiments
+from raypatch.engine import patch_run, prepared
+from raypatch.engine.patcher import Patcher
+from raypatch.engine.reference import reference_outputs
+from raypatch.metrics.formulas import METRICS
+from raypatch.metrics.table import MetricTable
+from raypatch.metrics.terms import Baselines
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+
+
+def experiments_of(network, args):
+    """Every neuron, every layer, and neurons of two layers at once."""
+    counts = counts_of(network, args)
+    single = [{layer: [i]} for layer, n in counts.items() for i in range(n)]
+    whole = [{layer: "all"} for layer in counts]
+    pairs = [
+        {one: [0], other: [n - 1, 0] if n > 1 else [0]}
+        for one in counts for other, n in counts.items() if one != other
+    ]  # fmt: skip
+    return single + whole + pairs
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_every_kind_of_network_equals_plain_hooks(name, dtype, large, monkeypatch):
+    network, source, target = build(name, 0)
+    for one, other in zip(source, target):
+        one[:2] = other[:2]  # nothing changes there
+    experiments = experiments_of(network, target)
+    expected = reference_outputs(network, experiments, source, target)
+    if large:
+        for constant, value in AS_IF_LARGE.items():
+            monkeypatch.setattr(prepared, constant, value)
+    found = Patcher(network, dtype=dtype, device="cuda")(experiments, source, target)
+    assert found.is_cuda
+    check_equal(found.cpu(), expected, dtype)
+
+
+def test_metrics_are_those_of_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    target, source = torch.randn(2, 9, 5, generator=generator)
+    patched = target + torch.randn(400, 9, 5, generator=generator)
+    patched[1], patched[2], patched[3] = target, -target, 1e4 * patched[3]
+    found = {}
+    for device in ("cpu", "cuda"):
+        values = torch.empty(len(METRICS), 400, 9, dtype=torch.float64, device=device)
+        statistics = torch.empty(4, len(METRICS), 400, dtype=torch.float64, device=device)
+        table = MetricTable(list(METRICS), Baselines(target.to(device), source.to(device)))
+        table.compute(patched.to(device), values, statistics=statistics)
+        found[device] = [values.cpu(), statistics.cpu()]
+    torch.testing.assert_close(
+        found["cuda"], found["cpu"], rtol=1e-9, atol=1e-12, equal_nan=True
+    )
+
+
+def test_a_sweep_on_the_gpu_gives_the_results_of_one_on_the_cpu(
+    run_inline, single_neurons, tmp_path
+):
+    definition, found = single_neurons(CARTPOLE), {}
+    for device in ("cpu", "cuda"):
+        out = run_inline(CARTPOLE, definition, "--device", device, out=tmp_path / device)
+        results = raypatch.open_results(out)
+        assert results.sweep["device"] == device
+        found[device] = torch.from_numpy(outputs_of(results))
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-5, atol=1e-5)
+
+
+def test_batches_follow_the_memory_that_is_free(monkeypatch):
+    network, source, target = build("dueling_cnn", 0)
+    experiments = experiments_of(network, target)
+    expected = reference_outputs(network, experiments, source, target)
+    monkeypatch.setattr(patch_run, "_free_on_gpu", lambda _: 1 << 14)
+    run = Patcher(network, device="cuda").prepare(source, target)
+    check_equal(run(Experiments.from_list(experiments)).cpu(), expected, torch.float32)
+
+
+def test_after_running_out_of_memory_batches_are_smaller(monkeypatch):
+    network = torch.nn.Sequential(
+        torch.nn.Linear(64, 1024), torch.nn.Tanh(), torch.nn.Linear(1024, 1024), torch.nn.Tanh(),
+        torch.nn.Linear(1024, 4),
+    )  # fmt: skip
+    source, target = torch.randn(2, 512, 64)
+    experiments = [{"0": [i]} for i in range(1024)]
+    expected = Patcher(network)(experiments, source, target)
+    _, total = torch.cuda.mem_get_info()
+    run = Patcher(network, device="cuda", batch_rows=1 << 24).prepare(source, target)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((1 << 30) / total)
+    try:
+        found = run(experiments).cpu()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert run._halvings > 0
