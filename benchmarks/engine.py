@@ -33,9 +33,11 @@ from raypatch.agents import load_agent
 from raypatch.definitions import Experiments, generate
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.structure import Savings
+from raypatch.sweeps.sweep import ITEM_ROWS
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-5
+ITEM = "(e) raypatch, an item of a sweep"
 
 
 def mlp(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
@@ -61,7 +63,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...], int]] = 
 # Stacked experiments a batch, tried for (c), and experiments a chunk, tried for (d).
 STACKED_SIZES = {"cpu": (4, 16, 64, 256), "cuda": (64, 256, 1024)}
 VMAP_CHUNKS = {"cpu": (2, 8, 32, 128), "cuda": (32, 128, 512, 2048)}
-# Side of the measured product, and elements of the measured copy: in a CPU's cache, in a GPU's memory.
+# Side of the measured product, elements of the measured copy: in a CPU's cache, a GPU's memory.
 RATES_OF = {"cpu": (1024, 1 << 16), "cuda": (8192, 1 << 28)}
 
 
@@ -202,10 +204,23 @@ def raypatch_methods(
     """(e) with both unpatched runs in the time, as in the other methods, and on inputs
     already prepared, as every further item of a sweep is. Captured and planned before."""
     patcher = Patcher(case.network, savings=savings)
-    experiments = Experiments.from_list({str(layer): [n]} for layer, n in case.experiments)
     run = patcher.prepare(case.source, case.target)
-    plan = run.plan(experiments)
-    return lambda: patcher.prepare(case.source, case.target)(plan), lambda: run(plan)
+    plan = run.plan(experiments_of(case))
+    return lambda: patcher(plan, case.source, case.target), lambda: run(plan)
+
+
+def item_method(case: Case) -> tuple[Callable[[], Tensor], int]:
+    """(e) on one direction of an item as long as a large sweep's, every neuron several times over;
+    also how many times."""
+    times = max(1, ITEM_ROWS[case.target.device.type] // 2 // case.passes)
+    run = Patcher(case.network).prepare(case.source, case.target)
+    run.deduplicate = False
+    plan = run.plan(experiments_of(case, times))
+    return lambda: run(plan), times
+
+
+def experiments_of(case: Case, times: int = 1) -> Experiments:
+    return Experiments.from_list([{str(layer): [n]} for layer, n in case.experiments] * times)
 
 
 # -------------------------------------------------------------------------------- timing
@@ -315,6 +330,7 @@ def compare(case: Case, repeats: int, rates: tuple[float, float]) -> None:
     c_size = best(case, stacked, STACKED_SIZES[device])
     d_size = best(case, vmapped, VMAP_CHUNKS[device])
     ours, ours_prepared = raypatch_methods(case)
+    item, times_over = item_method(case)
     methods = {
         "(a) forward per experiment and input": lambda: loop_each(case),
         "(b) forward per experiment": lambda: loop_batch(case),
@@ -322,14 +338,17 @@ def compare(case: Case, repeats: int, rates: tuple[float, float]) -> None:
         f"(d) vmap, chunks of {d_size}": lambda: vmapped(case, d_size),
         "(e) raypatch": ours,
         "(e) raypatch, further items": ours_prepared,
+        ITEM: item,
     }
     for name, method in methods.items():
-        check(name, method(), expected[::7] if name.startswith("(a)") else expected)
+        found = method()[: len(expected)]
+        check(name, found, expected[::7] if name.startswith("(a)") else expected)
     slow = {name: m for name, m in methods.items() if name[1] in "ab"}
     times = interleaved({n: m for n, m in methods.items() if n not in slow}, repeats)
     times |= interleaved(slow, min(repeats, 2))
-    each = {name: len(case.experiments[::7]) * len(case.target) if name[1] == "a" else case.passes
-            for name in methods}  # fmt: skip
+    each = dict.fromkeys(methods, case.passes)
+    each |= {name: len(case.experiments[::7]) * len(case.target) for name in each if name[1] == "a"}
+    each[ITEM] = case.passes * times_over
     speed = {name: each[name] / times[name] for name in methods}
     mine = speed["(e) raypatch"]
     print(f"\n{case.name}: {len(case.experiments)} experiments x {len(case.target)} inputs, "
@@ -387,6 +406,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # as raypatch computes, whatever is allowed
     rates = measured_rates(options.device)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread, "
           f"{rates[0] / 1e9:.0f} GFLOP/s, copies {rates[1] / 1e9:.0f} GB/s")  # fmt: skip

@@ -47,19 +47,22 @@ def experiments(count: int, width: int = WIDTH) -> Iterator[Experiments]:
         )  # fmt: skip
 
 
-def make_agent(folder: Path, width: int = WIDTH, hidden: int = 2) -> None:
-    """An agent of 8 inputs, hidden layers of a width, 4 outputs; with 8 pairs."""
+def make_agent(
+    folder: Path, width: int = WIDTH, hidden: int = 2, *, n_in: int = 8, n_out: int = 4,
+    pairs: int = 8,
+) -> None:  # fmt: skip
+    """An agent of ``n_in`` inputs, hidden layers of a width, ``n_out`` outputs; with its pairs."""
     torch.manual_seed(0)
-    modules: list[nn.Module] = [nn.Linear(8, width), nn.ReLU()]
+    modules: list[nn.Module] = [nn.Linear(n_in, width), nn.ReLU()]
     for _ in range(hidden - 1):
         modules += [nn.Linear(width, width), nn.ReLU()]
-    network = nn.Sequential(*modules, nn.Linear(width, 4))
+    network = nn.Sequential(*modules, nn.Linear(width, n_out))
     torch.save(network.state_dict(), folder / "policy.pt")
     (folder / "agent.json").write_text('{"file": "policy.pt", "activation": "relu"}')
     inputs = folder / "activation_inputs"
     inputs.mkdir()
     for side in ("clean", "corrupted"):
-        rows = {f"obs_{i}": torch.randn(8).tolist() for i in range(8)}
+        rows = {f"obs_{i}": torch.randn(n_in).tolist() for i in range(pairs)}
         (inputs / f"{side}_inputs.json").write_text(json.dumps(rows))
 
 

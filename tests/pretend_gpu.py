@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -19,8 +20,12 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from raypatch.definitions import Experiments
 from raypatch.engine import overwriting, prepared
+from raypatch.engine.patch_run import Limits
 from raypatch.engine.patcher import Patcher
+from raypatch.engine.prepared import Unassumed
 from raypatch.engine.reference import reference_outputs
+from raypatch.engine.replaying import Replays, outputs_unseen
+from raypatch.engine.scratch import Scratch
 from raypatch.metrics import table as metric_table
 from raypatch.metrics.formulas import METRICS
 from raypatch.metrics.table import MetricTable
@@ -176,6 +181,7 @@ def check(name: str) -> None:
             found = patcher.to(NAME)(experiments, source, target)
             assert isinstance(found, OnDevice)
         check_equal(found.held, expected, torch.float32)
+    check_unseen(patcher, experiments, source, target, expected)
     if patcher.graph is None or patcher.graph.how != "torch.fx":
         return  # an export wants tensors of torch's own class
     with device_present():
@@ -183,6 +189,25 @@ def check(name: str) -> None:
         found = captured_there(experiments[::3], source, target)
     check_equal(found.held, expected[::3], torch.float32)
     assert captured_there.path == patcher.path
+
+
+def check_unseen(patcher, experiments, source, target, expected):
+    """What a GPU replays keeps its host from waiting: nothing is copied off the device."""
+    limits = Limits(torch.device(NAME, 0))
+    if Replays.of(patcher._engine, replace(limits, device=torch.device("cuda"))) is None:
+        return
+    with device_present():
+        plan = patcher.prepare(source, target).plan(experiments).to(limits.device)
+        args = [tuple(x.to(NAME) for x in side) for side in (source, target)]
+        scratch = Scratch()
+        for _ in range(2):
+            waits.clear()
+            try:
+                found, _ = outputs_unseen(patcher._engine, scratch, limits, plan, *args)
+            except Unassumed:
+                return
+    assert not waits, waits
+    check_equal(found.held, expected, torch.float32)
 
 
 def awkward_logits(n_experiments: int, n_inputs: int, n_outputs: int) -> list[torch.Tensor]:

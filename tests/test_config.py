@@ -72,12 +72,15 @@ def test_the_help_names_the_defaults_that_options_have():
     }
     assert len(named) > 10
     # What is left to a run to decide is said in words.
-    in_words = {"end_index": "all", "address": "a local Ray", "batch_size": "auto"}
+    in_words = {
+        "end_index": "all", "address": "a local Ray", "batch_size": "auto",
+        "memory_per_actor": "4G; on a GPU half of its free memory",
+    }  # fmt: skip
     assert {name: named.pop(name) for name in in_words} == in_words
     assert all(getattr(config, name) is None for name in in_words)
     for name, text in named.items():
         kind = type(getattr(config, name))
-        value = text if kind is str or name == "memory_per_actor" else kind(text)
+        value = text if kind is str else kind(text)
         assert getattr(config_of({**NEEDED, name: value}), name) == getattr(config, name), name
 
 

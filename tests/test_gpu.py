@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import CARTPOLE, outputs_of
-from networks import AS_IF_LARGE, ZOO, build, check_equal, counts_of
+from networks import AS_IF_LARGE, ZOO, build, check_equal, counts_of, mlp
+from torch import nn
 
 import raypatch
 from raypatch.definitions import Experiments
@@ -63,9 +64,7 @@ def test_metrics_are_those_of_the_cpu():
         table = MetricTable(list(METRICS), Baselines(target.to(device), source.to(device)))
         table.compute(patched.to(device), values, statistics=statistics)
         found[device] = [values.cpu(), statistics.cpu()]
-    torch.testing.assert_close(
-        found["cuda"], found["cpu"], rtol=1e-9, atol=1e-12, equal_nan=True
-    )
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
 def test_a_sweep_on_the_gpu_gives_the_results_of_one_on_the_cpu(
@@ -90,9 +89,9 @@ def test_batches_follow_the_memory_that_is_free(monkeypatch):
 
 
 def test_after_running_out_of_memory_batches_are_smaller(monkeypatch):
-    network = torch.nn.Sequential(
-        torch.nn.Linear(64, 1024), torch.nn.Tanh(), torch.nn.Linear(1024, 1024), torch.nn.Tanh(),
-        torch.nn.Linear(1024, 4),
+    network = nn.Sequential(
+        nn.Linear(64, 1024), nn.Tanh(), nn.Linear(1024, 1024), nn.Tanh(),
+        nn.Linear(1024, 4),
     )  # fmt: skip
     source, target = torch.randn(2, 512, 64)
     experiments = [{"0": [i]} for i in range(1024)]
@@ -107,3 +106,47 @@ def test_after_running_out_of_memory_batches_are_smaller(monkeypatch):
         torch.cuda.set_per_process_memory_fraction(1.0)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert run._halvings > 0
+
+
+def test_calls_that_come_again_are_replayed_on_new_inputs():
+    network = mlp([6, 32, 32, 4], nn.ReLU)
+    experiments = [{"0": [i]} for i in range(32)] + [{"2": [3, 1]}, {"0": [0], "2": "all"}] * 2
+    patcher = Patcher(network, device="cuda")
+    for number in range(6):
+        source, target = torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(number))
+        found = patcher(experiments, source, target)
+        expected = reference_outputs(network, experiments, (source,), (target,))
+        check_equal(found.cpu(), expected, torch.float32)
+        recorded = [asked.replay for asked in patcher._replays._asked.values()]
+        assert [replay is not None for replay in recorded] == [number > 0]
+    # Another number of inputs is another call, and memory of the first is its own.
+    source, target = torch.randn(2, 64, 6)
+    patcher(experiments, source, target)
+    check_equal(
+        patcher(experiments, source[:16], target[:16]).cpu(),
+        reference_outputs(network, experiments, (source[:16],), (target[:16],)), torch.float32,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_a_replay_of_every_kind_of_network_equals_plain_hooks(name):
+    network, source, target = build(name, 0)
+    experiments = experiments_of(network, target)
+    patcher = Patcher(network, device="cuda")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        source, target = (tuple(map(torch.randn_like, side)) for side in (source, target))
+        found = patcher(experiments, source, target)
+        expected = reference_outputs(network, experiments, source, target)
+        check_equal(found.cpu(), expected, torch.float32)
+
+
+def test_where_a_replay_does_not_hold_the_call_is_computed_as_ever():
+    network = mlp([6, 8, 8, 4], nn.ReLU)
+    patcher, experiments = Patcher(network, device="cuda"), [{"0": [i]} for i in range(8)]
+    source, target = torch.randn(2, 5, 6)
+    for _ in range(3):
+        patcher(experiments, source, target)
+    large = 1e6 * source
+    expected = reference_outputs(network, experiments, (large,), (target,))
+    check_equal(patcher(experiments, large, target).cpu(), expected, torch.float32)

@@ -95,7 +95,11 @@ RUN_OPTIONS = [
     click.option("--device", metavar="D", help="auto, cpu or cuda.  [default: auto]"),
     click.option("--dtype", metavar="T", help="float32 or float64.  [default: float32]"),
     click.option("--batch_size", metavar="auto|N", help="Passes in a batch.  [default: auto]"),
-    click.option("--memory_per_actor", metavar="SIZE", help="As 512M or 4G.  [default: 4G]"),
+    click.option(
+        "--memory_per_actor",
+        metavar="SIZE",
+        help="As 512M or 4G.  [default: 4G; on a GPU half of its free memory]",
+    ),
     click.option("--address", metavar="ADDRESS", help="A Ray cluster.  [default: a local Ray]"),
     click.option("--backend", metavar="B", help="ray, or inline without Ray.  [default: ray]"),
     click.option("--verify", type=int, help="Experiments re-checked.  [default: 8]"),

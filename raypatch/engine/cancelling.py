@@ -74,7 +74,6 @@ class Magnitudes:
     def __init__(self, context: Context, absolute: Node) -> None:
         self._context = context
         self._base: Tensor = absolute.call(lambda i: _size(context.base(i)))
-        self.largest = float(self._base.max()) if self._base.numel() else 0.0
         self._columns: Tensor | None = None
         # By the id of a sparse value, which its chain keeps.
         self._sizes: dict[int, Sparse] = {}
@@ -91,6 +90,15 @@ class Magnitudes:
 
     def once(self, node: Node, make: Callable[[], Any]) -> Any:
         return self._context.once(node, make)
+
+    @cached_property
+    def most(self) -> Tensor:
+        """The largest of them, on the device."""
+        return self._base.max() if self._base.numel() else self._base.new_zeros(())
+
+    @cached_property
+    def largest(self) -> float:
+        return float(self.most)
 
     @cached_property
     def _finite(self) -> Tensor:

@@ -25,10 +25,15 @@ from raypatch.engine.sources import Fill, GivenFill
 from raypatch.engine.stacked import Stacked, StackedPrepared
 from raypatch.errors import InputError, NoRoomError, out_of_memory
 
+# What a run may take where nothing is said: on a CPU, and of what is free on a GPU.
+CPU_MEMORY_BYTES = 2 << 30
+GPU_MEMORY_SHARE = 0.25
 # Dense values of one batch on a CPU: a part of what the last level of cache holds.
 CPU_BATCH_BYTES = 8 << 20
 MIN_BATCH_ROWS = 256
+# On a GPU: of its free memory, whatever may be taken; and rows, of which more are no faster.
 GPU_BATCH_SHARE = 0.25
+GPU_BATCH_ROWS = 1 << 20
 Definition = Union[Experiments, Plan, Sequence[Experiment]]
 Engine = Union[Incremental, Stacked]
 
@@ -36,10 +41,13 @@ Engine = Union[Incremental, Stacked]
 @dataclass(frozen=True)
 class Limits:
     """What may be kept and computed at a time: ``memory_bytes`` in all, ``batch_rows``
-    (experiments x inputs) in a batch where the user has set it."""
+    (experiments x inputs) in a batch where the user has set them.
+
+    What is free on a GPU is looked at once, so that later batches are as large.
+    """
 
     device: torch.device
-    memory_bytes: int
+    memory_bytes: int | None = None
     batch_rows: int | None = None
 
     def inputs_at_a_time(self, engine: Engine, target: Args, n_inputs: int) -> int:
@@ -49,25 +57,32 @@ class Limits:
             return n_inputs
         # Both runs, every layer's chain (values, differences), each about a run's size.
         one = 6 * max(1, engine.run_bytes(target))
-        return max(1, min(n_inputs, self.memory_bytes // 2 // one))
+        return max(1, min(n_inputs, self._most_bytes // 2 // one))
 
     def rows_for(self, row_bytes: int) -> int:
         """Rows of a batch whose dense values take ``row_bytes`` each."""
         if self.batch_rows is not None:
             return self.batch_rows
-        rows = self._batch_bytes // (3 * row_bytes)
-        if self.device.type == "cpu":
-            rows = min(rows, max(MIN_BATCH_ROWS, CPU_BATCH_BYTES // row_bytes))
-        return max(1, rows)
+        on_cpu = self.device.type == "cpu"
+        suits = max(MIN_BATCH_ROWS, CPU_BATCH_BYTES // row_bytes) if on_cpu else GPU_BATCH_ROWS
+        return max(1, min(self._batch_bytes // (3 * row_bytes), suits))
 
     @cached_property
+    def _free(self) -> int:
+        return _free_on_gpu(self.device)
+
+    @property
+    def _most_bytes(self) -> int:
+        if self.memory_bytes is not None:
+            return self.memory_bytes
+        on_gpu = self.device.type == "cuda"
+        return int(self._free * GPU_MEMORY_SHARE) if on_gpu else CPU_MEMORY_BYTES
+
+    @property
     def _batch_bytes(self) -> int:
-        """What a batch may take: on a GPU of the memory that is free when the first is computed,
-        so that later ones are as large."""
-        most = self.memory_bytes // 4
-        if self.device.type == "cuda":
-            most = min(most, int(_free_on_gpu(self.device) * GPU_BATCH_SHARE))
-        return most
+        most = self._most_bytes // 4
+        on_gpu = self.device.type == "cuda"
+        return min(most, int(self._free * GPU_BATCH_SHARE)) if on_gpu else most
 
 
 class PatchRun:
@@ -131,7 +146,7 @@ class PatchRun:
         if isinstance(self._fill, GivenFill):
             self._fill.check({layer for group in plan.groups for layer, _ in group.signature})
         with exact_math(), torch.no_grad():
-            out = _empty_outputs(plan.n_experiments, self.baseline)
+            out = empty_outputs(plan.n_experiments, self.baseline)
             first = 0
             for i in range(len(self._parts)):
                 prepared = self._prepare(i)
@@ -222,7 +237,7 @@ def _free_on_gpu(device: torch.device) -> int:
     return free + kept
 
 
-def _empty_outputs(n_experiments: int, baseline: Tensor) -> Tensor:
+def empty_outputs(n_experiments: int, baseline: Tensor) -> Tensor:
     """Memory for ``[experiments, inputs, outputs]`` like ``baseline`` ``[inputs, outputs]``; few
     outputs lie apart, each in one piece, as narrow products give them and metrics take them."""
     n_inputs, n_outputs = baseline.shape

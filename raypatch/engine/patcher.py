@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -36,6 +37,7 @@ from raypatch.engine.layers import (
 from raypatch.engine.patch_run import Definition, Engine, Limits, PatchRun
 from raypatch.engine.precision import exact_math
 from raypatch.engine.reference import cast
+from raypatch.engine.replaying import Replays
 from raypatch.engine.sources import (
     SOURCE_KINDS,
     Fill,
@@ -57,11 +59,19 @@ from raypatch.engine.trial import (
 )
 from raypatch.errors import InputError, RaypatchError, is_not_of_network, one_line
 
-DEFAULT_MEMORY_BYTES = 4 << 30
 # How often a graph is captured anew for inputs that tell more.
 RECAPTURES = 4
 # Preparing traces networks, by which torch changes how modules are called in the whole process.
 _one_prepares = RLock()
+
+
+class _Sides(NamedTuple):
+    """What is patched into what: inputs as the network takes them, or what is in their place."""
+
+    source: Args | None
+    target: Args
+    kind: SourceKind
+    given: Any
 
 
 class Patcher:
@@ -76,7 +86,8 @@ class Patcher:
     (one experiment at a time, for networks that mix the inputs of a batch).
 
     ``batch_rows`` (experiments x inputs in one batch) defaults to what suits the cache or the
-    GPU's free memory; ``memory_bytes`` bounds what the patcher keeps and computes at a time.
+    GPU; ``memory_bytes`` bounds what the patcher keeps and computes at a time, and defaults to
+    2 GiB, on a GPU to a quarter of what is free there.
     Not thread-safe. Several threads may each prepare a patcher of their own, one after the other;
     while one does, no other thread may run a network: torch's tracing changes how modules are
     called in the whole process.
@@ -89,7 +100,7 @@ class Patcher:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         batch_rows: int | None = None,
-        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        memory_bytes: int | None = None,
         savings: Savings | None = None,
     ) -> None:
         if not isinstance(network, nn.Module):
@@ -103,8 +114,7 @@ class Patcher:
             raise InputError(f"batch_rows {batch_rows!r}: a whole number above 0")
         self.device = _usable(device or (parameter.device if parameter is not None else "cpu"))
         self.savings = savings or Savings()
-        self._batch_rows = batch_rows
-        self._memory_bytes = memory_bytes
+        self._limits = Limits(self.device, memory_bytes, batch_rows)
         self.path = "not used yet"
         self.layers: dict[str, Layer] = {}
         network = getattr(network, "_orig_mod", network)  # what torch.compile wraps
@@ -114,6 +124,7 @@ class Patcher:
         self._originals: Any = WeakSet({*network.modules()} - {*own.modules()})
         self._modules = {name: _why_no_layer(module) for name, module in own.named_modules()}
         self._engine: Engine | None = None
+        self._replays: Replays | None = None
         self._probe: Args = ()
         self._told = False
 
@@ -131,9 +142,18 @@ class Patcher:
         seed: int = 0,
     ) -> Tensor:
         """Patched outputs ``[experiments, inputs, outputs]``; see :func:`patch`."""
-        run = self.prepare(source, target, kind=kind, seed=seed)
+        sides = self._sides(source, target, kind, seed)
+        if self._replays is not None:
+            replayed = self._replays.outputs(experiments, sides.source, sides.target)
+            if replayed is not None:
+                return replayed
+        run = self._prepared(sides)
         try:
-            return run(experiments).contiguous()
+            plan = run.plan(experiments)
+            outputs = run(plan).contiguous()
+            if self._replays is not None:
+                self._replays.count(experiments, plan, sides.source, sides.target)
+            return outputs
         except Exception as error:  # anything that an operation or a network's own code may raise
             if is_not_of_network(error):
                 raise
@@ -150,6 +170,10 @@ class Patcher:
     ) -> PatchRun:
         """Run both sides once; what comes back patches any experiments on these inputs, which must
         not be written over meanwhile: a run refuses to go on with what it was not prepared for."""
+        return self._prepared(self._sides(source, target, kind, seed))
+
+    def _sides(self, source: Any, target: Any, kind: SourceKind, seed: int) -> _Sides:
+        """Both sides as the network takes them; raises InputError where they do not fit."""
         if kind not in SOURCE_KINDS:
             raise InputError(f"source kind {kind!r}: valid: {', '.join(SOURCE_KINDS)}")
         if target is None or (kind in ("pair", "given") and source is None):
@@ -159,11 +183,11 @@ class Patcher:
         source_args = None
         if kind == "pair":
             source_args = self._taken(source)
-            sides = [(count_inputs(a), described(a)) for a in (source_args, target_args)]
-            if sides[0] != sides[1]:
+            forms = [(count_inputs(a), described(a)) for a in (source_args, target_args)]
+            if forms[0] != forms[1]:
                 raise InputError(
                     "source and target need the same number of inputs, of the same shapes: got {} "
-                    "of {} as source, {} of {} as target".format(*sides[0], *sides[1])
+                    "of {} as source, {} of {} as target".format(*forms[0], *forms[1])
                 )
         elif kind == "given" and not isinstance(source, Mapping):
             raise InputError(
@@ -177,14 +201,16 @@ class Patcher:
                 raise InputError("source kind 'resample' takes another input; there is only one")
             order = resample_order(n_inputs, seed).to(self.device)
             source_args = chosen_inputs(target_args, order)
+        return _Sides(source_args, target_args, kind, source)
+
+    def _prepared(self, sides: _Sides) -> PatchRun:
         try:
             with _one_prepares, exact_math():
-                make = partial(self._run, source_args, target_args, n_inputs, kind, source)
-                return self._checked_run(make, source_args, target_args)
+                return self._checked_run(partial(self._run, sides), sides.source, sides.target)
         except Exception as error:
             # A network may take the inputs of a trial and fail on others.
             if self._network is not None and not isinstance(error, RaypatchError):
-                for args in filter(None, (target_args, source_args)):
+                for args in filter(None, (sides.target, sides.source)):
                     network_output(self._network, args)
             raise
 
@@ -224,30 +250,25 @@ class Patcher:
         self._settle_engine(target_args, not_captured=reason)
         return make()
 
-    def _run(
-        self,
-        source_args: Args | None,
-        target_args: Args,
-        n_inputs: int,
-        kind: SourceKind,
-        given: Any,
-    ) -> PatchRun:
+    def _run(self, sides: _Sides) -> PatchRun:
         assert self._engine is not None
+        n_inputs = count_inputs(sides.target)
         fill: Fill | None = None
-        if kind == "zero":
+        if sides.kind == "zero":
             fill = zero_fill
-        elif kind == "mean":
-            fill = self._means(target_args, n_inputs)
-        elif kind == "given":
-            fill = GivenFill(map_tensors(_plain_tensor, dict(given)), n_inputs)
+        elif sides.kind == "mean":
+            fill = self._means(sides.target, n_inputs)
+        elif sides.kind == "given":
+            fill = GivenFill(map_tensors(_plain_tensor, dict(sides.given)), n_inputs)
         return PatchRun(
-            self._engine, self._limits, source_args, target_args, fill,
+            self._engine, self._limits, sides.source, sides.target, fill,
             deduplicate=self.savings.deduplicate, modules=self._modules,
         )  # fmt: skip
 
     def to(self, device: torch.device | str) -> Patcher:
         """Move the weights to a device; runs prepared before stay where they were."""
         self.device = torch.device(device)
+        self._limits = replace(self._limits, device=self.device)
         if self._captured is not None:
             self._probe = cast(self._probe, self.dtype, self.device)
             with torch.no_grad():
@@ -256,6 +277,7 @@ class Patcher:
             self._engine.network.to(self.device)
         if self._network is not None:
             self._network.to(self.device)
+        self._replays = Replays.of(self._engine, self._limits) if self._told else None
         return self
 
     @property
@@ -271,10 +293,6 @@ class Patcher:
     def neuron_counts(self) -> dict[str, int]:
         """Layers and their neurons as experiments name them; known once inputs were seen."""
         return {name: layer.neurons for name, layer in self.layers.items()}
-
-    @property
-    def _limits(self) -> Limits:
-        return Limits(self.device, self._memory_bytes, self._batch_rows)
 
     def _needs_check(self, is_new: bool) -> bool:
         """Whether a captured graph might not be the network on these inputs: symbolic tracing sees
@@ -325,12 +343,13 @@ class Patcher:
         self.layers = engine.layers
         self._probe, self._told = probe, first_unlike(probe) is not None
         self._engine = engine
+        self._replays = Replays.of(engine, self._limits) if self._told else None
         return True
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy needs no code of the user's where the graph holds the network."""
         network = {"_network": None} if self._captured else {}
-        return {**self.__dict__, **network, "_originals": ()}
+        return {**self.__dict__, **network, "_originals": (), "_replays": None}
 
     def _means(self, target: Args, n_inputs: int) -> MeanFill:
         assert self._engine is not None

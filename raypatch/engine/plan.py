@@ -5,7 +5,7 @@ A signature is the layers an experiment patches and how many neurons in each (-1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -81,6 +81,11 @@ class Group:
             return self.experiments[first:last]
         return slice(self.start + first, self.start + last)
 
+    def to(self, device: torch.device) -> Group:
+        """The same with all numbers on a device."""
+        index = {name: chosen and chosen.to(device) for name, chosen in self.index.items()}
+        return replace(self, experiments=self.experiments.to(device), index=index)
+
     def where(self, mask: Tensor) -> Group:
         """The experiments that a mask ``[E]`` picks."""
         index = {
@@ -97,6 +102,11 @@ class Plan:
     n_experiments: int
     groups: tuple[Group, ...]
     copies: tuple[tuple[Tensor, Tensor], ...]
+
+    def to(self, device: torch.device) -> Plan:
+        """The same with all numbers on a device."""
+        copies = tuple((these.to(device), those.to(device)) for these, those in self.copies)
+        return Plan(self.n_experiments, tuple(group.to(device) for group in self.groups), copies)
 
 
 def plan_experiments(experiments: Experiments, *, deduplicate: bool = True) -> Plan:

@@ -77,4 +77,8 @@ def _made_exact() -> list[Callable[[], None]]:
         cuda.matmul.allow_tf32 = cudnn.allow_tf32 = False
     for part in mkldnn:
         switch(part, "fp32_precision", "ieee")
+    if cuda.mem_efficient_sdp_enabled():  # type: ignore[no-untyped-call]
+        # Of queries that are a part of a tensor it reads past their alignment, and CUDA gives up.
+        undo.append(partial(cuda.enable_mem_efficient_sdp, True))
+        cuda.enable_mem_efficient_sdp(False)
     return undo

@@ -53,11 +53,15 @@ def _true_places(mask: Tensor) -> Tensor:
     return mask.flatten().nonzero().flatten()
 
 
+class Unassumed(Exception):
+    """What cannot be told without looking at numbers, and may not be taken to be as usual."""
+
+
 class Changes(NamedTuple):
     """What patching each neuron of a layer alone changes."""
 
     active: Tensor  # [J, N] bool: whether anything at all
-    n_active: Tensor  # [J]: for how many inputs; on the CPU
+    n_active: Tensor | None  # [J]: for how many inputs; on the CPU, None where nothing is looked at
     is_finite: bool  # all differences are numbers: infinity minus infinity is none
 
 
@@ -66,6 +70,9 @@ class Prepared:
 
     ``baseline`` is ``[inputs, outputs]``; ``source_baseline`` too, None where the patched
     values are no run's own.
+
+    With ``assumed``, a list, no number is looked at on the CPU: all rows are computed, what is so
+    as a rule is taken to be so, and tensors that are true where it is are put into the list.
     """
 
     def __init__(
@@ -76,7 +83,9 @@ class Prepared:
         source: Args | None,
         target: Args,
         fill: Fill | None,
+        assumed: list[Tensor] | None = None,
     ) -> None:
+        self.assumed = assumed
         self.structure = structure
         self.scratch = scratch
         self.fill = fill
@@ -173,8 +182,12 @@ class Prepared:
         else:
             rows = reduce(torch.logical_or, (end.active for end in known))
         deltas = [end.delta for end in known if end.delta.is_floating_point()]
+        finite = [delta.sum().isfinite().view(1) for delta in deltas]
+        if self.assumed is not None:
+            self.assumed += finite
+            return Changes(rows, None, is_finite=True)
         # One copy off the device for all.
-        found = torch.cat([rows.sum(1), *(d.sum().isfinite().view(1) for d in deltas)]).cpu()
+        found = torch.cat([rows.sum(1), *finite]).cpu()
         return Changes(rows, found[: len(rows)], bool(found[len(rows) :].all()))
 
     # -------------------------------------------------------------------- evaluation
@@ -203,6 +216,7 @@ class Prepared:
         found, active, compact, computed = self._changing(program, group, index), None, False, 0
         if found is not None:
             active, n_active = found
+        if active is not None and n_active is not None:
             n_still = len(n_active) - np.count_nonzero(n_active)
             if n_still * self.n_inputs * program.row_elements >= LEAVE_OUT_ELEMENTS:
                 some = torch.from_numpy(n_active > 0)
@@ -234,16 +248,18 @@ class Prepared:
         for entry, layer in program.patched.items():
             chosen = group.index[layer]
             if chosen is None:
-                size = self.chain(entry)[entry].of.neurons
-                chosen = Selection(torch.arange(size).expand(group.experiments.shape[0], -1))
+                every = torch.arange(
+                    self.chain(entry)[entry].of.neurons, device=self.baseline.device
+                )
+                chosen = Selection(every.expand(group.experiments.shape[0], -1))
             found[layer] = chosen.to(self.baseline.device)
         return found
 
     def _changing(
         self, program: Program, group: Group, index: dict[str, Selection]
-    ) -> tuple[Tensor, np.ndarray] | None:
+    ) -> tuple[Tensor, np.ndarray | None] | None:
         """Rows that can differ from the baseline, ``[E, N]`` bool, and how many of each
-        experiment, ``[E]``; None for all."""
+        experiment, ``[E]``, unless nothing may be looked at; None for all."""
         entries = program.patched.items()
         whole = any(program.kinds[entry] == SOURCE for entry, _ in entries)
         if whole or not self.structure.savings.skip_unchanged or not program.steps:
@@ -251,13 +267,15 @@ class Prepared:
         total: Tensor | None = None
         for entry, layer in entries:
             chosen, (active, n_active, _) = index[layer], self.changes(entry, program)
-            if chosen.shape[1] == 1 and len(entries) == 1:
+            if chosen.shape[1] == 1 and len(entries) == 1 and n_active is not None:
                 # The counts are here, and so are the group's own numbers.
                 here = group.index[layer] or chosen
                 return chosen.take(active), here.take(n_active).numpy()
             taken = chosen.take(active).view(*chosen.shape, -1).any(1)
             total = taken if total is None else total | taken
-        return None if total is None else (total, total.sum(1).numpy(force=True))
+        if total is None or self.assumed is not None:
+            return None if total is None else (total, None)
+        return total, total.sum(1).numpy(force=True)
 
     def _output(self, program: Program, batch: Batch) -> Tensor:
         """Output rows ``[R, outputs]`` of one batch."""
@@ -319,6 +337,11 @@ class Prepared:
         if node.index not in self._magnitudes:
             self._magnitudes[node.index] = Magnitudes(self, self.scratch.absolute(node))
         magnitudes = self._magnitudes[node.index]
+        if self.assumed is not None:
+            if not program.is_gentle:
+                raise Unassumed("rows to be computed whole are looked for")
+            self.assumed.append(magnitudes.most < LARGE)
+            return None
         if program.is_gentle and magnitudes.largest < LARGE:
             return None
         emptied = magnitudes.emptied(step.spread.rule, node, sparse, index, batch)
@@ -385,7 +408,10 @@ class Prepared:
         assert into is not None
         if batch.rows is None:
             into.copy_(rows.reshape(into.shape))
-            if mask is not None and not batch.unchanged_are_exact:
+            exact = mask is None or batch.unchanged_are_exact
+            if mask is not None and not exact and mask.device.type != "cpu":
+                torch.where(mask[..., None], into, self.baseline, out=into)
+            elif mask is not None and not exact:
                 still = _true_places(~mask)
                 kept = self.baseline.index_select(0, still % self.n_inputs)
                 into.flatten(0, 1).index_copy_(0, still, kept)

@@ -45,6 +45,7 @@ class Savings:
     source_values: bool = True  # a whole layer on a cut takes the source run's own values
     deduplicate: bool = True  # one computation for experiments that are the same
     needed_places: bool = True  # of a sequence no places that the output does not depend on
+    replay: bool = True  # on a GPU a small call that comes again is launched in one piece
 
 
 @dataclass(frozen=True)

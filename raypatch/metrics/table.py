@@ -24,9 +24,9 @@ from raypatch.metrics.terms import DIGITS_LEFT, Baselines, Fixed, Rows
 from raypatch.results.schema import STATISTICS
 
 # Logits at a time: enough to make the call of an operation cheap, few enough for the cache; on
-# a GPU for its memory, 8 MiB an array of them.
+# a GPU for its memory, 128 MiB an array of them.
 BLOCK_LOGITS = 128_000
-GPU_BLOCK_LOGITS = 1 << 20
+GPU_BLOCK_LOGITS = 1 << 24
 # Experiments at a time even so, because operations run along them; and rows where inputs are
 # so many that these would be too much memory.
 MIN_EXPERIMENTS = 400

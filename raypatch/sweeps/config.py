@@ -46,7 +46,7 @@ class RunConfig(LoadingOptions):
     device: str = "auto"
     dtype: str = "float32"
     batch_size: int | None = None
-    memory_per_actor: int = 4 << 30
+    memory_per_actor: int | None = None
     address: str | None = None
     backend: str = "ray"
     verify: int = 8

@@ -43,13 +43,15 @@ def plan_sweep(config: RunConfig, subject: Subject, backend: Backend) -> Plan:
 
     Raises InputError where the network does not run on an input, or cannot be sent to workers.
     """
+    memory_bytes = config.memory_per_actor
+    if memory_bytes is not None:
+        memory_bytes //= len(subject.directions)  # an actor keeps the runs of every direction
     patcher = Patcher(
         subject.agent.network,
         dtype=getattr(torch, config.dtype),
         device="cpu",
         batch_rows=config.batch_size,
-        # An actor keeps the runs of every direction.
-        memory_bytes=config.memory_per_actor // len(subject.directions),
+        memory_bytes=memory_bytes,
     )
     outputs_by_side = _baselines(patcher, subject)
     backend.wait_started()

@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from raypatch.results.schema import STATISTICS
 from raypatch.results.store import open_store
 from raypatch.results.tables import ItemArrays
 from raypatch.sweeps.allocator import keep_freed_memory
+from raypatch.sweeps.leaving import Leaving
 from raypatch.sweeps.shipping import Shipment, unpack
 from raypatch.sweeps.sides import Sides
 from raypatch.sweeps.work import Item, Outcome
@@ -58,6 +59,7 @@ class Worker:
         self.store = open_store(spec.output_dir)
         self.sees_output = self._sees_output()
         self.patcher: Patcher = unpack(spec.patcher).to(spec.device)
+        self._leaving = Leaving(self.patcher.device)
         self.runs = [prepare_direction(self.patcher, spec.sides, d) for d in spec.sides.directions]
         self.tables = [self._metric_table(run) for run in self.runs]
         self.row_schema = schema.row_schema(spec.columns, spec.metadata)
@@ -135,8 +137,11 @@ class Worker:
         n_directions, (n_experiments, n_inputs, _) = len(outputs), outputs[0].shape
         rows = columns.save != "summary"
         shape = (len(columns.metrics), n_experiments, n_directions)
-        # Metrics are computed where the outputs are; only results leave a GPU.
+        # Metrics are computed where the outputs are; only results leave a GPU, and outputs while
+        # metrics are computed.
         device = outputs[0].device
+        kept = torch.stack(outputs, 1).float() if columns.save == "full" else None
+        outputs_left = self._leaving.array(kept)
         statistics = torch.empty(len(STATISTICS), *shape, device=device)
         values = torch.empty(*shape, n_inputs, device=device) if rows else None
         actions = changed = rate = None
@@ -154,17 +159,20 @@ class Worker:
             )
         if actions is not None:
             changed = actions != torch.stack([table.baseline_actions for table in self.tables])
-        return ItemArrays(
+        array = self._leaving.array
+        arrays = ItemArrays(
             indices=item.indices,
             directions=self.spec.sides.directions,
             shape=(n_experiments, n_directions, n_inputs),
-            outputs=_on_host(torch.stack(outputs, 1).float()) if columns.save == "full" else None,
-            actions=_on_host(actions),
-            changed=_on_host(changed),
-            metrics=_on_host(values),
-            statistics=dict(zip(STATISTICS, _on_host(statistics))),
-            changed_rate=_on_host(rate),
+            outputs=outputs_left,
+            actions=array(actions),
+            changed=array(changed),
+            metrics=array(values),
+            statistics=dict(zip(STATISTICS, array(statistics))),
+            changed_rate=array(rate),
         )
+        self._leaving.wait()
+        return arrays
 
     def _content(self, arrays: ItemArrays, table_schema: Any) -> memoryview:
         build = tables.row_table if table_schema is self.row_schema else tables.summary_table
@@ -176,17 +184,9 @@ class Worker:
         return hashlib.sha256(content).hexdigest()
 
 
-@overload
-def _on_host(x: torch.Tensor) -> np.ndarray: ...
-@overload
-def _on_host(x: torch.Tensor | None) -> np.ndarray | None: ...
-def _on_host(x: torch.Tensor | None) -> np.ndarray | None:
-    return None if x is None else x.numpy(force=True)
-
-
 def outputs_of(outputs: list[torch.Tensor], place: int) -> np.ndarray:
     """One experiment's ``[directions, inputs, outputs]`` of those of all by direction."""
-    return np.stack([_on_host(patched[place]) for patched in outputs])
+    return np.stack([patched[place].numpy(force=True) for patched in outputs])
 
 
 def prepare_direction(patcher: Patcher, sides: Sides, direction: str) -> PatchRun:
