@@ -13,7 +13,7 @@ from torch import nn
 
 import raypatch
 from raypatch.definitions import Experiments
-from raypatch.engine import patch_run, prepared
+from raypatch.engine import patch_run, prepared, updates
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.reference import reference_outputs
 from raypatch.metrics.formulas import METRICS
@@ -75,7 +75,7 @@ def test_a_sweep_on_the_gpu_gives_the_results_of_one_on_the_cpu(
         out = run_inline(CARTPOLE, definition, "--device", device, out=tmp_path / device)
         results = raypatch.open_results(out)
         assert results.sweep["device"] == device
-        found[device] = torch.from_numpy(outputs_of(results))
+        found[device] = torch.tensor(outputs_of(results))
     torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-5, atol=1e-5)
 
 
@@ -150,3 +150,17 @@ def test_where_a_replay_does_not_hold_the_call_is_computed_as_ever():
     large = 1e6 * source
     expected = reference_outputs(network, experiments, (large,), (target,))
     check_equal(patcher(experiments, large, target).cpu(), expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(700, 9, 1000), (3000, 33, 64), (5000, 900, 1), (3, 2, 1 << 20)])
+def test_large_updates_by_a_kernel_of_their_own_are_torchs(shape, dtype):
+    n_experiments, n_inputs, width = shape
+    base, delta, columns = (
+        torch.randn(*size, dtype=dtype, device="cuda")
+        for size in ((n_inputs, width), (n_experiments, n_inputs, 1), (n_experiments, 1, width))
+    )
+    out = base.new_full(shape, torch.nan)
+    assert updates._kernel(dtype, out.device) is not None
+    found = updates.rank_one(base, delta, columns, out)
+    torch.testing.assert_close(found, base + delta * columns, rtol=1e-6, atol=1e-6)

@@ -61,9 +61,9 @@ class Replay:
         self, engine: Incremental, limits: Limits, plan: Plan, source: Args, target: Args
     ) -> None:
         self._inputs: tuple[Args, Args] = map_tensors(torch.clone, (source, target))
-        # What is computed in stays as long as the recording.
-        self._scratch, plan = Scratch(), plan.to(limits.device)
-        run = partial(outputs_unseen, engine, self._scratch, limits, plan, *self._inputs)
+        # All that is read and written in a replay stays as long as the recording.
+        plan = plan.to(limits.device)
+        self._run = run = partial(outputs_unseen, engine, Scratch(), limits, plan, *self._inputs)
         with exact_math(), torch.no_grad(), torch.cuda.device(limits.device):
             # Once as it is, so that libraries start and what follows from shapes is found.
             aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]

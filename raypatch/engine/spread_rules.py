@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from raypatch.engine.graph import Node
 from raypatch.engine.plan import Selection
+from raypatch.engine.updates import rank_one
 from raypatch.engine.values import Batch, Sparse
 
 # Past this share of a layer's inputs patched, one full product beats many small ones.
@@ -69,7 +70,7 @@ def linear(
     columns = context.weight_columns(node)
     out = context.buffer(node, n_experiments, *base.shape)
     if rank == 1 and sparse.of.is_plain:
-        return torch.addcmul(base, index.take(sparse.delta), index.take(columns)[:, None], out=out)
+        return rank_one(base, index.take(sparse.delta), index.take(columns)[:, None], out)
     delta = batch.gather(sparse.delta, index)
     if sparse.of.is_plain:
         columns = index.take(columns.view(sparse.of.neurons, -1, n_outputs))
@@ -78,7 +79,7 @@ def linear(
         columns = columns.index_select(0, features)
     columns = columns.view(n_experiments, rank, n_outputs)
     if rank == 1:
-        return torch.addcmul(base, delta, columns, out=out)
+        return rank_one(base, delta, columns, out)
     return torch.baddbmm(base.expand_as(out), delta, columns, out=out)
 
 
@@ -100,7 +101,7 @@ def _linear_on_last_axis(
     flat = out.view(batch.n_experiments, -1, base.shape[-1])
     places = base.reshape(-1, base.shape[-1])
     if k == 1:
-        torch.addcmul(places, delta, columns, out=flat)
+        rank_one(places, delta, columns, flat)
     else:
         torch.baddbmm(places.expand_as(flat), delta, columns, out=flat)
     return out
