@@ -31,8 +31,8 @@ def _rank_one(  # type: ignore[no-untyped-def]
 
 
 def rank_one(base: Tensor, delta: Tensor, columns: Tensor, out: Tensor) -> None:
-    """Into ``out`` ``[E, N, H]``: ``base`` ``[N, H]`` plus ``delta`` ``[E, N, 1]`` times ``columns``
-    ``[E, 1, H]``; all contiguous, float32 or float64."""
+    """Into ``out`` ``[E, N, H]``: ``base`` ``[N, H]`` plus ``delta`` ``[E, N, 1]`` times
+    ``columns`` ``[E, 1, H]``; all contiguous, float32 or float64."""
     n_experiments, n_inputs, width = out.shape
     block = min(WIDEST, triton.next_power_of_2(width))
     rows, n_rows = TILE // block, n_experiments * n_inputs

@@ -14,8 +14,8 @@ LARGE_UPDATE = 1 << 22
 
 
 def rank_one(base: Tensor, delta: Tensor, columns: Tensor, out: Tensor) -> Tensor:
-    """Into ``out`` ``[E, N, H]``: ``base`` ``[N, H]`` plus ``delta`` ``[E, N, 1]`` times ``columns``
-    ``[E, 1, H]``."""
+    """Into ``out`` ``[E, N, H]``: ``base`` ``[N, H]`` plus ``delta`` ``[E, N, 1]`` times
+    ``columns`` ``[E, 1, H]``."""
     if out.is_cuda and out.numel() >= LARGE_UPDATE:
         kernel = _kernel(out.dtype, out.device)
         if kernel is not None and all(x.is_contiguous() for x in (base, delta, columns, out)):
