@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from raypatch.engine.layers import find_layers
 from raypatch.engine.patch_run import Limits, PatchRun
-from raypatch.engine.patcher import DEFAULT_MEMORY_BYTES, Patcher
+from raypatch.engine.patcher import Patcher
 from raypatch.engine.plan import Plan
 from raypatch.engine.reference import reference_outputs
 from raypatch.engine.stacked import Stacked
@@ -211,7 +211,7 @@ def by_hooks(
 ) -> Callable[[], Tensor]:
     """``size`` experiments stacked in a forward."""
     stacked = Stacked(network, find_layers(network, (target,)), limit=size)
-    limits = Limits(torch.device("cpu"), DEFAULT_MEMORY_BYTES, size * len(target))
+    limits = Limits(torch.device("cpu"), batch_rows=size * len(target))
     return lambda: PatchRun(stacked, limits, (source,), (target,), None)(plan)
 
 
@@ -225,7 +225,7 @@ def compare(name: str, repeats: int) -> None:
     experiments = [{layer: [i]} for layer, n in patcher.neuron_counts.items() for i in range(n)]
     plan = run.plan(experiments)
     whole = Patcher(network, savings=Savings(needed_places=False)).prepare(source, target)
-    sizes = {size: by_hooks(network, plan, source, target, size) for size in STACKED_SIZES}
+    sizes = {size: by_hooks(network, plan, source, target, size) for size in STACKED_SIZES["cpu"]}
     best = min(sizes, key=lambda size: seconds(sizes[size]))
     methods = {
         "(b) forward per experiment": by_hooks(network, plan, source, target, 1),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import tempfile
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -194,7 +193,8 @@ def check(name: str) -> None:
 def check_unseen(patcher, experiments, source, target, expected):
     """What a GPU replays keeps its host from waiting: nothing is copied off the device."""
     limits = Limits(torch.device(NAME, 0))
-    if Replays.of(patcher._engine, replace(limits, device=torch.device("cuda"))) is None:
+    on_gpu = Limits(torch.device("cuda"), memory_bytes=1 << 30)
+    if Replays.of(patcher._engine, on_gpu) is None:
         return
     with device_present():
         plan = patcher.prepare(source, target).plan(experiments).to(limits.device)

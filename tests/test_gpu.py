@@ -117,8 +117,7 @@ def test_calls_that_come_again_are_replayed_on_new_inputs():
         found = patcher(experiments, source, target)
         expected = reference_outputs(network, experiments, (source,), (target,))
         check_equal(found.cpu(), expected, torch.float32)
-        recorded = [asked.replay for asked in patcher._replays._asked.values()]
-        assert [replay is not None for replay in recorded] == [number > 0]
+        assert [bool(asked.replay) for asked in patcher._replays._asked.values()] == [number > 0]
     # Another number of inputs is another call, and memory of the first is its own.
     source, target = torch.randn(2, 64, 6)
     patcher(experiments, source, target)
@@ -126,6 +125,41 @@ def test_calls_that_come_again_are_replayed_on_new_inputs():
         patcher(experiments, source[:16], target[:16]).cpu(),
         reference_outputs(network, experiments, (source[:16],), (target[:16],)), torch.float32,
     )  # fmt: skip
+
+
+class Listed(nn.Module):
+    """A list of places is copied to the GPU in every forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu()[:, [1, 4]])
+
+
+def test_what_waits_in_between_is_not_recorded_and_harms_nothing():
+    network, experiments = Listed(), [{"first": [i]} for i in range(8)]
+    patcher, stream = Patcher(network, device="cuda"), torch.cuda.current_stream()
+    for _ in range(4):
+        source, target = torch.randn(2, 5, 6)
+        expected = reference_outputs(network, experiments, (source,), (target,))
+        check_equal(patcher(experiments, source, target).cpu(), expected, torch.float32)
+    assert [asked.replay for asked in patcher._replays._asked.values()] == [None]
+    assert torch.cuda.current_stream() == stream
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+def test_replays_go_on_in_inference_mode_and_of_inputs_with_gradients():
+    network, experiments = mlp([6, 8, 8, 4], nn.Tanh), [{"0": [i]} for i in range(8)]
+    patcher = Patcher(network, device="cuda")
+    for number in range(5):
+        source, target = torch.randn(2, 5, 6)
+        expected = reference_outputs(network, experiments, (source,), (target,))
+        with torch.inference_mode(number % 2 == 0):
+            found = patcher(experiments, source.requires_grad_(), target)
+        check_equal(found.cpu(), expected, torch.float32)
+    assert all(asked.replay for asked in patcher._replays._asked.values())
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
@@ -147,6 +181,7 @@ def test_where_a_replay_does_not_hold_the_call_is_computed_as_ever():
     source, target = torch.randn(2, 5, 6)
     for _ in range(3):
         patcher(experiments, source, target)
+    assert all(asked.replay for asked in patcher._replays._asked.values())
     large = 1e6 * source
     expected = reference_outputs(network, experiments, (large,), (target,))
     check_equal(patcher(experiments, large, target).cpu(), expected, torch.float32)

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from networks import ZOO, build, check_equal, counts_of, mlp
@@ -14,6 +17,7 @@ from raypatch.definitions import Experiments
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.patch_run import Limits
 from raypatch.engine.patcher import Patcher
+from raypatch.engine.plan import plan_experiments
 from raypatch.engine.prepared import Unassumed
 from raypatch.engine.reference import reference_outputs
 from raypatch.engine.replaying import Replays, _key, outputs_unseen
@@ -78,16 +82,44 @@ def test_what_is_not_as_it_is_as_a_rule_is_told(what):
     assert unseen(network, [{"4": [0]}], torch.randn(4, 6), target)[1] is True
 
 
-def test_calls_are_the_same_for_equal_lists_and_the_same_experiments_alone():
-    source, target = (torch.randn(3, 4),), (torch.randn(3, 4),)
+SIDE = (torch.randn(3, 4),)
+
+
+def test_calls_are_the_same_where_experiments_and_forms_are():
     one, other = ([{"0": [1]}, {"2": "all"}] for _ in range(2))
-    assert _key(one, source, target) == _key(other, source, target)
-    assert _key(one, source, target) != _key(one[:1], source, target)
-    assert _key(one, source, target) != _key(one, (source[0][:2],), (target[0][:2],))
-    assert _key(one, source, target) != _key(one, None, target)
-    assert _key([{"0": torch.tensor([1])}], source, target) is None
+    key = _key(one, SIDE, SIDE)
+    assert key is not None and key == _key(other, (torch.zeros(3, 4),), SIDE)
     columns, same = (Experiments.from_list(one) for _ in range(2))
-    assert _key(columns, source, target) != _key(same, source, target)
+    assert _key(columns, SIDE, SIDE) == _key(same, SIDE, SIDE)
+    same.neurons[0] = 2  # written over
+    assert _key(columns, SIDE, SIDE) != _key(same, SIDE, SIDE)
+    plans = [plan_experiments(Experiments.from_list(e)) for e in (one, other, [{"0": [2]}])]
+    keys = [_key(plan, SIDE, SIDE) for plan in plans]
+    assert keys[0] == keys[1] and len(set(keys)) == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((torch.randn(3, 4),), (torch.randn(2, 4),)),
+        ((torch.randn(3, 4),), (torch.randn(3, 4).double(),)),
+        (({"a": SIDE[0], "b": SIDE[0]},), ({"b": SIDE[0], "a": SIDE[0]},)),
+        ((SIDE[0], torch.tensor(1)), (SIDE[0], torch.tensor(0.5))),
+        ((SIDE[0], {"x": 1, "y": 2}), (SIDE[0], {"y": 1, "x": 2})),
+        ((SIDE[0], 1), (SIDE[0], True)),
+    ],
+)
+def test_inputs_that_a_recording_would_mix_up_are_other_calls(one, other):
+    assert _key([], one, one) != _key([], other, other)
+
+
+@pytest.mark.parametrize(
+    "experiments",
+    [[{"0": np.array([1])}], [{"0": torch.tensor([1])}], [{"0": range(2)}], ({"0": [1]},), "all"],
+)
+def test_experiments_in_other_forms_are_never_recorded(experiments):
+    assert _key(experiments, SIDE, SIDE) is None
+    assert _key([], (SIDE[0], object()), SIDE) is None
 
 
 def test_nothing_is_recorded_on_a_cpu_or_of_code_that_may_do_more_than_compute():
@@ -99,4 +131,5 @@ def test_nothing_is_recorded_on_a_cpu_or_of_code_that_may_do_more_than_compute()
     ):  # fmt: skip
         patcher = Patcher(network)
         patcher.prepare(torch.randn(3, 4), torch.randn(3, 4))
+        limits = replace(limits, memory_bytes=1 << 30)
         assert (Replays.of(patcher._engine, limits) is not None) == is_recorded

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import build, changed_by, check_equal, counts_of, mlp
 from torch import nn
 
 from raypatch.definitions import OUTPUT_LOGITS
+from raypatch.engine import patch_run
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.patch_run import Limits
 from raypatch.engine.patcher import Patcher
@@ -113,10 +117,21 @@ def test_inputs_are_taken_in_parts_under_a_memory_ceiling(kind):
 def test_a_batch_on_a_gpu_may_take_what_torch_keeps_there_unused(monkeypatch):
     gib = 1 << 30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * gib, 16 * gib))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10 * gib)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 4 * gib)
+    counts = {"reserved_bytes": 10 * gib, "allocated_bytes": 4 * gib}
+    counts = {name: {"all": {"current": number}} for name, number in counts.items()}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _: counts)
     limits = Limits(torch.device("cuda"), memory_bytes=100 * gib)
     assert limits.rows_for(1024) == (2 + 10 - 4) * gib // 4 // 3 // 1024
+
+
+def test_one_of_several_patchers_takes_its_share_and_looks_anew_on_another_machine(monkeypatch):
+    free = iter([64 << 30, 8 << 30])
+    monkeypatch.setattr(patch_run, "_free_on_gpu", lambda _: next(free))
+    limits = Limits(torch.device("cuda"), memory_share=0.25)
+    assert limits.rows_for(1 << 20) == limits.rows_for(1 << 20) == (8 << 30) // 4 // 3 // (1 << 20)
+    assert replace(limits).rows_for(1 << 20) == (1 << 30) // 4 // 3 // (1 << 20)
+    patcher = pickle.loads(pickle.dumps(Patcher(mlp([4, 3, 2], nn.ReLU))))
+    assert "_free" not in vars(patcher._limits)
 
 
 def test_what_is_gathered_for_many_neurons_counts_in_a_batchs_memory():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from networks import Deciding, check_equal
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.precision import exact_math
@@ -83,6 +84,23 @@ def test_a_default_device_of_the_users_is_no_place_for_what_a_patcher_makes(monk
         finally:
             torch.set_default_device(None)
     assert all(map(torch.equal, found["cpu"], found["meta"]))
+
+
+def test_resampling_within_inference_mode_is_as_without():
+    torch.manual_seed(0)
+    network, x = plain(), torch.randn(5, 6)
+    expected = Patcher(network)(EXPERIMENTS, target=x, kind="resample")
+    with torch.inference_mode():
+        found = Patcher(network)(EXPERIMENTS, target=x.clone(), kind="resample")
+    assert torch.equal(found, expected)
+
+
+def test_attention_takes_the_plain_way_and_the_users_choice_is_as_it_was():
+    cuda = torch.backends.cuda
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        with exact_math():
+            assert (cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()) == (False, True)
+        assert (cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()) == (True, False)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Union
@@ -25,9 +25,9 @@ from raypatch.engine.sources import Fill, GivenFill
 from raypatch.engine.stacked import Stacked, StackedPrepared
 from raypatch.errors import InputError, NoRoomError, out_of_memory
 
-# What a run may take where nothing is said: on a CPU, and of what is free on a GPU.
-CPU_MEMORY_BYTES = 2 << 30
-GPU_MEMORY_SHARE = 0.25
+# What a patcher may take where nothing is said: on a CPU, and of what is free on a GPU.
+CPU_MEMORY_BYTES = 4 << 30
+GPU_MEMORY_SHARE = 0.5
 # Dense values of one batch on a CPU: a part of what the last level of cache holds.
 CPU_BATCH_BYTES = 8 << 20
 MIN_BATCH_ROWS = 256
@@ -41,7 +41,8 @@ Engine = Union[Incremental, Stacked]
 @dataclass(frozen=True)
 class Limits:
     """What may be kept and computed at a time: ``memory_bytes`` in all, ``batch_rows``
-    (experiments x inputs) in a batch where the user has set them.
+    (experiments x inputs) in a batch where the user has set them; else ``memory_share`` of what
+    a patcher takes by itself.
 
     What is free on a GPU is looked at once, so that later batches are as large.
     """
@@ -49,6 +50,11 @@ class Limits:
     device: torch.device
     memory_bytes: int | None = None
     batch_rows: int | None = None
+    memory_share: float = 1.0
+
+    def part(self, parts: int) -> Limits:
+        """One of so many equal parts of the memory."""
+        return replace(self, memory_bytes=self._most_bytes // parts)
 
     def inputs_at_a_time(self, engine: Engine, target: Args, n_inputs: int) -> int:
         """How many inputs' unpatched runs fit in half of the memory; all of them where the
@@ -76,7 +82,8 @@ class Limits:
         if self.memory_bytes is not None:
             return self.memory_bytes
         on_gpu = self.device.type == "cuda"
-        return int(self._free * GPU_MEMORY_SHARE) if on_gpu else CPU_MEMORY_BYTES
+        whole = self._free * GPU_MEMORY_SHARE if on_gpu else CPU_MEMORY_BYTES
+        return int(whole * self.memory_share)
 
     @property
     def _batch_bytes(self) -> int:
@@ -233,8 +240,11 @@ def _listed(neurons: Any) -> Any:
 def _free_on_gpu(device: torch.device) -> int:
     """Bytes nobody uses; torch keeps some of them for itself, which the device counts as taken."""
     free, _ = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + kept
+    counts = torch.cuda.memory_stats_as_nested_dict(device)
+    if not counts:
+        return free  # nothing has been computed there yet
+    reserved, allocated = (counts[f"{kind}_bytes"] for kind in ("reserved", "allocated"))
+    return free + int(reserved["all"]["current"]) - int(allocated["all"]["current"])
 
 
 def empty_outputs(n_experiments: int, baseline: Tensor) -> Tensor:

@@ -87,7 +87,8 @@ class Patcher:
 
     ``batch_rows`` (experiments x inputs in one batch) defaults to what suits the cache or the
     GPU; ``memory_bytes`` bounds what the patcher keeps and computes at a time, and defaults to
-    2 GiB, on a GPU to a quarter of what is free there.
+    4 GiB, on a GPU to half of what is free there, or ``memory_share`` of that for one of several
+    patchers.
     Not thread-safe. Several threads may each prepare a patcher of their own, one after the other;
     while one does, no other thread may run a network: torch's tracing changes how modules are
     called in the whole process.
@@ -101,6 +102,7 @@ class Patcher:
         device: torch.device | str | None = None,
         batch_rows: int | None = None,
         memory_bytes: int | None = None,
+        memory_share: float = 1.0,
         savings: Savings | None = None,
     ) -> None:
         if not isinstance(network, nn.Module):
@@ -114,7 +116,7 @@ class Patcher:
             raise InputError(f"batch_rows {batch_rows!r}: a whole number above 0")
         self.device = _usable(device or (parameter.device if parameter is not None else "cpu"))
         self.savings = savings or Savings()
-        self._limits = Limits(self.device, memory_bytes, batch_rows)
+        self._limits = Limits(self.device, memory_bytes, batch_rows, memory_share)
         self.path = "not used yet"
         self.layers: dict[str, Layer] = {}
         network = getattr(network, "_orig_mod", network)  # what torch.compile wraps
@@ -143,23 +145,24 @@ class Patcher:
     ) -> Tensor:
         """Patched outputs ``[experiments, inputs, outputs]``; see :func:`patch`."""
         sides = self._sides(source, target, kind, seed)
-        if self._replays is not None:
-            replayed = self._replays.outputs(experiments, sides.source, sides.target)
+        if (replays := self._recordings()) is not None:
+            replayed = replays.outputs(experiments, sides.source, sides.target)
             if replayed is not None:
                 return replayed
         run = self._prepared(sides)
         try:
             plan = run.plan(experiments)
             outputs = run(plan).contiguous()
-            if self._replays is not None:
-                self._replays.count(experiments, plan, sides.source, sides.target)
-            return outputs
         except Exception as error:  # anything that an operation or a network's own code may raise
             if is_not_of_network(error):
                 raise
             reason = f"the network fails on patched values: {one_line(error)}"
             if self._captured is None or self._network is None:
                 raise InputError(reason) from error
+        else:
+            if (replays := self._recordings()) is not None:
+                replays.count(experiments, plan, sides.source, sides.target)
+            return outputs
         # The network may go on where an operation of it fails, which is in no graph.
         with _one_prepares, exact_math():
             self._settle_engine(run.target, not_captured=reason)
@@ -200,7 +203,8 @@ class Patcher:
             if n_inputs == 1:
                 raise InputError("source kind 'resample' takes another input; there is only one")
             order = resample_order(n_inputs, seed).to(self.device)
-            source_args = chosen_inputs(target_args, order)
+            with torch.inference_mode(False):
+                source_args = chosen_inputs(target_args, order)
         return _Sides(source_args, target_args, kind, source)
 
     def _prepared(self, sides: _Sides) -> PatchRun:
@@ -261,7 +265,7 @@ class Patcher:
         elif sides.kind == "given":
             fill = GivenFill(map_tensors(_plain_tensor, dict(sides.given)), n_inputs)
         return PatchRun(
-            self._engine, self._limits, sides.source, sides.target, fill,
+            self._engine, replace(self._limits), sides.source, sides.target, fill,
             deduplicate=self.savings.deduplicate, modules=self._modules,
         )  # fmt: skip
 
@@ -277,8 +281,14 @@ class Patcher:
             self._engine.network.to(self.device)
         if self._network is not None:
             self._network.to(self.device)
-        self._replays = Replays.of(self._engine, self._limits) if self._told else None
+        self._replays = None
         return self
+
+    def _recordings(self) -> Replays | None:
+        """Of the engine that there is now; None where nothing can be recorded."""
+        if self._replays is None and self._told:
+            self._replays = Replays.of(self._engine, replace(self._limits))
+        return self._replays
 
     @property
     def graph(self) -> Graph | None:
@@ -343,13 +353,15 @@ class Patcher:
         self.layers = engine.layers
         self._probe, self._told = probe, first_unlike(probe) is not None
         self._engine = engine
-        self._replays = Replays.of(engine, self._limits) if self._told else None
+        self._replays = None
         return True
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy needs no code of the user's where the graph holds the network."""
         network = {"_network": None} if self._captured else {}
-        return {**self.__dict__, **network, "_originals": (), "_replays": None}
+        # What is free is another's memory there.
+        own = {"_originals": (), "_replays": None, "_limits": replace(self._limits)}
+        return {**self.__dict__, **network, **own}
 
     def _means(self, target: Args, n_inputs: int) -> MeanFill:
         assert self._engine is not None

@@ -103,6 +103,13 @@ class Plan:
     groups: tuple[Group, ...]
     copies: tuple[tuple[Tensor, Tensor], ...]
 
+    @property
+    def tables(self) -> list[Tensor]:
+        """All numbers in it, in one order."""
+        chosen = [s.neurons for g in self.groups for s in g.index.values() if s is not None]
+        places = [group.experiments for group in self.groups]
+        return [*places, *chosen, *(ids for pair in self.copies for ids in pair)]
+
     def to(self, device: torch.device) -> Plan:
         """The same with all numbers on a device."""
         copies = tuple((these.to(device), those.to(device)) for these, those in self.copies)

@@ -80,5 +80,8 @@ def _made_exact() -> list[Callable[[], None]]:
     if cuda.mem_efficient_sdp_enabled():  # type: ignore[no-untyped-call]
         # Queries that are a part of a tensor end in a misaligned address (torch 2.11 on an H200).
         undo.append(partial(cuda.enable_mem_efficient_sdp, True))
+        math = cuda.math_sdp_enabled()  # type: ignore[no-untyped-call]
+        undo.append(partial(cuda.enable_math_sdp, math))
         cuda.enable_mem_efficient_sdp(False)
+        cuda.enable_math_sdp(True)
     return undo

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import marshal
 from collections import OrderedDict
-from collections.abc import Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from raypatch.definitions import Experiments
-from raypatch.engine.arguments import count_inputs, form_of
+from raypatch.engine.arguments import count_inputs
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.layers import Args, map_tensors, tensors_in
 from raypatch.engine.patch_run import Limits, empty_outputs
@@ -27,9 +29,10 @@ from raypatch.engine.scratch import Scratch
 # Rows of a call above which a GPU computes longer than it takes to launch.
 MOST_ROWS = 1 << 18
 # Calls with the same experiments on inputs of one form before they are recorded, as recording
-# takes as long as several; recordings kept, each with its memory.
+# takes as long as several; recordings kept, and which part of the memory each may take.
 CALLS_BEFORE = 2
 MOST_KEPT = 4
+PARTS = 2 * MOST_KEPT
 
 
 def outputs_unseen(
@@ -54,44 +57,78 @@ class Replay:
     """Both unpatched runs and a plan's experiments on inputs of one form, recorded.
 
     ``source`` and ``target`` are some such inputs. Raises RuntimeError or Unassumed where the CPU
-    would have to look at numbers in between.
+    would have to look at numbers in between, or what is assumed is not so for these.
     """
 
     def __init__(
         self, engine: Incremental, limits: Limits, plan: Plan, source: Args, target: Args
     ) -> None:
-        self._inputs: tuple[Args, Args] = map_tensors(torch.clone, (source, target))
-        # All that is read and written in a replay stays as long as the recording.
-        plan = plan.to(limits.device)
-        self._run = run = partial(outputs_unseen, engine, Scratch(), limits, plan, *self._inputs)
         with exact_math(), torch.no_grad(), torch.cuda.device(limits.device):
-            # Once as it is, so that libraries start and what follows from shapes is found.
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            current = torch.cuda.current_stream()
-            aside.wait_stream(current)
-            with torch.cuda.stream(aside):
-                run()
-            current.wait_stream(aside)
+            self._inputs: tuple[Args, Args] = map_tensors(torch.clone, (source, target))
+            # All that is read and written in a replay stays as long as the recording.
+            plan = plan.to(limits.device)
+            self._run = partial(outputs_unseen, engine, Scratch(), limits, plan, *self._inputs)
+            with _aside():
+                self._run()  # libraries start, and what follows from shapes is found
+                with _waits_are_errors():
+                    _, as_assumed = self._run()
+            if not bool(as_assumed):
+                raise Unassumed("something is not as it is as a rule")
             self._recorded = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._recorded, capture_error_mode="thread_local"):
-                self._outputs, self._as_assumed = run()
+            self._outputs, self._as_assumed = _recorded(self._recorded, self._run)
 
     def __call__(self, source: Args, target: Args) -> Tensor | None:
         """Patched outputs ``[experiments, inputs, outputs]`` of these inputs; None where something
         is not as it is as a rule."""
         with torch.inference_mode(False), torch.no_grad():
-            for mine, given in zip(tensors_in(self._inputs), tensors_in((source, target))):
-                mine.copy_(given)
+            given = tensors_in((source, target))
+            for mine, other in zip(tensors_in(self._inputs), given, strict=True):
+                mine.copy_(other)
             self._recorded.replay()
             return self._outputs.clone() if bool(self._as_assumed) else None
 
 
+@contextmanager
+def _aside() -> Iterator[None]:
+    """In a stream of its own, as is asked for before a recording."""
+    current = torch.cuda.current_stream()
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    aside.wait_stream(current)
+    try:
+        with torch.cuda.stream(aside):
+            yield
+    finally:
+        current.wait_stream(aside)
+
+
+@contextmanager
+def _waits_are_errors() -> Iterator[None]:
+    """What would wait for the GPU raises RuntimeError: in a recording it would leave torch's
+    memory and streams in the middle of it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _recorded(
+    graph: torch.cuda.CUDAGraph, run: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    current = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            return run()
+    finally:
+        torch.cuda.set_stream(current)  # a recording that fails stays in its own
+
+
 @dataclass
 class Asked:
-    """Calls with the same experiments on inputs of one form: how many there were, and their
-    recording. ``experiments`` are kept, as it may be their identity that they are known by."""
+    """Calls with the same experiments on inputs of one form: how many were computed, and their
+    recording."""
 
-    experiments: Any
     calls: int = 0
     replay: Replay | None = None
 
@@ -100,7 +137,7 @@ class Replays:
     """What was asked of one engine, the last few of it."""
 
     def __init__(self, engine: Incremental, limits: Limits) -> None:
-        self._engine, self._limits = engine, limits
+        self._engine, self._limits = engine, limits.part(PARTS)
         self._asked: OrderedDict[Hashable, Asked] = OrderedDict()
 
     @classmethod
@@ -118,37 +155,71 @@ class Replays:
 
     def outputs(self, experiments: Any, source: Args | None, target: Args) -> Tensor | None:
         """Patched outputs ``[experiments, inputs, outputs]`` where such a call is recorded."""
-        asked = self._asked.get(_key(experiments, source, target))
-        if asked is None or asked.replay is None or source is None:
+        if not self._asked or source is None:
             return None
-        return asked.replay(source, target)
+        key = _key(experiments, source, target)
+        asked = self._asked.get(key)
+        if asked is None or asked.replay is None:
+            return None
+        self._asked.move_to_end(key)
+        outputs = asked.replay(source, target)
+        if outputs is None:
+            asked.replay = None  # it would be computed twice ever after
+        return outputs
 
     def count(self, experiments: Any, plan: Plan, source: Args | None, target: Args) -> None:
         """Count a call that was computed, and record it when it is worth it and possible."""
-        key = _key(experiments, source, target)
-        too_long = plan.n_experiments * count_inputs(target) > MOST_ROWS
-        if key is None or source is None or too_long:
+        n_inputs = count_inputs(target)
+        if source is None or plan.n_experiments * n_inputs > MOST_ROWS:
             return
-        asked = self._asked.setdefault(key, Asked(experiments))
+        if self._limits.inputs_at_a_time(self._engine, target, n_inputs) < n_inputs:
+            return
+        key = _key(experiments, source, target)
+        if key is None:
+            return
+        asked = self._asked.setdefault(key, Asked())
         self._asked.move_to_end(key)
         if len(self._asked) > MOST_KEPT:
             self._asked.popitem(last=False)
         asked.calls += 1
-        if asked.calls != CALLS_BEFORE:
-            return
-        # There may be a copy to the CPU in between, or no memory for a second set of everything.
-        with suppress(RuntimeError, Unassumed):
-            asked.replay = Replay(self._engine, self._limits, plan, source, target)
+        if asked.calls == CALLS_BEFORE:
+            # The outputs are there: whatever is in the way of a recording is no harm.
+            with suppress(Exception):
+                asked.replay = Replay(self._engine, self._limits, plan, source, target)
 
 
-def _key(experiments: Any, source: Args | None, target: Args) -> Hashable:
-    """What calls have in common that one recording serves; None for experiments in no form that
-    could be compared."""
-    if isinstance(experiments, (Plan, Experiments)):
-        name: Hashable = id(experiments)
-    else:
-        try:
-            name = marshal.dumps(experiments)
-        except ValueError:
+def _key(experiments: Any, source: Args, target: Args) -> Hashable:
+    """What calls have in common that one recording serves; None where that could not be told."""
+    form, content = _form((source, target)), _content(experiments)
+    return None if form is None or content is None else (form, content)
+
+
+def _form(args: Any) -> Hashable:
+    """Shapes and types of tensors and the values of everything else, in their order."""
+    leaves, tree = tree_flatten(args)
+    found: list[Hashable] = [repr(tree)]
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            found.append((leaf.shape, leaf.dtype))
+        elif leaf is None or type(leaf) in (bool, int, float, str):
+            found.append((type(leaf), repr(leaf)))
+        else:
             return None
-    return name, count_inputs(target), repr((form_of(source or ()), form_of(target)))
+    return tuple(found)
+
+
+def _content(experiments: Any) -> Hashable:
+    """Experiments as bytes, whoever may write over them."""
+    if isinstance(experiments, Plan):
+        numbers = [table.numpy() for table in experiments.tables]
+        signatures = tuple(group.signature for group in experiments.groups)
+        return signatures, *(table.tobytes() for table in numbers)
+    if isinstance(experiments, Experiments):
+        columns = [one for one in vars(experiments).values() if isinstance(one, np.ndarray)]
+        content = ((str(column.dtype), column.tobytes()) for column in columns)
+        return tuple(experiments.layer_names), *content
+    if not isinstance(experiments, list) or not all(type(one) is dict for one in experiments):
+        return None
+    # Arrays would be bytes without their type.
+    plain = all(type(neurons) in (list, str) for one in experiments for neurons in one.values())
+    return marshal.dumps(experiments, 2) if plain else None

@@ -29,7 +29,7 @@ class Leaving:
         if x is None or self._stream is None:
             return None if x is None else x.numpy(force=True)
         # torch keeps such memory for the next that is as large.
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
         self._stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._stream):
             host.copy_(x, non_blocking=True)

@@ -43,15 +43,15 @@ def plan_sweep(config: RunConfig, subject: Subject, backend: Backend) -> Plan:
 
     Raises InputError where the network does not run on an input, or cannot be sent to workers.
     """
-    memory_bytes = config.memory_per_actor
-    if memory_bytes is not None:
-        memory_bytes //= len(subject.directions)  # an actor keeps the runs of every direction
+    # An actor keeps the runs of every direction, and may have a part of a GPU.
+    memory_bytes, share = config.memory_per_actor, 1 / len(subject.directions)
     patcher = Patcher(
         subject.agent.network,
         dtype=getattr(torch, config.dtype),
         device="cpu",
         batch_rows=config.batch_size,
-        memory_bytes=memory_bytes,
+        memory_bytes=None if memory_bytes is None else int(memory_bytes * share),
+        memory_share=share * min(1.0, config.gpus_per_actor),
     )
     outputs_by_side = _baselines(patcher, subject)
     backend.wait_started()
