@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from raypatch.engine.patcher import Patcher
 from raypatch.engine.plan import plan_experiments
 from raypatch.engine.prepared import Unassumed
 from raypatch.engine.reference import reference_outputs
-from raypatch.engine.replaying import Replays, _key, outputs_unseen
+from raypatch.engine.replaying import Replays, _key, outputs_unseen, waits_are_errors
 from raypatch.engine.scratch import Scratch
 
 ON_CPU = Limits(torch.device("cpu"))
@@ -80,6 +81,22 @@ def test_what_is_not_as_it_is_as_a_rule_is_told(what):
         network[2].weight.data *= 1000
     assert unseen(network, [{"0": [0]}], source, target)[1] is False
     assert unseen(network, [{"4": [0]}], torch.randn(4, 6), target)[1] is True
+
+
+def test_looking_for_what_waits_warns_of_nothing_and_ends_whatever_happens(monkeypatch):
+    modes = [0]
+
+    def set_mode(mode):
+        modes.append(mode)
+        warnings.warn("a prototype", stacklevel=1)  # an error in these tests
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with pytest.raises(RuntimeError), warnings.catch_warnings(), waits_are_errors():
+        warnings.simplefilter("ignore")
+        assert modes == [0, "error"]
+        raise RuntimeError("called a synchronizing CUDA operation")
+    assert modes == [0, "error", 0]
 
 
 SIDE = (torch.randn(3, 4),)

@@ -4,6 +4,7 @@ one takes many times as long as computing them."""
 from __future__ import annotations
 
 import marshal
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
@@ -70,7 +71,7 @@ class Replay:
             self._run = partial(outputs_unseen, engine, Scratch(), limits, plan, *self._inputs)
             with _aside():
                 self._run()  # libraries start, and what follows from shapes is found
-                with _waits_are_errors():
+                with waits_are_errors():
                     _, as_assumed = self._run()
             if not bool(as_assumed):
                 raise Unassumed("something is not as it is as a rule")
@@ -102,12 +103,14 @@ def _aside() -> Iterator[None]:
 
 
 @contextmanager
-def _waits_are_errors() -> Iterator[None]:
+def waits_are_errors() -> Iterator[None]:
     """What would wait for the GPU raises RuntimeError: in a recording it would leave torch's
     memory and streams in the middle of it."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that it may see less than there is
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
