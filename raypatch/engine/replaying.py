@@ -108,12 +108,16 @@ def waits_are_errors() -> Iterator[None]:
     memory and streams in the middle of it."""
     before = torch.cuda.get_sync_debug_mode()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says that it may see less than there is
-            torch.cuda.set_sync_debug_mode("error")
+        _set_sync_mode("error")
         yield
     finally:
-        torch.cuda.set_sync_debug_mode(before)
+        _set_sync_mode(before)
+
+
+def _set_sync_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it may see less than there is
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _recorded(
