@@ -182,9 +182,10 @@ def test_where_a_replay_does_not_hold_the_call_is_computed_as_ever():
     for _ in range(3):
         patcher(experiments, source, target)
     assert all(asked.replay for asked in patcher._replays._asked.values())
-    large = 1e6 * source
-    expected = reference_outputs(network, experiments, (large,), (target,))
-    check_equal(patcher(experiments, large, target).cpu(), expected, torch.float32)
+    large = 1e6 * target
+    expected = reference_outputs(network, experiments, (source,), (large,))
+    check_equal(patcher(experiments, source, large).cpu(), expected, torch.float32)
+    assert not any(asked.replay for asked in patcher._replays._asked.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,13 +17,14 @@ from networks import ZOO, build, check_equal, counts_of, mlp
 from torch import nn
 
 from raypatch.definitions import Experiments
+from raypatch.engine import replaying
 from raypatch.engine.incremental import Incremental
 from raypatch.engine.patch_run import Limits
 from raypatch.engine.patcher import Patcher
 from raypatch.engine.plan import plan_experiments
 from raypatch.engine.prepared import Unassumed
 from raypatch.engine.reference import reference_outputs
-from raypatch.engine.replaying import Replays, _key, outputs_unseen, waits_are_errors
+from raypatch.engine.replaying import MOST_KEPT, Replays, _key, outputs_unseen, waits_are_errors
 from raypatch.engine.scratch import Scratch
 
 ON_CPU = Limits(torch.device("cpu"))
@@ -149,3 +152,98 @@ def test_nothing_is_recorded_on_a_cpu_or_of_code_that_may_do_more_than_compute()
         patcher.prepare(torch.randn(3, 4), torch.randn(3, 4))
         limits = replace(limits, memory_bytes=1 << 30)
         assert (Replays.of(patcher._engine, limits) is not None) == is_recorded
+
+
+class Recorded:
+    """In place of a recording: the same computation, run again on the inputs that it keeps."""
+
+    made = 0
+
+    def __init__(self, engine, limits, plan, source, target):
+        type(self).made += 1
+        self.run = lambda *sides: outputs_unseen(engine, Scratch(), limits, plan, *sides)
+
+    def __call__(self, source, target):
+        with torch.no_grad():
+            outputs, as_assumed = self.run(source, target)
+        return outputs if as_assumed else None
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Calls are counted and recorded as on a GPU."""
+    monkeypatch.setattr(Recorded, "made", 0)
+    monkeypatch.setattr(replaying, "Replay", Recorded)
+    monkeypatch.setattr(Replays, "of", classmethod(lambda cls, *given: cls(*given)))
+    return Recorded
+
+
+EXPERIMENTS = [{"0": [i]} for i in range(8)] + [{"2": [3, 1]}, {"0": [0], "2": "all"}] * 2
+
+
+def correct(patcher, network, source, target):
+    expected = reference_outputs(network, EXPERIMENTS, (source,), (target,))
+    check_equal(patcher(EXPERIMENTS, source, target), expected, torch.float32)
+
+
+def test_a_call_that_comes_a_third_time_is_replayed_on_its_own_inputs(recording, monkeypatch):
+    network = mlp([6, 8, 8, 4], nn.ReLU)
+    patcher = Patcher(network)
+    for _ in range(2):
+        correct(patcher, network, *torch.randn(2, 5, 6))
+    assert recording.made == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(patcher, "_prepared", None)  # nothing is computed but by the recording
+        for _ in range(3):
+            correct(patcher, network, *torch.randn(2, 5, 6))
+    correct(patcher, network, *torch.randn(2, 3, 6))  # other inputs in number: another call
+    assert recording.made == 1
+
+
+def test_a_recording_that_does_not_hold_is_dropped_and_the_call_computed(recording):
+    network = mlp([6, 8, 8, 4], nn.ReLU)
+    patcher, (source, target) = Patcher(network), torch.randn(2, 5, 6)
+    for size in (1, 1, 1, 1e6, 1, 1):
+        correct(patcher, network, source, size * target)
+    assert recording.made == 1
+    assert [asked.replay for asked in patcher._replays._asked.values()] == [None]
+
+
+def test_what_is_in_the_way_of_a_recording_is_no_harm(recording, monkeypatch):
+    network = mlp([6, 8, 8, 4], nn.ReLU)
+    patcher, failing = Patcher(network), Mock(side_effect=ValueError("no room"))
+    monkeypatch.setattr(replaying, "Replay", failing)
+    for _ in range(4):
+        correct(patcher, network, *torch.randn(2, 5, 6))
+    assert failing.call_count == 1 and patcher.path == "incremental (torch.fx)"
+
+
+def test_recordings_end_with_their_engine_and_do_not_travel(recording):
+    network = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+    patcher = Patcher(network)
+    for _ in range(3):
+        patcher([{"0": [0]}], torch.randn(5, 2, 6), torch.randn(5, 2, 6))
+    assert pickle.loads(pickle.dumps(patcher))._replays is None
+    patcher([{"0": [0]}], torch.randn(5, 2, 9), torch.randn(5, 2, 9))  # longer
+    assert not any(asked.replay for asked in patcher._replays._asked.values())
+    assert patcher.to("cpu")._replays is None
+
+
+def test_the_last_few_calls_are_kept_by_their_use_and_only_small_ones_are_recorded(recording):
+    network = mlp([6, 8, 8, 4], nn.ReLU)
+    patcher, (source, target) = Patcher(network), torch.randn(2, 5, 6)
+    for neuron in range(8):
+        for _ in range(2):
+            patcher([{"0": [0]}], source, target)  # used all the time
+        patcher([{"0": [neuron]}, {"2": [0]}], source, target)
+    asked = patcher._replays._asked
+    assert len(asked) == MOST_KEPT and recording.made == 1
+    assert _key([{"0": [0]}], (source,), (target,)) in asked
+    many = torch.randn(2, 4096, 6)
+    for _ in range(3):
+        patcher([{"0": [i]} for i in range(8)] * 10, *many)
+    assert recording.made == 1
+    little = Patcher(network, memory_bytes=4000)  # no room for recordings
+    for _ in range(3):
+        little([{"0": [0]}], source, target)
+    assert recording.made == 1
