@@ -177,7 +177,8 @@ def test_a_replay_of_every_kind_of_network_equals_plain_hooks(name):
 
 def test_where_a_replay_does_not_hold_the_call_is_computed_as_ever():
     network = mlp([6, 8, 8, 4], nn.ReLU)
-    patcher, experiments = Patcher(network, device="cuda"), [{"0": [i]} for i in range(8)]
+    patcher = Patcher(network, dtype=torch.float64, device="cuda")
+    experiments = [{"0": [i]} for i in range(8)]
     source, target = torch.randn(2, 5, 6)
     for _ in range(3):
         patcher(experiments, source, target)

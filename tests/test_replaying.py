@@ -202,7 +202,7 @@ def test_a_call_that_comes_a_third_time_is_replayed_on_its_own_inputs(recording,
 
 def test_a_recording_that_does_not_hold_is_dropped_and_the_call_computed(recording):
     network = mlp([6, 8, 8, 4], nn.ReLU)
-    patcher, (source, target) = Patcher(network), torch.randn(2, 5, 6)
+    patcher, (source, target) = Patcher(network, dtype=torch.float64), torch.randn(2, 5, 6)
     for size in (1, 1, 1, 1e6, 1, 1):
         correct(patcher, network, source, size * target)
     assert recording.made == 1
