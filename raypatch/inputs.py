@@ -179,8 +179,11 @@ def _unwrapped(value: Any, where: str) -> Any:
 def _archive(path: Path) -> Iterator[Any]:
     """The arrays of an ``.npz``; ValueError for a file that is none, or one of pickled objects."""
     if not zipfile.is_zipfile(path):
-        one = path.read_bytes()[:6] == b"\x93NUMPY"
-        kind = "one array (.npy)" if one else "something else"
+        start = path.read_bytes()[:6]
+        if start.startswith(b"PK"):
+            raise ValueError("its end is missing: it was cut short; copy or write it again")
+        kinds = {b"\x93NUMPY": "one array (.npy)", b"": "empty"}
+        kind = kinds.get(start, "something else")
         raise ValueError(f"this is {kind}, not an archive of several arrays; see np.savez")
     content = np.load(path, allow_pickle=False)
     with content:

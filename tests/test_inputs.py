@@ -291,6 +291,12 @@ def test_arrays_and_archives_under_each_others_names_are_told_apart(tmp_path):
         np.save(file, np.zeros((2, 3)))
     with pytest.raises(InputError, match=r"one.npz: not readable inputs: this is one array"):
         read_observations(tmp_path / "one.npz")
+    np.savez(tmp_path / "whole.npz", ids=IDS, inputs=ROWS)
+    content = (tmp_path / "whole.npz").read_bytes()
+    for length, what in ((len(content) // 2, "its end is missing"), (0, "this is empty")):
+        (tmp_path / "part.npz").write_bytes(content[:length])
+        with pytest.raises(InputError, match=f"part.npz: not readable inputs: {what}"):
+            read_observations(tmp_path / "part.npz")
     with (tmp_path / "several.npy").open("wb") as file:
         np.savez(file, ids=["a"], inputs=np.zeros((1, 3)))
     with pytest.raises(InputError, match=r"several.npy: .*an archive of several arrays"):
