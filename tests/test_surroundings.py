@@ -93,6 +93,7 @@ def test_resampling_within_inference_mode_is_as_without():
     with torch.inference_mode():
         found = Patcher(network)(EXPERIMENTS, target=x.clone(), kind="resample")
     assert torch.equal(found, expected)
+    assert not found.is_inference()  # it may be used after it
 
 
 def test_attention_takes_the_plain_way_and_the_users_choice_is_as_it_was():

@@ -152,7 +152,8 @@ class Patcher:
         run = self._prepared(sides)
         try:
             plan = run.plan(experiments)
-            outputs = run(plan).contiguous()
+            with torch.inference_mode(False):
+                outputs = run(plan).contiguous()
         except Exception as error:  # anything that an operation or a network's own code may raise
             if is_not_of_network(error):
                 raise
