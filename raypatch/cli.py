@@ -6,7 +6,6 @@ Help is instant: torch, ray and pyarrow are imported by what a command calls, ne
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from typing import Any
 
@@ -17,7 +16,7 @@ from raypatch.commands import agents, results, running
 from raypatch.commands.options import SETTINGS
 from raypatch.errors import Interrupted, RaypatchError
 from raypatch.sweeps.interruption import termination_raised
-from raypatch.terminal import open_standard_streams, say
+from raypatch.terminal import leave_nothing_to_flush, open_standard_streams, say
 
 
 class _ReaderGone(Exception):
@@ -73,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(str(error), error.exit_code)
     except (BrokenPipeError, _ReaderGone):
-        return _reader_gone()
+        return 0  # all is well
     except OSError as error:
         if "--debug" in arguments or not (error.filename or error.errno in NO_OUTPUT):
             raise
@@ -82,12 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
         fix = "free some space" if error.errno == errno.ENOSPC else "give another path"
         code = 1 if error.errno == errno.ENOSPC else 2
         return _fail(f"{error.filename}: cannot be used: {error.strerror}; {fix}", code)
-
-
-def _reader_gone() -> int:
-    """All is well, and nothing is left to be flushed."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    finally:
+        leave_nothing_to_flush()
 
 
 def _fail(message: str, code: int) -> int:

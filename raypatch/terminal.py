@@ -24,6 +24,15 @@ def open_standard_streams() -> None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115, open to the end
 
 
+def leave_nothing_to_flush() -> None:
+    """What could not be written is dropped: Python would try again at its end, and fail."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def say(text: str) -> None:
     """A line on stderr; work goes on where nobody can read it."""
     if sys.stderr is not None:

@@ -74,7 +74,7 @@ def test_the_help_names_the_defaults_that_options_have():
     # What is left to a run to decide is said in words.
     in_words = {
         "end_index": "all", "address": "a local Ray", "batch_size": "auto",
-        "memory_per_actor": "4G; on a GPU half of what is free",
+        "memory_per_actor": "2G a direction; on a GPU half of what is free",
     }  # fmt: skip
     assert {name: named.pop(name) for name in in_words} == in_words
     assert all(getattr(config, name) is None for name in in_words)

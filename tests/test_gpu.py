@@ -127,6 +127,10 @@ def test_calls_that_come_again_are_replayed_on_new_inputs():
     )  # fmt: skip
 
 
+# Of operations that nothing need be looked at for.
+SURELY_RECORDED = {"cnn1d", "called_twice", "quantile_head", "residual", "two_inputs"}
+
+
 class Listed(nn.Module):
     """A list of places is copied to the GPU in every forward."""
 
@@ -173,6 +177,26 @@ def test_a_replay_of_every_kind_of_network_equals_plain_hooks(name):
         found = patcher(experiments, source, target)
         expected = reference_outputs(network, experiments, source, target)
         check_equal(found.cpu(), expected, torch.float32)
+    if name in SURELY_RECORDED:
+        assert [bool(asked.replay) for asked in patcher._replays._asked.values()] == [True]
+
+
+def test_a_recording_that_is_dropped_leaves_the_others_as_they_were():
+    network = mlp([6, 64, 64, 4], nn.ReLU)
+    one, other = ([{layer: [i]} for i in range(64)] for layer in ("0", "2"))
+    patcher = Patcher(network, device="cuda")
+    for _ in range(3):
+        for experiments in (one, other):
+            patcher(experiments, *torch.randn(2, 16, 6))
+    first = next(iter(patcher._replays._asked.values()))
+    assert first.replay is not None
+    first.replay = None
+    torch.cuda.empty_cache()
+    taken = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(64)]
+    source, target = torch.randn(2, 16, 6)
+    expected = reference_outputs(network, other, (source,), (target,))
+    check_equal(patcher(other, source, target).cpu(), expected, torch.float32)
+    assert all(bool(x.isnan().all()) for x in taken)
 
 
 def test_where_a_replay_does_not_hold_the_call_is_computed_as_ever():

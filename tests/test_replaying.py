@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from dataclasses import replace
+from enum import IntEnum
 from unittest.mock import Mock
 
 import numpy as np
@@ -134,7 +135,15 @@ def test_inputs_that_a_recording_would_mix_up_are_other_calls(one, other):
 
 @pytest.mark.parametrize(
     "experiments",
-    [[{"0": np.array([1])}], [{"0": torch.tensor([1])}], [{"0": range(2)}], ({"0": [1]},), "all"],
+    [
+        [{"0": np.array([1])}],
+        [{"0": torch.tensor([1])}],
+        [{"0": [torch.tensor(1)]}],
+        [{"0": range(2)}],
+        [{"0": [IntEnum("Neuron", "a").a]}],
+        [{type("Name", (str,), {})("0"): []}],
+        ["all"],
+    ],
 )
 def test_experiments_in_other_forms_are_never_recorded(experiments):
     assert _key(experiments, SIDE, SIDE) is None
@@ -216,6 +225,17 @@ def test_what_is_in_the_way_of_a_recording_is_no_harm(recording, monkeypatch):
     for _ in range(4):
         correct(patcher, network, *torch.randn(2, 5, 6))
     assert failing.call_count == 1 and patcher.path == "incremental (torch.fx)"
+
+
+def test_experiments_that_can_be_looked_at_once_only_are_computed(recording):
+    network = mlp([6, 8, 8, 4], nn.ReLU)
+    patcher, (source, target) = Patcher(network), torch.randn(2, 5, 6)
+    expected = reference_outputs(network, EXPERIMENTS, (source,), (target,))
+    for _ in range(3):
+        found = patcher(iter(EXPERIMENTS), source, target)
+        check_equal(found, expected, torch.float32)
+    check_equal(patcher(tuple(EXPERIMENTS), source, target), expected, torch.float32)
+    assert recording.made == 0
 
 
 def test_recordings_end_with_their_engine_and_do_not_travel(recording):

@@ -127,7 +127,7 @@ def test_a_batch_on_a_gpu_may_take_what_torch_keeps_there_unused(monkeypatch):
 def test_one_of_several_patchers_takes_its_share_and_looks_anew_on_another_machine(monkeypatch):
     free = iter([64 << 30, 8 << 30])
     monkeypatch.setattr(patch_run, "_free_on_gpu", lambda _: next(free))
-    limits = Limits(torch.device("cuda"), memory_share=0.25)
+    limits = Limits(torch.device("cuda"), gpu_share=0.25)
     assert limits.rows_for(1 << 20) == limits.rows_for(1 << 20) == (8 << 30) // 4 // 3 // (1 << 20)
     assert replace(limits).rows_for(1 << 20) == (1 << 30) // 4 // 3 // (1 << 20)
     patcher = pickle.loads(pickle.dumps(Patcher(mlp([4, 3, 2], nn.ReLU))))

@@ -13,6 +13,12 @@ from conftest import LAVA, ROOT
 needs_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="not there")
 
 
+@pytest.fixture(autouse=True)
+def output_is_buffered(monkeypatch):
+    """As in a terminal: unbuffered, nothing would be left to write at a process's end."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
 def test_a_reader_that_goes_away_is_no_failure(run_inline, single_neurons):
     out = run_inline(LAVA, single_neurons(LAVA))
     for words in (["rank", out, "--csv", "--top", "1000"], ["status", out]):

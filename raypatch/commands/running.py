@@ -98,7 +98,7 @@ RUN_OPTIONS = [
     click.option(
         "--memory_per_actor",
         metavar="SIZE",
-        help="As 512M or 4G.  [default: 4G; on a GPU half of what is free]",
+        help="As 512M or 4G.  [default: 2G a direction; on a GPU half of what is free]",
     ),
     click.option("--address", metavar="ADDRESS", help="A Ray cluster.  [default: a local Ray]"),
     click.option("--backend", metavar="B", help="ray, or inline without Ray.  [default: ray]"),

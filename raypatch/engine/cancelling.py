@@ -58,8 +58,11 @@ def are_gentle(
     for node in nodes:
         name = node.name.replace("_", "").lower()
         by_what_is_given = name in DIVISIONS and not any(map(is_dense, node.inputs[1:]))
+        values = tensors_in(value_of(node.index))
+        if node.is_torchs and not values:
+            continue  # a size
         # Places and truths jump.
-        jumps = not all(value.is_floating_point() for value in tensors_in(value_of(node.index)))
+        jumps = not all(value.is_floating_point() for value in values)
         if jumps or not node.is_torchs or not (name in GENTLE or by_what_is_given):
             return False
     return True

@@ -26,7 +26,7 @@ from raypatch.engine.stacked import Stacked, StackedPrepared
 from raypatch.errors import InputError, NoRoomError, out_of_memory
 
 # What a patcher may take where nothing is said: on a CPU, and of what is free on a GPU.
-CPU_MEMORY_BYTES = 4 << 30
+CPU_MEMORY_BYTES = 2 << 30
 GPU_MEMORY_SHARE = 0.5
 # Dense values of one batch on a CPU: a part of what the last level of cache holds.
 CPU_BATCH_BYTES = 8 << 20
@@ -41,8 +41,8 @@ Engine = Union[Incremental, Stacked]
 @dataclass(frozen=True)
 class Limits:
     """What may be kept and computed at a time: ``memory_bytes`` in all, ``batch_rows``
-    (experiments x inputs) in a batch where the user has set them; else ``memory_share`` of what
-    a patcher takes by itself.
+    (experiments x inputs) in a batch where the user has set them; else on a GPU ``gpu_share`` of
+    what a patcher takes by itself.
 
     What is free on a GPU is looked at once, so that later batches are as large.
     """
@@ -50,7 +50,7 @@ class Limits:
     device: torch.device
     memory_bytes: int | None = None
     batch_rows: int | None = None
-    memory_share: float = 1.0
+    gpu_share: float = 1.0
 
     def part(self, parts: int) -> Limits:
         """One of so many equal parts of the memory."""
@@ -82,8 +82,7 @@ class Limits:
         if self.memory_bytes is not None:
             return self.memory_bytes
         on_gpu = self.device.type == "cuda"
-        whole = self._free * GPU_MEMORY_SHARE if on_gpu else CPU_MEMORY_BYTES
-        return int(whole * self.memory_share)
+        return int(self._free * GPU_MEMORY_SHARE * self.gpu_share) if on_gpu else CPU_MEMORY_BYTES
 
     @property
     def _batch_bytes(self) -> int:

@@ -87,11 +87,12 @@ class Patcher:
 
     ``batch_rows`` (experiments x inputs in one batch) defaults to what suits the cache or the
     GPU; ``memory_bytes`` bounds what the patcher keeps and computes at a time, and defaults to
-    4 GiB, on a GPU to half of what is free there, or ``memory_share`` of that for one of several
-    patchers.
+    2 GiB, on a GPU to half of what is free there, or ``gpu_share`` of that for one of several
+    patchers on it.
     Not thread-safe. Several threads may each prepare a patcher of their own, one after the other;
     while one does, no other thread may run a network: torch's tracing changes how modules are
-    called in the whole process.
+    called in the whole process. On a GPU the same goes for a second call with the same experiments,
+    which may be recorded, to be replayed on further inputs.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Patcher:
         device: torch.device | str | None = None,
         batch_rows: int | None = None,
         memory_bytes: int | None = None,
-        memory_share: float = 1.0,
+        gpu_share: float = 1.0,
         savings: Savings | None = None,
     ) -> None:
         if not isinstance(network, nn.Module):
@@ -116,7 +117,7 @@ class Patcher:
             raise InputError(f"batch_rows {batch_rows!r}: a whole number above 0")
         self.device = _usable(device or (parameter.device if parameter is not None else "cpu"))
         self.savings = savings or Savings()
-        self._limits = Limits(self.device, memory_bytes, batch_rows, memory_share)
+        self._limits = Limits(self.device, memory_bytes, batch_rows, gpu_share)
         self.path = "not used yet"
         self.layers: dict[str, Layer] = {}
         network = getattr(network, "_orig_mod", network)  # what torch.compile wraps
@@ -162,7 +163,7 @@ class Patcher:
                 raise InputError(reason) from error
         else:
             if (replays := self._recordings()) is not None:
-                replays.count(experiments, plan, sides.source, sides.target)
+                replays.count(experiments, plan, sides.source, sides.target, outputs)
             return outputs
         # The network may go on where an operation of it fails, which is in no graph.
         with _one_prepares, exact_math():
@@ -272,6 +273,7 @@ class Patcher:
 
     def to(self, device: torch.device | str) -> Patcher:
         """Move the weights to a device; runs prepared before stay where they were."""
+        self._replays = None
         self.device = torch.device(device)
         self._limits = replace(self._limits, device=self.device)
         if self._captured is not None:
@@ -282,7 +284,6 @@ class Patcher:
             self._engine.network.to(self.device)
         if self._network is not None:
             self._network.to(self.device)
-        self._replays = None
         return self
 
     def _recordings(self) -> Replays | None:

@@ -68,7 +68,8 @@ class Replay:
             self._inputs: tuple[Args, Args] = map_tensors(torch.clone, (source, target))
             # All that is read and written in a replay stays as long as the recording.
             plan = plan.to(limits.device)
-            self._run = partial(outputs_unseen, engine, Scratch(), limits, plan, *self._inputs)
+            scratch = engine.scratch.apart()
+            self._run = partial(outputs_unseen, engine, scratch, limits, plan, *self._inputs)
             with _aside():
                 self._run()  # libraries start, and what follows from shapes is found
                 with waits_are_errors():
@@ -100,6 +101,7 @@ def _aside() -> Iterator[None]:
             yield
     finally:
         current.wait_stream(aside)
+        _forget_workspaces()
 
 
 @contextmanager
@@ -123,12 +125,23 @@ def _set_sync_mode(mode: int | str) -> None:
 def _recorded(
     graph: torch.cuda.CUDAGraph, run: Callable[[], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
+    """What ``run`` gives, recorded in a stream of this device: torch's own belongs to the device
+    of the first recording."""
     current = torch.cuda.current_stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    _forget_workspaces()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             return run()
     finally:
         torch.cuda.set_stream(current)  # a recording that fails stays in its own
+        _forget_workspaces()
+
+
+def _forget_workspaces() -> None:
+    """Memory that products work in lies in a recording where it is first asked for there, and must
+    serve no other, as it ends with it. What torch's compiler does around its own recordings."""
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 @dataclass
@@ -162,7 +175,7 @@ class Replays:
 
     def outputs(self, experiments: Any, source: Args | None, target: Args) -> Tensor | None:
         """Patched outputs ``[experiments, inputs, outputs]`` where such a call is recorded."""
-        if not self._asked or source is None:
+        if not self._asked or source is None or self._is_long(experiments, target):
             return None
         key = _key(experiments, source, target)
         asked = self._asked.get(key)
@@ -174,10 +187,15 @@ class Replays:
             asked.replay = None  # it would be computed twice ever after
         return outputs
 
-    def count(self, experiments: Any, plan: Plan, source: Args | None, target: Args) -> None:
-        """Count a call that was computed, and record it when it is worth it and possible."""
+    def count(
+        self, experiments: Any, plan: Plan, source: Args | None, target: Args, outputs: Tensor
+    ) -> None:
+        """Count a call that gave these outputs, and record it when it is worth it and possible."""
         n_inputs = count_inputs(target)
-        if source is None or plan.n_experiments * n_inputs > MOST_ROWS:
+        if source is None or self._is_long(experiments, target):
+            return
+        # Outputs are held twice, as they are computed and in order.
+        if 2 * outputs.nbytes > (self._limits.memory_bytes or 0):
             return
         if self._limits.inputs_at_a_time(self._engine, target, n_inputs) < n_inputs:
             return
@@ -193,6 +211,17 @@ class Replays:
             # The outputs are there: whatever is in the way of a recording is no harm.
             with suppress(Exception):
                 asked.replay = Replay(self._engine, self._limits, plan, source, target)
+
+    @staticmethod
+    def _is_long(experiments: Any, target: Args) -> bool:
+        """Whether a GPU computes longer than it takes to launch."""
+        if isinstance(experiments, Plan):
+            size = experiments.n_experiments
+        elif isinstance(experiments, (list, Experiments)):
+            size = len(experiments)
+        else:
+            return True  # in no form that could be compared
+        return bool(size * count_inputs(target) > MOST_ROWS)
 
 
 def _key(experiments: Any, source: Args, target: Args) -> Hashable:
@@ -225,8 +254,11 @@ def _content(experiments: Any) -> Hashable:
         columns = [one for one in vars(experiments).values() if isinstance(one, np.ndarray)]
         content = ((str(column.dtype), column.tobytes()) for column in columns)
         return tuple(experiments.layer_names), *content
-    if not isinstance(experiments, list) or not all(type(one) is dict for one in experiments):
+    if not all(type(one) is dict for one in experiments):
         return None
     # Arrays would be bytes without their type.
     plain = all(type(neurons) in (list, str) for one in experiments for neurons in one.values())
-    return marshal.dumps(experiments, 2) if plain else None
+    try:
+        return marshal.dumps(experiments, 2) if plain else None
+    except ValueError:  # numbers and names of types of one's own
+        return None

@@ -23,6 +23,12 @@ class Scratch:
         self._made: dict[int, Any] = {}
         self._absolute: dict[int, Node] = {}
 
+    def apart(self) -> Scratch:
+        """Memory of its own, and the same derived values."""
+        other = Scratch()
+        other._made, other._absolute = self._made, self._absolute
+        return other
+
     def buffer(self, key: int, *shape: int, like: Tensor) -> Tensor:
         """Scratch memory of this shape, reused by the next batch that asks with the key.
 

@@ -51,7 +51,7 @@ def plan_sweep(config: RunConfig, subject: Subject, backend: Backend) -> Plan:
         device="cpu",
         batch_rows=config.batch_size,
         memory_bytes=None if memory_bytes is None else int(memory_bytes * share),
-        memory_share=share * min(1.0, config.gpus_per_actor),
+        gpu_share=share * min(1.0, config.gpus_per_actor),
     )
     outputs_by_side = _baselines(patcher, subject)
     backend.wait_started()
