@@ -83,6 +83,10 @@ class PoolOptions:
     watchdog_s: float = 600.0
 
 
+# Ray itself belongs to the whole process.
+_one_at_a_time = threading.Lock()
+
+
 class RayBackend:
     """A pool on a local or given Ray. Use as a context manager: Ray is always shut down.
 
@@ -104,7 +108,7 @@ class RayBackend:
         self._crews: list[Crew] = []
         self._limit = 1
         self._next_resize = 0.0
-        self._local, self._broken = True, False
+        self._local, self._broken, self._has_turn = True, False, False
         self.device = "cpu"
 
     def __enter__(self) -> RayBackend:
@@ -114,13 +118,17 @@ class RayBackend:
     def __exit__(self, *_: object) -> None:
         self._started.wait()
         self._leaving.set()
-        if self._ray is not None and self._ray.is_initialized():
-            if self._broken:
-                _end_daemons(self._ray._private.worker)
-            else:
-                self._ray.shutdown()
-        self._closing.set()
-        self._thread.join()
+        try:
+            if self._ray is not None and self._ray.is_initialized():
+                if self._broken:
+                    _end_daemons(self._ray._private.worker)
+                else:
+                    self._ray.shutdown()
+        finally:
+            self._closing.set()
+            self._thread.join()
+            if self._has_turn:
+                _one_at_a_time.release()
 
     def _serve(self) -> None:
         self._start()
@@ -143,6 +151,12 @@ class RayBackend:
                 os.environ.setdefault(name, value)
             import ray
 
+            self._has_turn = _one_at_a_time.acquire(blocking=False)
+            if not self._has_turn:
+                raise InputError(
+                    "another sweep of this process runs on Ray: start this one after it, in a "
+                    "process of its own, or with backend='inline'"
+                )
             if ray.is_initialized():
                 raise InputError(
                     "Ray is already initialised in this process, and raypatch starts or joins Ray "

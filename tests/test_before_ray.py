@@ -57,3 +57,24 @@ def test_a_ray_that_the_user_has_initialised_is_left_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", fake)
     with RayBackend(PoolOptions()) as backend, pytest.raises(InputError, match="initialised in"):
         backend.wait_started()
+
+
+def test_two_sweeps_of_one_process_do_not_start_ray_at_once(monkeypatch):
+    """The second is refused, and leaves the first one's Ray and turn alone."""
+    started = []
+    fake = SimpleNamespace(is_initialized=lambda: bool(started), shutdown=started.clear)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setattr(RayBackend, "_init", lambda self: started.append(self))
+    monkeypatch.setattr(RayBackend, "_dead_daemons", lambda _: [])
+    crew = SimpleNamespace(early=[], actor_class=SimpleNamespace(remote=lambda: None))
+    monkeypatch.setattr(RayBackend, "_choose_actors", lambda self: setattr(self, "_crews", [crew]))
+    for _ in range(2):  # one after the other is no matter
+        with RayBackend(PoolOptions()) as first:
+            first.wait_started()
+            with (
+                RayBackend(PoolOptions()) as second,
+                pytest.raises(InputError, match="another sweep of this process runs on Ray"),
+            ):
+                second.wait_started()
+            assert started == [first]
+        assert not started
