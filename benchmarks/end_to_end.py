@@ -33,7 +33,7 @@ FORMULAS = "formulas"
 def make_worker(case, save: str, folder: str, device: str) -> tuple[Worker, Experiments]:
     patcher = Patcher(case.network)
     patcher.prepare(case.source, case.target)
-    inputs = {"clean": case.source.cpu().numpy(), "corrupted": case.target.cpu().numpy()}
+    inputs = {"clean": case.source.numpy(), "corrupted": case.target.numpy()}
     n_outputs = case.network(case.target[:1]).shape[1]
     spec = WorkerSpec(
         patcher=pack(patcher), sides=Sides(inputs, ("denoising", "noising"), "pair"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from dataclasses import replace
 from enum import IntEnum
 from unittest.mock import Mock
 
@@ -25,8 +24,9 @@ from raypatch.engine.patcher import Patcher
 from raypatch.engine.plan import plan_experiments
 from raypatch.engine.prepared import Unassumed
 from raypatch.engine.reference import reference_outputs
-from raypatch.engine.replaying import MOST_KEPT, Replays, _key, outputs_unseen, waits_are_errors
+from raypatch.engine.replaying import MOST_KEPT, Replays, key_of, outputs_unseen, waits_are_errors
 from raypatch.engine.scratch import Scratch
+from raypatch.engine.two_sides import TwoSides
 
 ON_CPU = Limits(torch.device("cpu"))
 
@@ -105,6 +105,10 @@ def test_looking_for_what_waits_warns_of_nothing_and_ends_whatever_happens(monke
 SIDE = (torch.randn(3, 4),)
 
 
+def _key(experiments, source, target, device="cuda"):
+    return key_of(torch.device(device), experiments, TwoSides(source, target, "pair", {}))
+
+
 def test_calls_are_the_same_where_experiments_and_forms_are():
     one, other = ([{"0": [1]}, {"2": "all"}] for _ in range(2))
     key = _key(one, SIDE, SIDE)
@@ -150,17 +154,15 @@ def test_experiments_in_other_forms_are_never_recorded(experiments):
     assert _key([], (SIDE[0], object()), SIDE) is None
 
 
-def test_nothing_is_recorded_on_a_cpu_or_of_code_that_may_do_more_than_compute():
+def test_nothing_is_recorded_of_code_that_may_do_more_than_compute():
     plain, hooked = mlp([4, 3, 2], nn.ReLU), mlp([4, 3, 2], nn.ReLU)
     hooked[1].register_forward_hook(lambda *_: None)
-    on_gpu = Limits(torch.device("cuda"))
-    for network, limits, is_recorded in (
-        (plain, on_gpu, True), (plain, ON_CPU, False), (hooked, on_gpu, False),
-    ):  # fmt: skip
+    limits = Limits(torch.device("cuda"), memory_bytes=1 << 30)
+    for network, is_recorded in ((plain, True), (hooked, False)):
         patcher = Patcher(network)
         patcher.prepare(torch.randn(3, 4), torch.randn(3, 4))
-        limits = replace(limits, memory_bytes=1 << 30)
         assert (Replays.of(patcher._engine, limits) is not None) == is_recorded
+    assert _key([], SIDE, SIDE) is not None and _key([], SIDE, SIDE, "cpu") is None
 
 
 class Recorded:
@@ -168,13 +170,13 @@ class Recorded:
 
     made = 0
 
-    def __init__(self, engine, limits, plan, source, target):
+    def __init__(self, engine, limits, plan, sides):
         type(self).made += 1
         self.run = lambda *sides: outputs_unseen(engine, Scratch(), limits, plan, *sides)
 
-    def __call__(self, source, target):
+    def __call__(self, sides):
         with torch.no_grad():
-            outputs, as_assumed = self.run(source, target)
+            outputs, as_assumed = self.run(*sides[:2])
         return outputs if as_assumed else None
 
 
@@ -183,7 +185,7 @@ def recording(monkeypatch):
     """Calls are counted and recorded as on a GPU."""
     monkeypatch.setattr(Recorded, "made", 0)
     monkeypatch.setattr(replaying, "Replay", Recorded)
-    monkeypatch.setattr(Replays, "of", classmethod(lambda cls, *given: cls(*given)))
+    monkeypatch.setattr(replaying, "RECORDED_ON", "cpu")
     return Recorded
 
 
@@ -258,7 +260,7 @@ def test_the_last_few_calls_are_kept_by_their_use_and_only_small_ones_are_record
         patcher([{"0": [neuron]}, {"2": [0]}], source, target)
     asked = patcher._replays._asked
     assert len(asked) == MOST_KEPT and recording.made == 1
-    assert _key([{"0": [0]}], (source,), (target,)) in asked
+    assert _key([{"0": [0]}], (source,), (target,), "cpu") in asked
     many = torch.randn(2, 4096, 6)
     for _ in range(3):
         patcher([{"0": [i]} for i in range(8)] * 10, *many)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from raypatch.engine.arguments import (
-    chosen_inputs,
     count_inputs,
     described,
     first_unlike,
@@ -28,26 +27,15 @@ from raypatch.engine.input_axes import AxisUnsettled
 from raypatch.engine.layers import (
     Args,
     Layer,
-    as_args,
     find_layers,
-    map_tensors,
     owns_weights,
-    tensors_in,
 )
 from raypatch.engine.patch_run import Definition, Engine, Limits, PatchRun
+from raypatch.engine.plan import Plan
 from raypatch.engine.precision import exact_math
 from raypatch.engine.reference import cast
-from raypatch.engine.replaying import Replays
-from raypatch.engine.sources import (
-    SOURCE_KINDS,
-    Fill,
-    GivenFill,
-    MeanFill,
-    SourceKind,
-    no_mean,
-    resample_order,
-    zero_fill,
-)
+from raypatch.engine.replaying import Replays, key_of
+from raypatch.engine.sources import Fill, GivenFill, SourceKind, mean_fill, zero_fill
 from raypatch.engine.stacked import Stacked
 from raypatch.engine.structure import Savings
 from raypatch.engine.trial import (
@@ -57,21 +45,13 @@ from raypatch.engine.trial import (
     network_output,
     trial_inputs,
 )
+from raypatch.engine.two_sides import TwoSides, two_sides
 from raypatch.errors import InputError, RaypatchError, is_not_of_network, one_line
 
 # How often a graph is captured anew for inputs that tell more.
 RECAPTURES = 4
 # Preparing traces networks, by which torch changes how modules are called in the whole process.
 _one_prepares = RLock()
-
-
-class _Sides(NamedTuple):
-    """What is patched into what: inputs as the network takes them, or what is in their place."""
-
-    source: Args | None
-    target: Args
-    kind: SourceKind
-    given: Any
 
 
 class Patcher:
@@ -146,8 +126,9 @@ class Patcher:
     ) -> Tensor:
         """Patched outputs ``[experiments, inputs, outputs]``; see :func:`patch`."""
         sides = self._sides(source, target, kind, seed)
-        if (replays := self._recordings()) is not None:
-            replayed = replays.outputs(experiments, sides.source, sides.target)
+        key = key_of(self.device, experiments, sides)
+        if key is not None and self._replays is not None:
+            replayed = self._replays.outputs(key, sides)
             if replayed is not None:
                 return replayed
         run = self._prepared(sides)
@@ -162,8 +143,8 @@ class Patcher:
             if self._captured is None or self._network is None:
                 raise InputError(reason) from error
         else:
-            if (replays := self._recordings()) is not None:
-                replays.count(experiments, plan, sides.source, sides.target, outputs)
+            if key is not None:
+                self._count(key, plan, sides, outputs)
             return outputs
         # The network may go on where an operation of it fails, which is in no graph.
         with _one_prepares, exact_math():
@@ -177,39 +158,10 @@ class Patcher:
         not be written over meanwhile: a run refuses to go on with what it was not prepared for."""
         return self._prepared(self._sides(source, target, kind, seed))
 
-    def _sides(self, source: Any, target: Any, kind: SourceKind, seed: int) -> _Sides:
-        """Both sides as the network takes them; raises InputError where they do not fit."""
-        if kind not in SOURCE_KINDS:
-            raise InputError(f"source kind {kind!r}: valid: {', '.join(SOURCE_KINDS)}")
-        if target is None or (kind in ("pair", "given") and source is None):
-            raise InputError("patching needs a target, and for kind 'pair' or 'given' a source too")
-        target_args = self._taken(target)
-        n_inputs = count_inputs(target_args)
-        source_args = None
-        if kind == "pair":
-            source_args = self._taken(source)
-            forms = [(count_inputs(a), described(a)) for a in (source_args, target_args)]
-            if forms[0] != forms[1]:
-                raise InputError(
-                    "source and target need the same number of inputs, of the same shapes: got {} "
-                    "of {} as source, {} of {} as target".format(*forms[0], *forms[1])
-                )
-        elif kind == "given" and not isinstance(source, Mapping):
-            raise InputError(
-                "source of kind 'given': maps layers to recorded activations, like "
-                f"{{'q_net.0': tensor}}; got {type(source).__name__}"
-            )
-        elif kind == "given" and (bad := _no_activations(source)):
-            raise InputError(f"source of kind 'given': {bad}; it takes tensors [inputs, ...]")
-        elif kind == "resample":
-            if n_inputs == 1:
-                raise InputError("source kind 'resample' takes another input; there is only one")
-            order = resample_order(n_inputs, seed).to(self.device)
-            with torch.inference_mode(False):
-                source_args = chosen_inputs(target_args, order)
-        return _Sides(source_args, target_args, kind, source)
+    def _sides(self, source: Any, target: Any, kind: SourceKind, seed: int) -> TwoSides:
+        return two_sides(source, target, kind, seed, self.dtype, self.device)
 
-    def _prepared(self, sides: _Sides) -> PatchRun:
+    def _prepared(self, sides: TwoSides) -> PatchRun:
         try:
             with _one_prepares, exact_math():
                 return self._checked_run(partial(self._run, sides), sides.source, sides.target)
@@ -219,17 +171,6 @@ class Patcher:
                 for args in filter(None, (sides.target, sides.source)):
                     network_output(self._network, args)
             raise
-
-    def _taken(self, inputs: Any) -> Args:
-        """Inputs as the network takes them, and as may be used outside of inference mode."""
-        args = as_args(inputs)
-        for x in tensors_in(args):
-            if x.is_meta or x.layout is not torch.strided:
-                kind = "on the meta device" if x.is_meta else f"of layout {x.layout}"
-                raise InputError(f"inputs are dense tensors with values, not {kind}")
-        with torch.inference_mode(False), torch.no_grad():
-            taken: Args = map_tensors(_plain_tensor, cast(args, self.dtype, self.device))
-        return taken
 
     def _checked_run(
         self, make: Callable[[], PatchRun], source_args: Args | None, target_args: Args
@@ -256,16 +197,20 @@ class Patcher:
         self._settle_engine(target_args, not_captured=reason)
         return make()
 
-    def _run(self, sides: _Sides) -> PatchRun:
+    def _run(self, sides: TwoSides) -> PatchRun:
         assert self._engine is not None
         n_inputs = count_inputs(sides.target)
         fill: Fill | None = None
         if sides.kind == "zero":
             fill = zero_fill
         elif sides.kind == "mean":
-            fill = self._means(sides.target, n_inputs)
+            # Only a captured graph is known to keep the inputs along the first axis.
+            engine, captured = self._engine, self._captured is not None
+            size = self._limits.inputs_at_a_time(engine, sides.target, n_inputs) if captured else 1
+            parts = in_parts(sides.target, n_inputs, size)
+            fill = mean_fill(engine.layer_values, parts, n_inputs, captured=captured)
         elif sides.kind == "given":
-            fill = GivenFill(map_tensors(_plain_tensor, dict(sides.given)), n_inputs)
+            fill = GivenFill(sides.given, n_inputs)
         return PatchRun(
             self._engine, replace(self._limits), sides.source, sides.target, fill,
             deduplicate=self.savings.deduplicate, modules=self._modules,
@@ -286,11 +231,12 @@ class Patcher:
             self._network.to(self.device)
         return self
 
-    def _recordings(self) -> Replays | None:
-        """Of the engine that there is now; None where nothing can be recorded."""
+    def _count(self, key: Hashable, plan: Plan, sides: TwoSides, outputs: Tensor) -> None:
+        """Of the engine that there is now."""
         if self._replays is None and self._told:
             self._replays = Replays.of(self._engine, replace(self._limits))
-        return self._replays
+        if self._replays is not None:
+            self._replays.count(key, plan, sides, outputs)
 
     @property
     def graph(self) -> Graph | None:
@@ -365,37 +311,6 @@ class Patcher:
         own = {"_originals": (), "_replays": None, "_limits": replace(self._limits)}
         return {**self.__dict__, **network, **own}
 
-    def _means(self, target: Args, n_inputs: int) -> MeanFill:
-        assert self._engine is not None
-        sums: dict[str, list[Tensor]] = {}
-        captured = self._captured is not None
-        # Only a captured graph is known to keep the inputs along the first axis.
-        size = self._limits.inputs_at_a_time(self._engine, target, n_inputs) if captured else 1
-        for part in in_parts(target, n_inputs, size):
-            try:
-                values = self._engine.layer_values(part)
-            except Exception as error:  # anything that a network's own code may raise
-                if is_not_of_network(error):
-                    raise
-                raise InputError(
-                    "source kind 'mean': the network does not run on each input alone "
-                    f"({one_line(error)}); give means as source of kind 'given'"
-                ) from error
-            for name, calls in values.items():
-                # Wide: what masks outputs overflows where it is added up.
-                wide = [call.to(torch.promote_types(call.dtype, torch.float64)) for call in calls]
-                totals = [call.sum(0, keepdim=True) for call in wide] if captured else wide
-                held = sums.get(name)
-                if held is not None and len(held) != len(totals):
-                    raise no_mean(name)
-                sums[name] = totals if held is None else [a + b for a, b in zip(held, totals)]
-        return MeanFill({name: [t / n_inputs for t in totals] for name, totals in sums.items()})
-
-
-def _plain_tensor(x: Tensor) -> Tensor:
-    """Not one of inference mode, which counts no changes; outside of that mode."""
-    return x.clone() if x.is_inference() else x
-
 
 def _runs_on(network: nn.Module, args: Args) -> bool:
     try:
@@ -405,14 +320,6 @@ def _runs_on(network: nn.Module, args: Args) -> bool:
     except InputError:
         return False
     return True
-
-
-def _no_activations(given: Mapping[Any, Any]) -> str | None:
-    for name, value in given.items():
-        if not isinstance(value, Tensor) or not value.dim():
-            kind = "number" if isinstance(value, Tensor) else type(value).__name__
-            return f"activations of {name!r} are a {kind}"
-    return None
 
 
 def _why_no_layer(module: nn.Module) -> str:

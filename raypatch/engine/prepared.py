@@ -213,9 +213,7 @@ class Prepared:
             )
             return 0
         index = self._indices(group, program)
-        found, active, compact, computed = self._changing(program, group, index), None, False, 0
-        if found is not None:
-            active, n_active = found
+        (active, n_active), compact, computed = self._changing(program, group, index), False, 0
         if active is not None and n_active is not None:
             n_still = len(n_active) - np.count_nonzero(n_active)
             if n_still * self.n_inputs * program.row_elements >= LEAVE_OUT_ELEMENTS:
@@ -257,13 +255,13 @@ class Prepared:
 
     def _changing(
         self, program: Program, group: Group, index: dict[str, Selection]
-    ) -> tuple[Tensor, np.ndarray | None] | None:
-        """Rows that can differ from the baseline, ``[E, N]`` bool, and how many of each
-        experiment, ``[E]``, unless nothing may be looked at; None for all."""
+    ) -> tuple[Tensor | None, np.ndarray | None]:
+        """Rows that can differ from the baseline, ``[E, N]`` bool, None for all; and how many of
+        each experiment, ``[E]``, unless nothing may be looked at."""
         entries = program.patched.items()
         whole = any(program.kinds[entry] == SOURCE for entry, _ in entries)
         if whole or not self.structure.savings.skip_unchanged or not program.steps:
-            return None
+            return None, None
         total: Tensor | None = None
         for entry, layer in entries:
             chosen, (active, n_active, _) = index[layer], self.changes(entry, program)
@@ -274,7 +272,7 @@ class Prepared:
             taken = chosen.take(active).view(*chosen.shape, -1).any(1)
             total = taken if total is None else total | taken
         if total is None or self.assumed is not None:
-            return None if total is None else (total, None)
+            return total, None
         return total, total.sum(1).numpy(force=True)
 
     def _output(self, program: Program, batch: Batch) -> Tensor:

@@ -26,7 +26,9 @@ from raypatch.engine.plan import Plan
 from raypatch.engine.precision import exact_math
 from raypatch.engine.prepared import Prepared, Unassumed
 from raypatch.engine.scratch import Scratch
+from raypatch.engine.two_sides import TwoSides
 
+RECORDED_ON = "cuda"
 # Rows of a call above which a GPU computes longer than it takes to launch.
 MOST_ROWS = 1 << 18
 # Calls with the same experiments on inputs of one form before they are recorded, as recording
@@ -57,15 +59,13 @@ def outputs_unseen(
 class Replay:
     """Both unpatched runs and a plan's experiments on inputs of one form, recorded.
 
-    ``source`` and ``target`` are some such inputs. Raises RuntimeError or Unassumed where the CPU
+    ``sides`` hold some such inputs. Raises RuntimeError or Unassumed where the CPU
     would have to look at numbers in between, or what is assumed is not so for these.
     """
 
-    def __init__(
-        self, engine: Incremental, limits: Limits, plan: Plan, source: Args, target: Args
-    ) -> None:
+    def __init__(self, engine: Incremental, limits: Limits, plan: Plan, sides: TwoSides) -> None:
         with exact_math(), torch.no_grad(), torch.cuda.device(limits.device):
-            self._inputs: tuple[Args, Args] = map_tensors(torch.clone, (source, target))
+            self._inputs: tuple[Args, Args] = map_tensors(torch.clone, sides[:2])
             # All that is read and written in a replay stays as long as the recording.
             plan = plan.to(limits.device)
             scratch = engine.scratch.apart()
@@ -79,11 +79,11 @@ class Replay:
             self._recorded = torch.cuda.CUDAGraph()
             self._outputs, self._as_assumed = _recorded(self._recorded, self._run)
 
-    def __call__(self, source: Args, target: Args) -> Tensor | None:
+    def __call__(self, sides: TwoSides) -> Tensor | None:
         """Patched outputs ``[experiments, inputs, outputs]`` of these inputs; None where something
         is not as it is as a rule."""
         with torch.inference_mode(False), torch.no_grad():
-            given = tensors_in((source, target))
+            given = tensors_in(sides[:2])
             for mine, other in zip(tensors_in(self._inputs), given, strict=True):
                 mine.copy_(other)
             self._recorded.replay()
@@ -164,7 +164,7 @@ class Replays:
     def of(cls, engine: Any, limits: Limits) -> Replays | None:
         """None where nothing can be recorded: code of the network's own may do more than compute,
         and what each run must look at is not looked at in a replay."""
-        if limits.device.type != "cuda" or not isinstance(engine, Incremental):
+        if not isinstance(engine, Incremental):
             return None
         graph, following = engine.graph, engine.structure.following
         if graph.guarded or graph.how != "torch.fx" or following.possible:
@@ -173,34 +173,24 @@ class Replays:
             return None
         return cls(engine, limits)
 
-    def outputs(self, experiments: Any, source: Args | None, target: Args) -> Tensor | None:
+    def outputs(self, key: Hashable, sides: TwoSides) -> Tensor | None:
         """Patched outputs ``[experiments, inputs, outputs]`` where such a call is recorded."""
-        if not self._asked or source is None or self._is_long(experiments, target):
-            return None
-        key = _key(experiments, source, target)
         asked = self._asked.get(key)
         if asked is None or asked.replay is None:
             return None
         self._asked.move_to_end(key)
-        outputs = asked.replay(source, target)
+        outputs = asked.replay(sides)
         if outputs is None:
             asked.replay = None  # it would be computed twice ever after
         return outputs
 
-    def count(
-        self, experiments: Any, plan: Plan, source: Args | None, target: Args, outputs: Tensor
-    ) -> None:
+    def count(self, key: Hashable, plan: Plan, sides: TwoSides, outputs: Tensor) -> None:
         """Count a call that gave these outputs, and record it when it is worth it and possible."""
-        n_inputs = count_inputs(target)
-        if source is None or self._is_long(experiments, target):
-            return
+        n_inputs = count_inputs(sides.target)
         # Outputs are held twice, as they are computed and in order.
         if 2 * outputs.nbytes > (self._limits.memory_bytes or 0):
             return
-        if self._limits.inputs_at_a_time(self._engine, target, n_inputs) < n_inputs:
-            return
-        key = _key(experiments, source, target)
-        if key is None:
+        if self._limits.inputs_at_a_time(self._engine, sides.target, n_inputs) < n_inputs:
             return
         asked = self._asked.setdefault(key, Asked())
         self._asked.move_to_end(key)
@@ -210,28 +200,29 @@ class Replays:
         if asked.calls == CALLS_BEFORE:
             # The outputs are there: whatever is in the way of a recording is no harm.
             with suppress(Exception):
-                asked.replay = Replay(self._engine, self._limits, plan, source, target)
-
-    @staticmethod
-    def _is_long(experiments: Any, target: Args) -> bool:
-        """Whether a GPU computes longer than it takes to launch."""
-        if isinstance(experiments, Plan):
-            size = experiments.n_experiments
-        elif isinstance(experiments, (list, Experiments)):
-            size = len(experiments)
-        else:
-            return True  # in no form that could be compared
-        return bool(size * count_inputs(target) > MOST_ROWS)
+                asked.replay = Replay(self._engine, self._limits, plan, sides)
 
 
-def _key(experiments: Any, source: Args, target: Args) -> Hashable:
-    """What calls have in common that one recording serves; None where that could not be told."""
-    form, content = _form((source, target)), _content(experiments)
+def key_of(device: torch.device, experiments: Any, sides: TwoSides) -> Hashable:
+    """What calls have in common that one recording serves; None where that could not be told, on a
+    CPU, and for calls that a GPU computes longer than it takes to launch them."""
+    if device.type != RECORDED_ON or sides.source is None:
+        return None
+    if isinstance(experiments, Plan):
+        size = experiments.n_experiments
+    elif isinstance(experiments, (list, Experiments)):
+        size = len(experiments)
+    else:
+        return None
+    if size * count_inputs(sides.target) > MOST_ROWS:
+        return None
+    form, content = _form(sides[:2]), _content(experiments)
     return None if form is None or content is None else (form, content)
 
 
 def _form(args: Any) -> Hashable:
-    """Shapes and types of tensors and the values of everything else, in their order."""
+    """Shapes and types of tensors and the values of everything else, in their order: all that a
+    recording has in it, where a capture needs less."""
     leaves, tree = tree_flatten(args)
     found: list[Hashable] = [repr(tree)]
     for leaf in leaves:

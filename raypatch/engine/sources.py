@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal, get_args
@@ -11,7 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from raypatch.errors import InputError
+from raypatch.engine.layers import Args
+from raypatch.errors import InputError, is_not_of_network, one_line
 
 # Layer, number of its call and its activation [inputs, ...] to the values to patch in.
 Fill = Callable[[str, int, Tensor], Tensor]
@@ -135,3 +136,35 @@ class MeanFill:
                 f"({list(activation.shape)}, {list(mean.shape)} for one input); hooks, the only "
                 "way for this network, cannot tell them apart"
             ) from None
+
+
+def mean_fill(
+    layer_values: Callable[[Args], dict[str, list[Tensor]]],
+    parts: Iterable[Args],
+    n_inputs: int,
+    *,
+    captured: bool,
+) -> MeanFill:
+    """Means over all inputs of what ``layer_values`` gives for each part of them, one tensor a
+    layer and call: ``[inputs, ...]`` where ``captured``, else what the one input of a part gives.
+    """
+    sums: dict[str, list[Tensor]] = {}
+    for part in parts:
+        try:
+            values = layer_values(part)
+        except Exception as error:  # anything that a network's own code may raise
+            if is_not_of_network(error):
+                raise
+            raise InputError(
+                "source kind 'mean': the network does not run on each input alone "
+                f"({one_line(error)}); give means as source of kind 'given'"
+            ) from error
+        for name, calls in values.items():
+            # Wide: what masks outputs overflows where it is added up.
+            wide = [call.to(torch.promote_types(call.dtype, torch.float64)) for call in calls]
+            totals = [call.sum(0, keepdim=True) for call in wide] if captured else wide
+            held = sums.get(name)
+            if held is not None and len(held) != len(totals):
+                raise no_mean(name)
+            sums[name] = totals if held is None else [a + b for a, b in zip(held, totals)]
+    return MeanFill({name: [t / n_inputs for t in totals] for name, totals in sums.items()})
