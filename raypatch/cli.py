@@ -62,7 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
         click.echo(error.format_message())
         return 2
     except click.ClickException as error:
-        return _fail(" ".join(error.format_message().split()), 2)
+        message = " ".join(error.format_message().split())
+        if "unexpected extra argument" in message and isinstance(error, click.UsageError):
+            path = error.ctx.command_path if error.ctx else "raypatch"
+            message += f": options are written --name value; see {path} --help"
+        return _fail(message, 2)
     except Interrupted as error:
         return _fail(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):

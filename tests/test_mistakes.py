@@ -158,6 +158,10 @@ def test_an_unknown_metric_or_layer_to_rank_by_is_refused(command, tmp_path, run
         (["--type", "neuron_groups", "--group_size", "0"], "--group_size: 0 is not between 1 and"),
         (["--type", "pairs"], "'pairs' is not one of"),
         ([], "Missing option '--type'"),
+        (
+            ["agents/dqn"],
+            "argument (agents/dqn): options are written --name value; see raypatch generate --help",
+        ),
     ],
 )  # fmt: skip
 def test_mistakes_with_generate_write_nothing(command, in_empty_folder, words, message):
