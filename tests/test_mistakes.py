@@ -159,7 +159,7 @@ def test_an_unknown_metric_or_layer_to_rank_by_is_refused(command, tmp_path, run
         (["--type", "pairs"], "'pairs' is not one of"),
         ([], "Missing option '--type'"),
         (
-            ["agents/dqn"],
+            ["--type", "layer", "agents/dqn"],
             "argument (agents/dqn): options are written --name value; see raypatch generate --help",
         ),
     ],
