@@ -26,6 +26,7 @@ from raypatch.engine.prepared import Unassumed
 from raypatch.engine.reference import reference_outputs
 from raypatch.engine.replaying import MOST_KEPT, Replays, key_of, outputs_unseen, waits_are_errors
 from raypatch.engine.scratch import Scratch
+from raypatch.engine.structure import Savings
 from raypatch.engine.two_sides import TwoSides
 
 ON_CPU = Limits(torch.device("cpu"))
@@ -154,7 +155,7 @@ def test_experiments_in_other_forms_are_never_recorded(experiments):
     assert _key([], (SIDE[0], object()), SIDE) is None
 
 
-def test_nothing_is_recorded_of_code_that_may_do_more_than_compute():
+def test_nothing_is_recorded_on_a_cpu_where_it_is_switched_off_or_of_code_that_may_do_more_than_compute():
     plain, hooked = mlp([4, 3, 2], nn.ReLU), mlp([4, 3, 2], nn.ReLU)
     hooked[1].register_forward_hook(lambda *_: None)
     limits = Limits(torch.device("cuda"), memory_bytes=1 << 30)
@@ -162,6 +163,9 @@ def test_nothing_is_recorded_of_code_that_may_do_more_than_compute():
         patcher = Patcher(network)
         patcher.prepare(torch.randn(3, 4), torch.randn(3, 4))
         assert (Replays.of(patcher._engine, limits) is not None) == is_recorded
+    patcher = Patcher(plain, savings=Savings(replay=False))
+    patcher.prepare(torch.randn(3, 4), torch.randn(3, 4))
+    assert Replays.of(patcher._engine, limits) is None
     assert _key([], SIDE, SIDE) is not None and _key([], SIDE, SIDE, "cpu") is None
 
 
