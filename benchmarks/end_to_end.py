@@ -79,7 +79,7 @@ def measure(worker: Worker, experiments: Experiments) -> dict[str, float]:
         return found
 
     made = clock("Arrow tables", build)
-    files = clock("lz4", lambda: [tables.file_bytes(table, "lz4") for table in made])
+    files = clock("lz4", lambda: [worker.file_bytes(table) for table in made])
     clock("hash, fsync, rename", lambda: [
         worker.store.write(f"{layout.SUMMARY}/part-{i}.arrow", f)
         for i, f in enumerate(files)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from raypatch.definitions import Experiments
 from raypatch.errors import InputError, RaypatchError, RunError, one_line
+from raypatch.processors import usable_cores
 from raypatch.sweeps.fleet import Crew, Event, Fleet, Watchdog
 from raypatch.sweeps.pool import Dispatch, Failed, TooManyLosses
 from raypatch.sweeps.work import Item, Outcome, Quarantined, Tick, Work, verdict
@@ -194,13 +195,10 @@ class RayBackend:
             # Machines of a cluster need torch and pyarrow, but not raypatch.
             settings["runtime_env"] = {"py_modules": [str(Path(__file__).parent)]}
         elif self._local:
-            cores = (
-                len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            )
             settings |= {
                 "include_dashboard": False,
                 "_node_ip_address": "127.0.0.1",
-                "num_cpus": max(cores or 1, self.options.num_actors or 1),
+                "num_cpus": max(usable_cores(), self.options.num_actors or 1),
                 "object_store_memory": OBJECT_STORE_BYTES,
             }
         self._ray.init(**settings)

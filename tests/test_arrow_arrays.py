@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypatch.arrow_arrays import as_numpy, numbers, truths, word, words
+from raypatch.results.schema import BATCH_ROWS
+from raypatch.results.tables import file_bytes
 
 lengths = st.integers(0, 40)
 
@@ -54,3 +56,17 @@ def test_a_column_is_read_as_pyarrow_reads_it_from_any_slice_and_chunks(n, first
 def test_other_types_are_refused():
     with pytest.raises(KeyError):
         numbers(np.zeros(2, np.float64))
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
+def test_a_file_compressed_on_several_threads_has_the_same_bytes(compression):
+    n_rows, random = 2 * BATCH_ROWS + 5, np.random.default_rng(0)
+    columns = [random.integers(0, 9, n_rows, np.int32), np.repeat(np.int64(7), n_rows)]
+    columns += [random.standard_normal(n_rows).astype(np.float32) for _ in range(6)]
+    table = pa.table(list(map(numbers, columns)), [str(i) for i in range(len(columns))])
+    before = pa.cpu_count()
+    try:
+        pa.set_cpu_count(4)
+        assert file_bytes(table, compression, threads=True) == file_bytes(table, compression)
+    finally:
+        pa.set_cpu_count(before)
