@@ -112,7 +112,7 @@ def test_a_compiled_network_is_the_one_that_it_wraps():
     assert torch.equal(found, Patcher(network)(EXPERIMENTS, x, x.flip(0)))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.")
 def test_networks_that_cannot_be_copied_are_refused():
     with pytest.raises(InputError, match="is a ScriptModule; give the nn.Module"):
         Patcher(torch.jit.trace(plain(), torch.randn(2, 6)))

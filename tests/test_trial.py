@@ -311,7 +311,7 @@ def test_a_layer_that_gets_other_inputs_on_the_other_side_is_named():
 
 
 def test_a_part_that_is_compiled_to_torchscript_is_named():
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns((DeprecationWarning, FutureWarning)):
         network = nn.Sequential(nn.Linear(6, 8), torch.jit.script(nn.Linear(8, 3)))
     with pytest.raises(InputError, match="its module '1' is a ScriptModule"):
         raypatch.patch(network, [{"0": [0]}], torch.randn(3, 6), torch.randn(3, 6))

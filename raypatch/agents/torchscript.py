@@ -7,6 +7,7 @@ stranger's script is never run: its code may believe things of its objects that 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def load_script(file: Path, options: AgentOptions) -> Agent:
     """The agent in a TorchScript file whose layers follow one another."""
     archive = checked_script(file)
     try:
-        script: Any = torch.jit.load(archive, map_location="cpu")  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated")
+            script: Any = torch.jit.load(archive, map_location="cpu")  # type: ignore[no-untyped-call]
         script.eval()
     except Exception as error:  # torch raises many kinds for a damaged archive
         raise AgentError(f"{file}: not a readable TorchScript: {one_line(error)}") from None
