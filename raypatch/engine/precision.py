@@ -38,7 +38,7 @@ def exact_math() -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
-            if torch.get_default_device().type != "cpu":
+            if torch.empty(0).device.type != "cpu":
                 stack.enter_context(torch.device("cpu"))
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
@@ -60,15 +60,15 @@ def _made_exact() -> list[Callable[[], None]]:
         undo.append(partial(setattr, part, name, getattr(part, name)))
         setattr(part, name, exact)
 
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    newer = [cuda.matmul, *(getattr(cudnn, name) for name in ("conv", "rnn"))]
+    cuda: Any = torch.backends.cuda
+    cudnn: Any = torch.backends.cudnn
     mkldnn = [part for part in _MKLDNN if part.fp32_precision != "none"]
     try:
         whole = torch.get_float32_matmul_precision()
         older = [part.allow_tf32 for part in (cuda.matmul, cudnn)]
     except RuntimeError:
         # The user has set newer switches; torch refuses the older ones then, but only then.
-        for part in newer:
+        for part in (cuda.matmul, cudnn.conv, cudnn.rnn):
             switch(part, "fp32_precision", "ieee")
     else:
         undo.append(partial(setattr, cuda.matmul, "allow_tf32", older[0]))
@@ -77,10 +77,10 @@ def _made_exact() -> list[Callable[[], None]]:
         cuda.matmul.allow_tf32 = cudnn.allow_tf32 = False
     for part in mkldnn:
         switch(part, "fp32_precision", "ieee")
-    if cuda.mem_efficient_sdp_enabled():  # type: ignore[no-untyped-call]
+    if cuda.mem_efficient_sdp_enabled():
         # Queries that are a part of a tensor end in a misaligned address (torch 2.11 on an H200).
         undo.append(partial(cuda.enable_mem_efficient_sdp, True))
-        math = cuda.math_sdp_enabled()  # type: ignore[no-untyped-call]
+        math = cuda.math_sdp_enabled()
         undo.append(partial(cuda.enable_math_sdp, math))
         cuda.enable_mem_efficient_sdp(False)
         cuda.enable_math_sdp(True)
