@@ -370,3 +370,24 @@ def test_dead_channels_of_an_exported_program_are_the_baseline_bit_for_bit(betwe
     structure = patcher._engine.structure
     (layer,) = structure.calls["0"]
     assert "reshape" in {structure.nodes[i].name for i in structure.chains.after(layer)}
+
+
+def test_the_sign_of_a_zero_is_a_change():
+    class Heading(nn.Module):
+        """Rounded features, and the angle of every two."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.o = nn.Linear(8, 16), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = torch.round(self.a(x) * 4)
+            return self.o(torch.atan2(h[:, :8], h[:, 8:]))
+
+    torch.manual_seed(0)
+    network, (source, target) = Heading(), torch.randn(2, 200, 8)
+    experiments = [{"a": [j]} for j in range(16)]
+    patcher = Patcher(network, dtype=torch.float64)
+    found = patcher(experiments, source, target)
+    check_equal(found, reference_outputs(network, experiments, source, target), torch.float64)
+    assert patcher.path.startswith("incremental")

@@ -21,6 +21,11 @@ from torch import Tensor
 from raypatch.engine.input_axes import Axis, inputs_at, inputs_first
 from raypatch.engine.plan import Selection
 
+BITS = {
+    torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}  # fmt: skip
+
 
 @dataclass
 class Ownership:
@@ -108,11 +113,20 @@ class Sparse:
 
     @cached_property
     def active(self) -> Tensor:
-        """``[J, N]`` bool: whether patching the neuron changes this node at all."""
-        delta = self.delta
-        changed = delta[:, :, 0] != 0 if delta.shape[2] == 1 else (delta != 0).any(-1)
+        """``[J, N]`` bool: whether patching the neuron changes this node at all, be it the sign of
+        a zero."""
+        differs = self.of.table(_differs(self.full, self.base))
+        changed = differs[:, :, 0] if differs.shape[2] == 1 else differs.any(-1)
         entries = self.of.per_input
         return changed if entries == 1 else changed.view(len(changed), -1, entries).any(-1)
+
+
+def _differs(x: Tensor, y: Tensor) -> Tensor:
+    """Where two tensors of one type are not the same bit for bit."""
+    if x.is_complex():
+        return _differs(torch.view_as_real(x), torch.view_as_real(y)).any(-1)
+    bits = BITS.get(x.dtype)
+    return x != y if bits is None else x.view(bits) != y.view(bits)
 
 
 @dataclass
