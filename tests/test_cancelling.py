@@ -152,6 +152,62 @@ def test_rows_are_computed_whole_only_where_little_would_be_left(monkeypatch):
     assert asked and not any(rows is not None and rows.any() for rows in asked)
 
 
+class OneLargeUnit(nn.Module):
+    """A unit that outweighs all others, and a function that enlarges what is left without it."""
+
+    def __init__(self, after, offset: float = 0.0) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 4)
+        self.after = after
+        with torch.no_grad():
+            self.a.weight.mul_(0.01)
+            self.a.bias.mul_(0.01)[0] = 20.0
+            self.b.bias.fill_(offset)
+            self.b.weight[:, 0] = 0.1 if offset == 0 else 1.0 + 0.1 * torch.randn(64)
+
+    def forward(self, x):
+        return self.o(self.after(self.b(F.relu(self.a(x)))))
+
+
+def batch_norm_of_what_hardly_varies():
+    norm = nn.BatchNorm1d(64)
+    norm.running_var.fill_(1e-8)
+    return norm
+
+
+def large_weights():
+    layer = nn.Linear(64, 64)
+    with torch.no_grad():
+        layer.weight.mul_(300)
+    return nn.Sequential(nn.Tanh(), layer)
+
+
+ENLARGING = {
+    "factor": lambda: OneLargeUnit(lambda h: torch.tanh(h * 100)),
+    "factor first": lambda: OneLargeUnit(lambda h: torch.tanh(100 * h)),
+    "factors": lambda: OneLargeUnit(lambda h: torch.tanh(torch.full((64,), 100.0) * h)),
+    "divisor": lambda: OneLargeUnit(lambda h: torch.tanh(h / 0.01)),
+    "batch norm": lambda: OneLargeUnit(batch_norm_of_what_hardly_varies()),
+    "weights": lambda: OneLargeUnit(large_weights()),
+    "written out": lambda: OneLargeUnit(lambda h: torch.tanh(h) @ torch.full((64, 64), 40.0)),
+    "layer norm": lambda: OneLargeUnit(nn.LayerNorm(64), offset=1.0),
+}
+
+
+@pytest.mark.parametrize("name", ENLARGING)
+def test_what_enlarges_errors_enlarges_those_of_plain_float32_only(name):
+    torch.manual_seed(0)
+    network, target = ENLARGING[name]().eval(), torch.randn(32, 8)
+    experiments = [{"a": [0]}, {"a": [1]}, {"a": [0, 2]}]
+    found = Patcher(network)(experiments, target=target, kind="zero")
+    expected, plain = (
+        reference_outputs(network, experiments, None, target, kind="zero", dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    of_plain = float((plain - expected).abs().max())
+    assert float((found - expected).abs().max()) <= 4 * of_plain + 2e-6
+
+
 @pytest.mark.parametrize(
     ("after", "is_gentle"),
     [
@@ -167,7 +223,7 @@ def test_rows_are_computed_whole_only_where_little_would_be_left(monkeypatch):
 def test_operations_that_jump_or_divide_are_not_taken_for_gentle(after, is_gentle):
     run = Patcher(Through(after)).prepare(torch.randn(4, 6), torch.randn(4, 6))
     (group,) = run.plan([{"a": [0]}]).groups
-    assert run._prepare(0).program(group).is_gentle is is_gentle
+    assert (run._prepare(0).program(group).gain < torch.inf) is is_gentle
 
 
 @pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])

@@ -17,18 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from raypatch.engine.from_weights import convolution_of, linear_of
-from raypatch.engine.graph import Node
+from raypatch.engine.graph import Node, Ref
 from raypatch.engine.layers import tensors_in
 from raypatch.engine.plan import Selection
 from raypatch.engine.spread_rules import Context, SpreadRule
 from raypatch.engine.values import Batch, Sparse
 
 # A sum is left with its rounding errors where less than one part in so many of its terms is left.
-LEFT = 16
-# Errors of sums of terms up to this size, all together, are small by themselves.
-LARGE = 32.0
+LEFT = 4
+# Errors of sums of terms up to this size, all together, are small by themselves, as long as what
+# follows makes no more of them.
+LARGE = 64.0
 # Elements of a batch of single neurons, for which magnitudes are updated at a time.
 ELEMENTS = 1 << 20
 # What makes of a small error no large one, by its name without underscores.
@@ -48,13 +50,15 @@ GENTLE = set(
     """.split()
 )
 DIVISIONS = {"div", "truediv", "truedivide"}
+PRODUCTS = {"addmm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "linear", "matmul", "mm"}
 
 
-def are_gentle(
+def gain_of(
     nodes: Iterable[Node], is_dense: Callable[[int], bool], value_of: Callable[[int], Any]
-) -> bool:
-    """Whether these operations on dense rows make of a small error no large one. ``value_of`` is a
-    node's value for some input."""
+) -> float:
+    """By how much these operations on dense rows may enlarge an error, all together and at least 1;
+    infinity where one divides or jumps. ``value_of`` is a node's value for some input."""
+    gain = 1.0
     for node in nodes:
         name = node.name.replace("_", "").lower()
         by_what_is_given = name in DIVISIONS and not any(map(is_dense, node.inputs[1:]))
@@ -64,8 +68,48 @@ def are_gentle(
         # Places and truths jump.
         jumps = not all(value.is_floating_point() for value in values)
         if jumps or not node.is_torchs or not (name in GENTLE or by_what_is_given):
-            return False
-    return True
+            return torch.inf
+        if node.op == "module":
+            gain *= max(1.0, _gain_of_module(node.target))
+        elif name == "mul" or by_what_is_given:
+            gain *= max(1.0, _gain_of_factors(node, name, is_dense, value_of))
+        elif name in PRODUCTS:
+            fixed = [value_of(i) for i in node.inputs if not is_dense(i)]
+            gain *= max(1.0, _longest(tensors_in(fixed)))
+    return gain
+
+
+def _gain_of_module(module: nn.Module) -> float:
+    if not isinstance(module, _NormBase):
+        return _longest(module.parameters())
+    if module.running_var is None:
+        return torch.inf
+    scale = (module.running_var + module.eps).rsqrt()
+    return float((scale if module.weight is None else scale * module.weight).abs().max())
+
+
+def _gain_of_factors(
+    node: Node, name: str, is_dense: Callable[[int], bool], value_of: Callable[[int], Any]
+) -> float:
+    """The largest factor that a value with errors meets."""
+    factors = []
+    for arg, other in zip(node.args, reversed(node.args)):
+        if isinstance(arg, Ref) and is_dense(arg.node):
+            factor = torch.as_tensor(value_of(other.node) if isinstance(other, Ref) else other)
+            size = (factor.abs() if factor.is_complex() else factor.double()).abs()
+            factors.append(size if name == "mul" else size.reciprocal())
+    return max((float(factor.max()) for factor in factors if factor.numel()), default=1.0)
+
+
+def _longest(weights: Iterable[Tensor]) -> float:
+    """The largest length (L2) of a row or column of matrices: so much larger are the errors of sums
+    with these weights, where errors are of either sign."""
+    found = [1.0]
+    for weight in weights:
+        if weight.dim() > 1 and weight.numel():
+            matrix = weight.detach().flatten(1).float()
+            found += [float(matrix.norm(dim=axis).max()) for axis in (0, 1)]
+    return max(found)
 
 
 class Magnitudes:

@@ -336,11 +336,11 @@ class Prepared:
             self._magnitudes[node.index] = Magnitudes(self, self.scratch.absolute(node))
         magnitudes = self._magnitudes[node.index]
         if self.assumed is not None:
-            if not program.is_gentle:
+            if program.gain == torch.inf:
                 raise Unassumed("rows to be computed whole are looked for")
-            self.assumed.append(magnitudes.most < LARGE)
+            self.assumed.append(magnitudes.most * program.gain < LARGE)
             return None
-        if program.is_gentle and magnitudes.largest < LARGE:
+        if magnitudes.largest * program.gain < LARGE:
             return None
         emptied = magnitudes.emptied(step.spread.rule, node, sparse, index, batch)
         rows = None if emptied is None else _true_places(emptied)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.arguments import inputs_between
-from raypatch.engine.cancelling import are_gentle
+from raypatch.engine.cancelling import gain_of
 from raypatch.engine.chains import Chains
 from raypatch.engine.decisions import SIZED_BY_VALUES
 from raypatch.engine.faster import faster
@@ -96,7 +96,7 @@ class Program:
     ends: dict[int, tuple[int, ...]]  # patched node to where its patch alone is no longer all
     row_elements: int  # of all dense values of one row
     work_after: int  # multiplications a row after the first dense step
-    is_gentle: bool  # no operation on dense rows makes a large error of a small one
+    gain: float  # by how much operations on dense rows may enlarge errors; infinite where any
 
 
 class Structure:
@@ -229,8 +229,11 @@ class Structure:
             row_elements=sum(_numel(self.sample[s.node.index]) for s in steps)
             + _numel(self.sample[self.output]),
             work_after=sum(self._work(step.node) for step in steps[1:]),
-            is_gentle=are_gentle(
-                needed, lambda i: kinds[i] not in (BASE, SOURCE), self.sample.__getitem__
+            # What an update is made of has no errors yet.
+            gain=gain_of(
+                [step.node for step in steps if step.spread is None],
+                lambda i: kinds[i] not in (BASE, SOURCE),
+                self.sample.__getitem__,
             ),
         )
 
