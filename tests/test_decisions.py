@@ -267,7 +267,9 @@ def test_layers_that_are_called_for_several_weights_at_once_are_left_out():
         expected = own.clone()
         expected[:, neuron] = given[:, neuron]
         check_equal(found[number], expected, torch.float64)
-    with pytest.raises(InputError, match="'base' is never called by the forward, or gives no"):
+    with pytest.raises(
+        InputError, match="'base' is not called by the forward on the first inputs, or gives no"
+    ):
         patcher([{"base": [0]}], source, target)
 
 
@@ -277,6 +279,58 @@ def test_a_module_of_tensors_that_hold_no_numbers_may_be_part_of_a_network():
     source, target = torch.randn(4, 6), torch.randn(4, 6)
     found = Patcher(network)([{"a": [1]}], source, target)
     check_equal(found, reference_outputs(network, [{"a": [1]}], source, target), torch.float32)
+
+
+def mean_of_some(h):
+    h = h.clone()
+    h[h > 8] = h[h > 8].mean()
+    return h
+
+
+MEETINGS = {
+    "in order": lambda h: torch.tanh(h).masked_scatter(h > 8, h.flip(1)),
+    "mean of some": mean_of_some,
+    "largest of some rows": lambda h: h + h[h[:, 0] > 8].sum(dim=0).clamp(max=1),
+}
+
+
+@pytest.mark.parametrize("between", MEETINGS)
+def test_inputs_that_are_chosen_by_values_and_meet_go_one_experiment_at_a_time(between):
+    assert checked_on_small_then_large(MEETINGS[between]).startswith("single (inputs that it")
+
+
+def test_what_is_chosen_by_values_and_stays_apart_is_stacked():
+    def between(h):
+        h = h.clone()
+        some = h[:, 0] > 0.2
+        h[some] = h[some] / h[some].sum(-1, keepdim=True)
+        return h
+
+    assert checked_on_small_then_large(between).startswith("stacked (")
+
+
+class Experts(nn.Module):
+    """Inputs go to one of many experts each, so that some get none."""
+
+    def __init__(self):
+        super().__init__()
+        self.choice, self.last = nn.Linear(6, 8), nn.Linear(6, 3)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(8))
+
+    def forward(self, x):
+        chosen, out = self.choice(x).argmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            places = (chosen == number).nonzero().flatten()
+            out = out.index_add(0, places, expert(x[places]))
+        return self.last(x + out)
+
+
+def test_layers_that_get_no_input_are_no_hindrance_to_others():
+    torch.manual_seed(0)
+    network, (source, target) = Experts().eval(), torch.randn(2, 6, 6)
+    experiments = [{"last": [0]}, {"choice": [2]}, {"last": "all"}, {"output_logits": [1]}]
+    found = Patcher(network, dtype=torch.float64)(experiments, source, target)
+    check_equal(found, reference_outputs(network, experiments, source, target), torch.float64)
 
 
 class Capacity(nn.Module):

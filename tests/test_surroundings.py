@@ -259,6 +259,21 @@ def test_functions_that_hold_on_to_the_network_hold_on_to_the_copy_in_a_copy():
     torch.testing.assert_close(patcher(experiments, source, target), found)
 
 
+class Noted:
+    """An object of a policy that is no module."""
+
+
+def test_what_a_forward_with_gradients_left_in_an_object_is_no_hindrance():
+    torch.manual_seed(0)
+    network, (source, target) = plain(), torch.randn(2, 4, 6)
+    network.noted = Noted()
+    network.noted.normal = torch.distributions.Normal(network(target), 1.0)
+    without = nn.Sequential(*network)
+    expected = Patcher(without)(EXPERIMENTS, source, target)
+    assert torch.equal(Patcher(network)(EXPERIMENTS, source, target), expected)
+    assert network.noted.normal.loc.requires_grad
+
+
 class Shared(nn.Module):
     """Modules that share lists, dictionaries and variables, with functions in them or not."""
 

@@ -1,5 +1,6 @@
 """A trial tells what is another network from what is rounding, whatever the outputs' size."""
 
+import numpy as np
 import pytest
 import torch
 from networks import NotTraced, check_equal, counts_of
@@ -275,6 +276,17 @@ class Draws(Two):
         return self.b(F.dropout(torch.relu(self.a(x))))  # in training, whatever mode it is in
 
 
+class DrawsSeldom(Two):
+    def forward(self, x):
+        kept = torch.rand(len(x), 1) > 0.05
+        return self.b(torch.relu(self.a(x)) * kept)
+
+
+class DrawsSeldomByNumPy(Two):
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)) * (np.random.rand() > 0.05))
+
+
 class Counts(Two):
     def __init__(self):
         super().__init__()
@@ -285,10 +297,22 @@ class Counts(Two):
         return self.b(torch.relu(self.a(x))) * self.n
 
 
-@pytest.mark.parametrize("kind", [Draws, Counts])
+@pytest.mark.parametrize("kind", [Draws, DrawsSeldom, DrawsSeldomByNumPy, Counts])
 def test_a_network_that_gives_other_outputs_when_it_is_called_again_is_refused(kind):
     with pytest.raises(InputError, match="other outputs for the same inputs"):
         raypatch.patch(kind(), [{"a": [0]}], torch.randn(3, 6), torch.randn(3, 6))
+
+
+class DrawsAnAction(Two):
+    def forward(self, x):
+        logits = self.b(torch.relu(self.a(x)))
+        self.action = torch.multinomial(logits.softmax(-1), 1)
+        return logits
+
+
+def test_random_numbers_that_do_not_reach_the_outputs_are_no_hindrance():
+    source, target = torch.randn(2, 5, 6)
+    checked(DrawsAnAction(), source, target)
 
 
 class Routes(nn.Module):

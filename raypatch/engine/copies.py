@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from raypatch.engine.layers import tensors_in, without_nested_tensors
+from raypatch.engine.layers import without_nested_tensors
 from raypatch.errors import InputError, one_line
 
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -82,8 +82,7 @@ def copied(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -
     of its size; what is float64 in a network that is not, as the statistics of its inputs, stays
     so."""
     # What an earlier forward with gradients left behind cannot be copied as it is.
-    held = [t for module in network.modules() for t in tensors_in(vars(module)) if not t.is_leaf]
-    copies: dict[int, Any] = {id(t): t.detach().clone() for t in held}
+    copies: dict[int, Any] = {id(t): t.detach().clone() for t in _with_gradients(network)}
     own = copy.deepcopy(network, copies)
     kinds = {p.dtype for p in network.parameters() if p.is_floating_point()}
     kept = {torch.float64, torch.complex128} if kinds != {torch.float64} else set()
@@ -104,6 +103,26 @@ def copied(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -
         vars(module).update(held_apart)
     own._apply(converted)  # type: ignore[no-untyped-call]
     return without_nested_tensors(own.eval())
+
+
+def _with_gradients(network: nn.Module) -> Iterator[Tensor]:
+    """Tensors that a forward with gradients has left in the network's modules and objects."""
+    held: list[Any] = [network]
+    seen: set[int] = set()
+    while held:
+        value = held.pop()
+        if id(value) in seen or isinstance(value, (type, ModuleType, FunctionType)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                yield value
+        elif isinstance(value, dict):
+            held += value.values()
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
+            held += value
+        elif isinstance(getattr(value, "__dict__", None), dict):
+            held.append(vars(value))
 
 
 class _Rebinding:

@@ -40,6 +40,11 @@ READS_VALUES = {
 SIZED_BY_VALUES = {
     *("nonzero", "argwhere", "masked_select", "bincount", "unique", "unique_consecutive"),
 }
+# What makes one number of several along an axis, or of all.
+ACROSS = {
+    *("amax", "amin", "argmax", "argmin", "cumprod", "cumsum", "logsumexp", "log_softmax", "max"),
+    *("mean", "median", "min", "norm", "prod", "softmax", "sort", "std", "sum", "var"),
+}
 READS_SIZES = {Tensor.__len__, Tensor.size, Tensor.numel, torch.numel, Tensor.shape.__get__}  # type: ignore[attr-defined]
 
 
@@ -94,10 +99,11 @@ def _poisoned(x: Tensor, half: int, poison: Poison) -> Tensor:
 
 class Decisions(NamedTuple):
     """What values decide in a forward: what Python does, as it reads them (None where it cannot be
-    watched); and how large something is."""
+    watched); how large something is; and which inputs meet in one number."""
 
     of_python: bool | None
     of_sizes: bool
+    of_meetings: bool
 
 
 def decided_by_values(network: nn.Module, args: Args) -> Decisions:
@@ -112,16 +118,16 @@ def decided_by_values(network: nn.Module, args: Args) -> Decisions:
         with torch.no_grad(), distributions_unchecked(), watch:
             forward(network, args)
     except Exception:  # torch.cond and the like go no further under a mode
-        return Decisions(True if watch.found else None, True)
+        return Decisions(True if watch.found else None, True, watch.meet)
     finally:
         handle.remove()
-    return Decisions(watch.found, watch.has_sized)
+    return Decisions(watch.found, watch.has_sized, watch.meet)
 
 
 class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.found = self.has_sized = False
+        self.found = self.has_sized = self.meet = False
         self._following: dict[int, Tensor] = {}  # held, so that no other gets the same id
         self._sized: set[int] = set()  # of those, whose sizes depend on values
 
@@ -137,6 +143,7 @@ class _Watch(TorchFunctionMode):
             is_sized = not given.isdisjoint(self._sized)
             self.found |= func in READS_VALUES and not _only_guards(func)
             self.found |= func in READS_SIZES and is_sized
+            self.meet |= _lets_meet(func, args, kwargs or {}, is_sized)
             self.follow(result)
             if is_sized or _sizes_by_values(func, args):
                 self.has_sized = True
@@ -151,6 +158,20 @@ def _only_guards(func: Any) -> bool:
     while asking.f_back is not None and asking.f_code.co_name == "__torch_function__":
         asking = asking.f_back  # past the modes' own functions
     return truth_that_goes_on(asking, forward.__code__) is not None
+
+
+def _lets_meet(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_sized: bool) -> bool:
+    """Whether what is chosen by values from several inputs becomes one number, or goes to others:
+    for which inputs that is, a trial on a few does not show."""
+    name = getattr(func, "__name__", "").rstrip("_")
+    if name == "masked_scatter":
+        return True
+    if not is_sized or name not in ACROSS or not isinstance(args[0], Tensor):
+        return False
+    axes = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
+    axes = axes if isinstance(axes, (tuple, list)) else [axes]
+    first = (0, -args[0].dim(), None)
+    return any(axis in first for axis in axes if not isinstance(axis, (Tensor, torch.dtype)))
 
 
 def _sizes_by_values(func: Any, args: tuple[Any, ...]) -> bool:

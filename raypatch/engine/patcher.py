@@ -326,8 +326,8 @@ def _why_no_layer(module: nn.Module) -> str:
     """Said of a module that no experiment can patch."""
     if owns_weights(module):
         return (
-            "is never called by the forward, or gives no tensor (another module may use its "
-            "weights)"
+            "is not called by the forward on the first inputs, or gives no tensor (another "
+            "module may use its weights)"
         )
     kind = type(module).__name__
     return f"is a {kind}: only modules with a matrix or kernel as a parameter can be patched"

@@ -85,7 +85,7 @@ class StackedPrepared:
             with suppress(Exception):  # a network's own code, which may want several
                 self._of_first = engine.layer_values(inputs_between(target, 0, 1))
         self._row_bytes = self.baseline.element_size() * sum(
-            call[0].numel() for calls in own.values() for call in calls if call.dim()
+            call[:1].numel() for calls in own.values() for call in calls if call.dim()
         )
 
     def row_bytes(self, _: Group) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,9 @@ EFFECT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 NO_SCALE = 1e6
 # How many times as large inputs a captured graph is also compared on.
 FAR = (-30.0, 30.0, 1000.0)
+# Forwards of a network that draws random numbers, before it is believed that its outputs do not
+# depend on them, as where it samples an action beside its logits.
+DRAWS = 100
 # A trial is small: nothing of it is cut to fit.
 TRIAL_BYTES = 1 << 40
 WAYS = ("torch.fx", "torch.export", "stacked")  # the fastest first
@@ -75,10 +80,11 @@ def choose_engine(
     decided = decided_by_values(network, probe)
     if decided.of_python is None:
         unfit["stacked"] = "whether its Python decides by values cannot be seen"
-    elif (
-        decided.of_python
-    ):  # tracing by symbols notices by itself, and goes on where only an assertion asks
+    elif decided.of_python:
+        # Tracing by symbols notices by itself, and goes on where only an assertion asks.
         unfit = dict.fromkeys(WAYS[1:], "its Python decides by values")
+    if decided.of_meetings:
+        unfit = dict.fromkeys(WAYS, "inputs that it chooses by values meet")
     own = _Trial(network, layers, probe, dtype, savings, decided.of_python)
     wide = _in_float64(own)
     reasons: list[str] = [not_captured] if not_captured else []
@@ -131,14 +137,26 @@ def check_outputs(network: nn.Module, probe: Args, dtype: torch.dtype) -> None:
         raise InputError(f"the network gives {shape}; patching needs one tensor [inputs, outputs]")
     if not output.is_floating_point():
         raise InputError(f"the network gives {output.dtype}; patching needs logits, float numbers")
-    before = _state(network)
+    before, drawn = _state(network), _random_state(output.device)
     again = network_output(network, probe)
     is_kept = _state(network) == before or torch.equal(again, output)
-    if again.shape != output.shape or not is_kept or not _compared(again, output, dtype)[1]:
+    is_same = again.shape == output.shape and is_kept and _compared(again, output, dtype)[1]
+    if is_same and _random_state(output.device) != drawn:  # what is rare may not have shown
+        more = (network_output(network, probe) for _ in range(DRAWS))
+        is_same = all(x.shape == output.shape and _compared(x, output, dtype)[1] for x in more)
+    if not is_same:
         raise InputError(
             "the network gives other outputs for the same inputs when it is called again: it draws "
             "random numbers or updates its own state; patching needs a forward that does neither"
         )
+
+
+def _random_state(device: torch.device) -> list[Any]:
+    """What tells whether random numbers have been drawn."""
+    of_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    _, keys, *place = np.random.get_state()
+    of_torch = [state.numpy().tobytes() for state in (torch.get_rng_state(), *of_gpu)]
+    return [*of_torch, np.asarray(keys).tobytes(), place, random.getstate()]
 
 
 def _state(network: nn.Module) -> list[tuple[int, int]]:
