@@ -213,6 +213,7 @@ def test_what_enlarges_errors_enlarges_those_of_plain_float32_only(name):
     [
         (nn.Sequential(nn.ReLU(), nn.Linear(8, 8), nn.Softmax(-1)), True),
         (lambda h: torch.tanh(h) / 2, True),
+        (lambda h: torch.div(h, 2, rounding_mode="floor"), False),
         (lambda h: h / h.sum(-1, keepdim=True), False),
         (lambda h: h.to(torch.int64).to(h.dtype), False),
         (lambda h: h.max(-1, keepdim=True)[1].to(h.dtype), False),

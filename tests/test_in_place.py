@@ -255,3 +255,88 @@ def test_a_patch_is_not_written_into_what_a_layer_was_given():
     torch.manual_seed(0)
     path, _ = compared(Network(GivesItsInput()).eval())
     assert path == "incremental (torch.fx)"
+
+
+class Filled(nn.Module):
+    """Memory that is made to be written over, in two slices."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.a, self.o, self.make = nn.Linear(8, 16), nn.Linear(16, 3), make
+
+    def forward(self, x):
+        h = self.make(x)
+        h[:, :8] = self.a(x)[:, :8]
+        h[:, 8:] = self.a(x)[:, 8:].sin()
+        return self.o(torch.relu(h))
+
+
+UNSET = {
+    "empty": lambda x: torch.empty(len(x), 16, dtype=x.dtype),
+    "new_empty": lambda x: x.new_empty(len(x), 16),
+    "empty_like": lambda x: torch.empty_like(x).repeat(1, 2),
+    "new_zeros": lambda x: x.new_zeros(len(x), 16),
+}
+
+
+@pytest.mark.parametrize("name", UNSET)
+def test_memory_that_is_made_to_be_written_over_is_captured(name):
+    torch.manual_seed(0)
+    network, (source, target) = Filled(UNSET[name]), torch.randn(2, 6, 8)
+    experiments = [{"a": [j]} for j in range(16)] + [{"a": [0, 9]}, {"a": "all", "o": [1]}]
+    patcher = Patcher(network, dtype=torch.float64)
+    found = patcher(experiments, source, target)
+    check_equal(found, reference_outputs(network, experiments, source, target), torch.float64)
+    assert patcher.path.startswith("incremental")
+
+
+class Expanded(nn.Module):
+    """One value for all outputs, in one place of memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.v = nn.Linear(8, 16), nn.Linear(16, 1)
+
+    def forward(self, x):
+        return self.v(torch.relu(self.a(x))).expand(-1, 4)
+
+
+def test_an_expanded_output_is_patched_in_one_of_its_places():
+    torch.manual_seed(0)
+    network, (source, target) = Expanded(), torch.randn(2, 6, 8)
+    experiments = [
+        {"a": [0], "output_logits": [0]}, {"v": [0], "output_logits": [1, 3]},
+        {"a": [2], "output_logits": "all"}, {"v": [0]},
+    ]  # fmt: skip
+    patcher = Patcher(network, dtype=torch.float64)
+    found = patcher(experiments, source, target)
+    check_equal(found, reference_outputs(network, experiments, source, target), torch.float64)
+    assert patcher.path.startswith("incremental")
+
+
+class Parts(nn.Module):
+    """Slices of a layer that overlap or leave neurons out, each made dense by what it meets."""
+
+    def __init__(self, *slices):
+        super().__init__()
+        self.a, self.e, self.slices = nn.Linear(8, 12), nn.Linear(8, 6), slices
+        self.o = nn.Linear(6 * len(slices), 3)
+
+    def forward(self, x):
+        h, e = self.a(x), self.e(x)
+        parts = [torch.stack([h[:, s]] * 6, 1) @ e[:, :, None] for s in self.slices]
+        return self.o(torch.cat([torch.tanh(part).flatten(1) for part in parts], 1))
+
+
+@pytest.mark.parametrize("slices", [
+    [slice(0, 6), slice(6, 12)], [slice(2, 8), slice(4, 10)], [[3, 3, 3, 5, 7, 0], slice(0, 12, 2)],
+])  # fmt: skip
+def test_neurons_with_missing_and_several_features_are_written_where_they_belong(slices):
+    torch.manual_seed(0)
+    network, (source, target) = Parts(*slices), torch.randn(2, 7, 8)
+    experiments = [{"a": [j]} for j in range(12)] + [{"a": [j, 11 - j]} for j in range(6)]
+    experiments += [{"a": [0, 3, 8]}, {"a": [3], "e": [1]}, {"a": "all"}]
+    patcher = Patcher(network, dtype=torch.float64)
+    found = patcher(experiments, source, target)
+    check_equal(found, reference_outputs(network, experiments, source, target), torch.float64)
+    assert patcher.path.startswith("incremental")

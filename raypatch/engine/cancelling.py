@@ -62,6 +62,7 @@ def gain_of(
     for node in nodes:
         name = node.name.replace("_", "").lower()
         by_what_is_given = name in DIVISIONS and not any(map(is_dense, node.inputs[1:]))
+        by_what_is_given &= node.kwargs.get("rounding_mode") is None
         values = tensors_in(value_of(node.index))
         if node.is_torchs and not values:
             continue  # a size

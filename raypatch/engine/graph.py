@@ -51,11 +51,16 @@ class AtenOperation:
         return getattr(packet, self.overload)(*args, **kwargs)
 
 
+# What a forward makes to be written over may hold anything, as zeros; then it tells no input from
+# others.
+FILLED = {"new_empty": "new_zeros", "empty_like": "zeros_like"}
+
+
 def aten_operation(target: torch._ops.OpOverload) -> AtenOperation:
     name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
     if name == "view" and overload == "default":
         name = "reshape"  # rows may lie otherwise in memory than the network's own values
-    return AtenOperation(name, overload)
+    return AtenOperation(FILLED.get(name, name), overload)
 
 
 @dataclass

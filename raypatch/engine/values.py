@@ -187,8 +187,15 @@ class Batch:
             self.keep(part, patch.of.per_input).reshape(len(rows), -1)
             for part in (values, positions)
         )
+        rows = rows if all(rows.stride()) else rows.contiguous()  # expanded, one for several
         flat = rows.reshape(len(rows), -1)
-        if patch.of.is_padded:
+        if patch.of.is_padded and index.shape[1] == 1:
+            # For missing features the neuron's first is written again, or what is there.
+            first = positions[:, :1]
+            there = torch.where(first < 0, flat[:, :1], values[:, :1])
+            values = torch.where(positions < 0, there, values)
+            positions = torch.where(positions < 0, first.clamp(min=0), positions)
+        elif patch.of.is_padded:
             # Missing features are written to a column past the end and dropped with it.
             flat = torch.cat([flat, flat.new_empty(len(rows), 1)], 1)
             positions = torch.where(positions < 0, flat.shape[1] - 1, positions)
