@@ -79,6 +79,19 @@ def test_a_zip_with_a_custom_extractor_loads_with_trust(monkeypatch):
     np.testing.assert_allclose(clean_outputs(agent, LAVA), outputs, atol=1e-12)
 
 
+def test_a_zip_of_a_newer_numpy_is_refused_with_what_to_install(monkeypatch):
+    from stable_baselines3.common import save_util
+
+    def load(*_, **__):
+        raise ModuleNotFoundError(
+            "No module named 'numpy._core.numeric'", name="numpy._core.numeric"
+        )
+
+    monkeypatch.setattr(save_util, "load_from_zip_file", load)
+    with pytest.raises(AgentError, match="saved with NumPy 2: pip install 'numpy>=2'"):
+        load_agent(LAVA, agent_file="agent.zip", trust_agent_code=True)
+
+
 def test_trust_leaves_the_import_path_as_it_was():
     import sys
 

@@ -44,8 +44,10 @@ def load_trusted_network(file: Path, space: Space) -> tuple[ActionNetwork, str]:
             )
             policy.load_state_dict(params["policy"])
         except Exception as error:  # whatever the user's code raises
+            newer = str(getattr(error, "name", "")).startswith("numpy._core")
             raise AgentError(
                 f"{file}: the agent's own code failed to load: {type(error).__name__}: {error}"
+                + ("; it was saved with NumPy 2: pip install 'numpy>=2'" if newer else "")
             ) from None
     scale = bool(getattr(policy, "normalize_images", True))
     features, head, kind = _parts(policy, file)
