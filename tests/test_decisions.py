@@ -287,10 +287,42 @@ def mean_of_some(h):
     return h
 
 
+def chosen(f):
+    """What becomes of large values by a function of all of them."""
+
+    def between(h):
+        h = h.clone()
+        h[h > 8] = f(h[h > 8])
+        return h
+
+    return between
+
+
+def attended(h):
+    rows = (h[:, 0] > 8).nonzero()[:, 0]
+    v = h[rows]
+    return h.index_add(0, rows, torch.softmax(v @ v.T / 3, -1) @ v)
+
+
+def written_elsewhere(h):
+    rows = (h[:, 0] > 8).nonzero()[:, 0]
+    return h.index_put((rows.flip(0),), h[rows])
+
+
 MEETINGS = {
     "in order": lambda h: torch.tanh(h).masked_scatter(h > 8, h.flip(1)),
     "mean of some": mean_of_some,
     "largest of some rows": lambda h: h + h[h[:, 0] > 8].sum(dim=0).clamp(max=1),
+    "direction": chosen(lambda v: nn.functional.normalize(v, dim=0)),
+    "order": chosen(lambda v: v.flip(0)),
+    "rolled": chosen(lambda v: v.roll(1)),
+    "running": chosen(lambda v: v.cummax(0)[0]),
+    "length": chosen(lambda v: v / torch.linalg.norm(v)),
+    "several at once": chosen(lambda v: v - v.nanmean()),
+    "another axis before": chosen(lambda v: v / v[None].sum(1).clamp(min=1)),
+    "product": chosen(lambda v: v / (1 + torch.dot(v, v))),
+    "attention": attended,
+    "written elsewhere": written_elsewhere,
 }
 
 
@@ -299,14 +331,63 @@ def test_inputs_that_are_chosen_by_values_and_meet_go_one_experiment_at_a_time(b
     assert checked_on_small_then_large(MEETINGS[between]).startswith("single (inputs that it")
 
 
-def test_what_is_chosen_by_values_and_stays_apart_is_stacked():
-    def between(h):
-        h = h.clone()
-        some = h[:, 0] > 0.2
-        h[some] = h[some] / h[some].sum(-1, keepdim=True)
-        return h
+def each_by_itself(h):
+    h = h.clone()
+    some = h[:, 0] > 0.2
+    h[some] = h[some] / h[some].sum(-1, keepdim=True)
+    return h
 
-    assert checked_on_small_then_large(between).startswith("stacked (")
+
+def by_rows(f):
+    def between(h):
+        rows = (h[:, 0] > 0.2).nonzero().flatten()
+        return h.index_add(0, rows, f(h[rows]))
+
+    return between
+
+
+APART = {
+    "each by itself": each_by_itself,
+    "named": by_rows(lambda v: torch.sum(input=v[:, None].expand(-1, 2, -1), dim=1)),
+    "norm": by_rows(lambda v: v / v.norm(2, -1, keepdim=True)),
+    "sorted": by_rows(lambda v: v.sort(descending=True)[0]),
+    "the larger": by_rows(lambda v: torch.max(v, other=v * v)),
+    "activations": by_rows(lambda v: nn.functional.layer_norm(torch.tanh(v), (8,))),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_is_chosen_by_values_and_stays_apart_is_stacked(name):
+    assert checked_on_small_then_large(APART[name]).startswith("stacked (")
+
+
+class Fixed(nn.Module):
+    """What is chosen by a mask that is the same for all inputs."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(6, 8), nn.Linear(8, 3), between
+        self.register_buffer("mask", torch.arange(8) % 2 == 0)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        self.statistic = h[h > 0].mean()
+        return self.b(self.between(h, self.mask))
+
+
+@pytest.mark.parametrize("between", [
+    lambda h, mask: h.T[mask].mean(0)[:, None] + h,
+    lambda h, mask: torch.zeros_like(h).masked_scatter(mask.expand(len(h), 8), h),
+    lambda h, mask: h,
+])  # fmt: skip
+def test_a_mask_of_the_networks_own_and_what_reaches_no_output_are_no_meetings(between):
+    torch.manual_seed(0)
+    network, (source, target) = Fixed(between), torch.randn(2, 6, 6)
+    experiments = [{"a": [j]} for j in range(8)] + [{"b": [0]}]
+    patcher = Patcher(network, dtype=torch.float64)
+    found = patcher(experiments, source, target)
+    check_equal(found, reference_outputs(network, experiments, source, target), torch.float64)
+    assert "meet" not in patcher.path
 
 
 class Experts(nn.Module):

@@ -391,3 +391,26 @@ def test_the_sign_of_a_zero_is_a_change():
     found = patcher(experiments, source, target)
     check_equal(found, reference_outputs(network, experiments, source, target), torch.float64)
     assert patcher.path.startswith("incremental")
+
+
+@pytest.mark.parametrize("between", [
+    lambda h: h * (h > 0.8), lambda h: torch.round(h / 2), lambda h: h * torch.arange(8).clamp(max=1),
+])  # fmt: skip
+def test_the_sign_of_a_zero_is_no_change_where_nothing_asks_for_it(between):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.o = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.o(torch.tanh(self.b(between(self.a(x)))))
+
+    torch.manual_seed(0)
+    network, (source, target) = Masked(), torch.randn(2, 50, 6)
+    patcher = Patcher(network)
+    run = patcher.prepare(source, target)
+    found = run([{"a": [j]} for j in range(8)])
+    with torch.no_grad():
+        changes = between(network.a(source)) != between(network.a(target))
+    still = (found == run.baseline).all(-1)
+    assert torch.equal(still, ~changes.T) and still.any()

@@ -50,67 +50,99 @@ GENTLE = set(
     """.split()
 )
 DIVISIONS = {"div", "truediv", "truedivide"}
-PRODUCTS = {"addmm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "linear", "matmul", "mm"}
+PRODUCTS = set("addmm baddbmm bmm conv1d conv2d conv3d linear matmul mm prelu".split())
+# What takes a factor after its argument.
+SCALED = {"celu", "elu", "leakyrelu", "lerp"}
+
+
+def divides_by(node: Node, asked: Callable[[int], bool]) -> bool:
+    """Whether a division's divisor is a value that is ``asked`` for."""
+    divisor = node.option(1, "other")
+    return isinstance(divisor, Ref) and asked(divisor.node)
 
 
 def gain_of(
     nodes: Iterable[Node], is_dense: Callable[[int], bool], value_of: Callable[[int], Any]
 ) -> float:
     """By how much these operations on dense rows may enlarge an error, all together and at least 1;
-    infinity where one divides or jumps. ``value_of`` is a node's value for some input."""
+    infinity or NaN where one divides or jumps, or that cannot be told. ``value_of`` is a node's
+    value for some input."""
     gain = 1.0
     for node in nodes:
         name = node.name.replace("_", "").lower()
-        by_what_is_given = name in DIVISIONS and not any(map(is_dense, node.inputs[1:]))
-        by_what_is_given &= node.kwargs.get("rounding_mode") is None
         values = tensors_in(value_of(node.index))
         if node.is_torchs and not values:
             continue  # a size
+        by_what_is_given = name in DIVISIONS and not divides_by(node, is_dense)
         # Places and truths jump.
         jumps = not all(value.is_floating_point() for value in values)
+        jumps |= node.kwargs.get("rounding_mode") is not None
         if jumps or not node.is_torchs or not (name in GENTLE or by_what_is_given):
             return torch.inf
-        if node.op == "module":
-            gain *= max(1.0, _gain_of_module(node.target))
-        elif name == "mul" or by_what_is_given:
-            gain *= max(1.0, _gain_of_factors(node, name, is_dense, value_of))
-        elif name in PRODUCTS:
-            fixed = [value_of(i) for i in node.inputs if not is_dense(i)]
-            gain *= max(1.0, _longest(tensors_in(fixed)))
+        own = _gain(node, name, is_dense, value_of)
+        gain *= 1.0 if own <= 1 else own
     return gain
 
 
-def _gain_of_module(module: nn.Module) -> float:
-    if not isinstance(module, _NormBase):
-        return _longest(module.parameters())
-    if module.running_var is None:
-        return torch.inf
-    scale = (module.running_var + module.eps).rsqrt()
-    return float((scale if module.weight is None else scale * module.weight).abs().max())
-
-
-def _gain_of_factors(
+def _gain(
     node: Node, name: str, is_dense: Callable[[int], bool], value_of: Callable[[int], Any]
 ) -> float:
-    """The largest factor that a value with errors meets."""
-    factors = []
-    for arg, other in zip(node.args, reversed(node.args)):
-        if isinstance(arg, Ref) and is_dense(arg.node):
-            factor = torch.as_tensor(value_of(other.node) if isinstance(other, Ref) else other)
-            size = (factor.abs() if factor.is_complex() else factor.double()).abs()
-            factors.append(size if name == "mul" else size.reciprocal())
-    return max((float(factor.max()) for factor in factors if factor.numel()), default=1.0)
+    """The same of one operation; NaN passes."""
+    if node.op == "module" and isinstance(node.target, _NormBase):
+        layer = node.target
+        if layer.running_var is None:
+            return torch.inf
+        scale = (layer.running_var + layer.eps).rsqrt()
+        return float((scale if layer.weight is None else scale * layer.weight).abs().max())
+    if name == "batchnorm":
+        return torch.inf
+    given = [*node.args, *node.kwargs.values()]
+    if node.op == "module":
+        own = [vars(node.target).get(scale, 1.0) for scale in ("alpha", "negative_slope")]
+        slopes = isinstance(node.target, nn.PReLU)
+        return _longest(p for p in node.target.parameters() if p.dim() > 1 or slopes) * max(
+            map(abs, own)
+        )
+
+    def value(arg: Any) -> Any:
+        return value_of(arg.node) if isinstance(arg, Ref) else arg
+
+    dense = [isinstance(arg, Ref) and is_dense(arg.node) for arg in given]
+    if name in DIVISIONS:
+        return float(_sizes(value(node.option(1, "other"))).reciprocal().max())
+    if name == "mul":
+        others = [given[1 - i] for i, is_one in enumerate(dense[:2]) if is_one]
+        return max((float(_sizes(value(other)).max()) for other in others), default=1.0)
+    if name == "sum":
+        before, after = (tensors_in(value_of(i))[0] for i in (node.inputs[0], node.index))
+        return before.numel() / max(1, after.numel())  # errors may be the same
+    scales = [node.kwargs.get(scale) for scale in ("alpha", "beta")]
+    scales += given[1:] if name in SCALED else []
+    largest = max([1.0, *(abs(float(x)) for x in scales if isinstance(x, (int, float)))])
+    fixed = [value(arg) for arg, is_one in zip(given, dense) if name in PRODUCTS and not is_one]
+    vectors = name in ("matmul", "prelu")  # elsewhere they are biases
+    return largest * _longest(
+        x for x in fixed if isinstance(x, Tensor) and (x.dim() > 1 or vectors)
+    )
+
+
+def _sizes(value: Any) -> Tensor:
+    """Absolute values; of nothing 1."""
+    given = torch.as_tensor(value)
+    sizes = (given.abs() if given.is_complex() else given.double()).abs()
+    return sizes if sizes.numel() else sizes.new_ones(1)
 
 
 def _longest(weights: Iterable[Tensor]) -> float:
-    """The largest length (L2) of a row or column of matrices: so much larger are the errors of sums
-    with these weights, where errors are of either sign."""
+    """The largest length (L2) of a row or column of matrices, or of a vector, and 1 at least: so
+    much larger are the errors of sums with these weights, where errors are of either sign."""
     found = [1.0]
     for weight in weights:
-        if weight.dim() > 1 and weight.numel():
-            matrix = weight.detach().flatten(1).float()
-            found += [float(matrix.norm(dim=axis).max()) for axis in (0, 1)]
-    return max(found)
+        if weight.numel():
+            matrix = weight.detach().flatten(1) if weight.dim() > 1 else weight.view(1, -1)
+            axes = (0, 1) if weight.dim() > 1 else (1,)
+            found += [float(matrix.float().norm(dim=axis).max()) for axis in axes]
+    return torch.nan if any(x != x for x in found) else max(found)
 
 
 class Magnitudes:

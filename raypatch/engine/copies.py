@@ -118,9 +118,13 @@ def _with_gradients(network: nn.Module) -> Iterator[Tensor]:
             if not value.is_leaf:
                 yield value
         elif isinstance(value, dict):
-            held += value.values()
+            held += dict.values(value)
         elif isinstance(value, (list, tuple, set, frozenset, deque)):
             held += value
+        elif isinstance(value, partial):
+            held += [*value.args, *value.keywords.values()]
+        elif isinstance(value, MethodType):
+            held.append(value.__self__)
         elif isinstance(getattr(value, "__dict__", None), dict):
             held.append(vars(value))
 

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from raypatch.definitions import OUTPUT_LOGITS
+from raypatch.engine.chosen import let_meet
 from raypatch.engine.graph import CaptureError
 from raypatch.engine.guards import distributions_unchecked, truth_that_goes_on
 from raypatch.engine.layers import (
@@ -39,11 +40,6 @@ READS_VALUES = {
 # How long what these give is, depends on values; so does what is computed from that.
 SIZED_BY_VALUES = {
     *("nonzero", "argwhere", "masked_select", "bincount", "unique", "unique_consecutive"),
-}
-# What makes one number of several along an axis, or of all.
-ACROSS = {
-    *("amax", "amin", "argmax", "argmin", "cumprod", "cumsum", "logsumexp", "log_softmax", "max"),
-    *("mean", "median", "min", "norm", "prod", "softmax", "sort", "std", "sum", "var"),
 }
 READS_SIZES = {Tensor.__len__, Tensor.size, Tensor.numel, torch.numel, Tensor.shape.__get__}  # type: ignore[attr-defined]
 
@@ -116,7 +112,8 @@ def decided_by_values(network: nn.Module, args: Args) -> Decisions:
     handle = network.register_forward_pre_hook(start)
     try:
         with torch.no_grad(), distributions_unchecked(), watch:
-            forward(network, args)
+            output = forward(network, args)
+        watch.end(output)
     except Exception:  # torch.cond and the like go no further under a mode
         return Decisions(True if watch.found else None, True, watch.meet)
     finally:
@@ -130,25 +127,62 @@ class _Watch(TorchFunctionMode):
         self.found = self.has_sized = self.meet = False
         self._following: dict[int, Tensor] = {}  # held, so that no other gets the same id
         self._sized: set[int] = set()  # of those, whose sizes depend on values
+        self._met: set[int] = set()  # of those, in which inputs so chosen have met
 
     def follow(self, value: Any) -> None:
         self._following.update({id(tensor): tensor for tensor in tensors_in(value)})
 
+    def end(self, output: Any) -> None:
+        """What it all came to."""
+        self.meet |= not self._met.isdisjoint(map(id, tensors_in(output)))
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         given = {id(leaf) for leaf in tree_flatten((args, kwargs))[0]}
         if not given.isdisjoint(self._following):
             is_sized = not given.isdisjoint(self._sized)
             self.found |= func in READS_VALUES and not _only_guards(func)
             self.found |= func in READS_SIZES and is_sized
-            self.meet |= _lets_meet(func, args, kwargs or {}, is_sized)
             self.follow(result)
-            if is_sized or _sizes_by_values(func, args):
+            if self._inputs_meet(func, args, kwargs, result, given):
+                self._met.update(map(id, tensors_in(result)))
+                # What else lies in the memory that is written into, is not followed.
+                self.meet |= str(getattr(func, "__name__", "")).endswith("_")
+            if is_sized or self._sizes_by_values(func, args):
                 self.has_sized = True
                 self._sized.update(map(id, tensors_in(result)))
         return result
+
+    def _inputs_meet(
+        self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any, given: set[int]
+    ) -> bool:
+        if not given.isdisjoint(self._met):
+            return True
+        if getattr(func, "__name__", "").strip("_") == "masked_scatter":
+            return any(id(x) in self._following for x in [*args[1:2], kwargs.get("mask")])
+        if given.isdisjoint(self._sized):
+            return False
+
+        def is_sized(value: Any) -> bool:
+            return not self._sized.isdisjoint(map(id, tensors_in(value)))
+
+        return let_meet(func, args, kwargs, result, is_sized)
+
+    def _sizes_by_values(self, func: Any, args: tuple[Any, ...]) -> bool:
+        name = getattr(func, "__name__", "")
+        choosing: Any = []
+        if name == "where":
+            choosing = args if len(args) == 1 else []
+        elif name == "repeat_interleave":
+            choosing = args[1:2]
+        elif func is Tensor.__getitem__:
+            choosing = [index for index in tensors_in(args[1:]) if index.dtype is torch.bool]
+        elif name in SIZED_BY_VALUES:
+            return True
+        return any(id(one) in self._following for one in choosing)
 
 
 def _only_guards(func: Any) -> bool:
@@ -158,28 +192,3 @@ def _only_guards(func: Any) -> bool:
     while asking.f_back is not None and asking.f_code.co_name == "__torch_function__":
         asking = asking.f_back  # past the modes' own functions
     return truth_that_goes_on(asking, forward.__code__) is not None
-
-
-def _lets_meet(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_sized: bool) -> bool:
-    """Whether what is chosen by values from several inputs becomes one number, or goes to others:
-    for which inputs that is, a trial on a few does not show."""
-    name = getattr(func, "__name__", "").rstrip("_")
-    if name == "masked_scatter":
-        return True
-    if not is_sized or name not in ACROSS or not isinstance(args[0], Tensor):
-        return False
-    axes = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
-    axes = axes if isinstance(axes, (tuple, list)) else [axes]
-    first = (0, -args[0].dim(), None)
-    return any(axis in first for axis in axes if not isinstance(axis, (Tensor, torch.dtype)))
-
-
-def _sizes_by_values(func: Any, args: tuple[Any, ...]) -> bool:
-    name = getattr(func, "__name__", "")
-    if name == "where":
-        return len(args) == 1
-    if name == "repeat_interleave":
-        return len(args) > 1 and isinstance(args[1], Tensor)
-    if func is Tensor.__getitem__:
-        return any(index.dtype is torch.bool for index in tensors_in(args[1:]))
-    return name in SIZED_BY_VALUES

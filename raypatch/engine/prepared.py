@@ -180,7 +180,9 @@ class Prepared:
             neurons = chain[entry].of.neurons
             rows = self.baseline.new_ones(neurons, self.n_inputs, dtype=torch.bool)
         else:
-            rows = reduce(torch.logical_or, (end.active for end in known))
+            rows = reduce(
+                torch.logical_or, (end.active(self.structure.reads_signs) for end in known)
+            )
         deltas = [end.delta for end in known if end.delta.is_floating_point()]
         finite = [delta.sum().isfinite().view(1) for delta in deltas]
         if self.assumed is not None:

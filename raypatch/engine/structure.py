@@ -8,6 +8,7 @@ and serves every batch and every set of inputs.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from raypatch.definitions import OUTPUT_LOGITS
 from raypatch.engine.arguments import inputs_between
-from raypatch.engine.cancelling import gain_of
+from raypatch.engine.cancelling import DIVISIONS, divides_by, gain_of
 from raypatch.engine.chains import Chains
 from raypatch.engine.decisions import SIZED_BY_VALUES
 from raypatch.engine.faster import faster
@@ -32,6 +33,10 @@ from raypatch.engine.spread_rules import SPREAD_RULES, SpreadRule
 # Operations whose results are of a size that values decide where they take masks.
 SIZED_BY_MASKS = {"getitem", "item_between", "index"}
 MASKS = (torch.bool, torch.uint8)
+# What these make of 0.0 and of -0.0 differs by more than that.
+READS_SIGNS = set(
+    "angle arctan2 atan2 copysign floatpower fmod reciprocal remainder rsqrt signbit".split()
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,7 @@ class Structure:
             raise CaptureError(f"layer {missing[0]!r} is not a node of the captured graph")
         self._refuse_selections_by_values()
         neurons = {entry: self._neuron_axis(entry) for entry in self.layer_of}
+        self.reads_signs = any(_reads_signs(node, self.depends) for node in graph.nodes)
         self.chains = Chains(graph.nodes, sample, self.readers, following, neurons)
         self.memory = Memory(graph.nodes, sample, self.readers)
         self._operations = [self._on_rows(node) for node in graph.nodes]
@@ -344,3 +350,14 @@ class Structure:
 def _numel(value: Any) -> int:
     """Elements of one row, by a value for one input."""
     return sum(v.numel() for v in tensors_in(value))
+
+
+def _reads_signs(node: Node, depends: Sequence[bool]) -> bool:
+    """Whether an operation on values that depend on inputs may tell 0.0 from -0.0."""
+    name = node.name.replace("_", "").lower()
+    if name == "pow":
+        exponent = node.option(1, "exponent")
+        return not (isinstance(exponent, (int, float)) and exponent >= 0)
+    if name in DIVISIONS:
+        return divides_by(node, depends.__getitem__)
+    return node.is_networks or name in READS_SIGNS

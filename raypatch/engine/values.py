@@ -111,11 +111,10 @@ class Sparse:
         is_mask = self.full.dtype == torch.bool
         return self.of.table(self.full ^ self.base if is_mask else self.full - self.base)
 
-    @cached_property
-    def active(self) -> Tensor:
-        """``[J, N]`` bool: whether patching the neuron changes this node at all, be it the sign of
-        a zero."""
-        differs = self.of.table(_differs(self.full, self.base))
+    def active(self, signs: bool) -> Tensor:
+        """``[J, N]`` bool: whether patching the neuron changes this node at all; with ``signs`` be
+        it the sign of a zero."""
+        differs = self.of.table(_differs(self.full, self.base)) if signs else self.delta != 0
         changed = differs[:, :, 0] if differs.shape[2] == 1 else differs.any(-1)
         entries = self.of.per_input
         return changed if entries == 1 else changed.view(len(changed), -1, entries).any(-1)
