@@ -320,6 +320,8 @@ MEETINGS = {
     "length": chosen(lambda v: v / torch.linalg.norm(v)),
     "several at once": chosen(lambda v: v - v.nanmean()),
     "another axis before": chosen(lambda v: v / v[None].sum(1).clamp(min=1)),
+    "an axis before": chosen(lambda v: v / v.unsqueeze(0).sum(1).clamp(min=1)),
+    "sorted": chosen(lambda v: torch.msort(v)),
     "product": chosen(lambda v: v / (1 + torch.dot(v, v))),
     "attention": attended,
     "written elsewhere": written_elsewhere,
@@ -352,6 +354,8 @@ APART = {
     "norm": by_rows(lambda v: v / v.norm(2, -1, keepdim=True)),
     "sorted": by_rows(lambda v: v.sort(descending=True)[0]),
     "the larger": by_rows(lambda v: torch.max(v, other=v * v)),
+    "another axis": by_rows(lambda v: v.unsqueeze(-1).expand(-1, -1, 2).mean(-1)),
+    "heads": by_rows(lambda v: v.view(-1, 2, 4).transpose(1, 2).flatten(1)),
     "activations": by_rows(lambda v: nn.functional.layer_norm(torch.tanh(v), (8,))),
 }
 

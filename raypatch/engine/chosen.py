@@ -37,24 +37,15 @@ ACROSS: dict[str, int | None] = {
         var var_mean
         """.split()
     ),
-    **dict.fromkeys(["argsort", "chunk", "msort", "sort", "split", "topk"], -1),
+    **dict.fromkeys(["argsort", "sort", "topk"], -1),
     **dict.fromkeys(["cat", "chunk", "concat", "concatenate", "split", "stack", "unbind"], 0),
     "normalize": 1,
-    "unsqueeze": None,
 }
 AXIS_LAST = {"chunk", "norm", "normalize", "split", "topk"}  # after another argument
 BY_WEIGHTS = {"addmm": 1, "conv1d": 0, "conv2d": 0, "conv3d": 0, "linear": 0, "matmul": 0, "mm": 0}
 RESHAPING = {"expand", "flatten", "repeat", "reshape", "squeeze", "unflatten", "view", "view_as"}
 MOVING = {"movedim", "permute", "swapaxes", "transpose"}
-WRITING = {
-    "index_add",
-    "index_copy",
-    "index_fill",
-    "index_put",
-    "scatter",
-    "scatter_add",
-    "setitem",
-}
+WRITING = set("index_add index_copy index_fill index_put scatter scatter_add setitem".split())
 TAKING = {"gather", "getitem", "index_select", "take_along_dim"}
 
 
@@ -81,7 +72,9 @@ def let_meet(
     if name in BY_WEIGHTS:
         return any(map(is_chosen, args[BY_WEIGHTS[name] + 1 :]))
     if name in RESHAPING:
-        return len(result) != len(first) or result.dim() == 0
+        return result.shape[:1] != first.shape[:1]
+    if name == "unsqueeze":
+        return kwargs.get("dim", args[-1]) in (0, -first.dim() - 1)
     if name in MOVING:
         moved = [axis for given in args[1:] for axis in (given if _is_several(given) else [given])]
         return moved[:1] != [0] if name == "permute" else _has_first(moved, first)
