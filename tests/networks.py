@@ -433,3 +433,27 @@ def checked_on(network, source, target, dtype=torch.float64, kind="pair"):
     expected = reference_outputs(network, experiments, given, target, kind=kind)
     check_equal(outputs, expected, dtype)
     return patcher
+
+
+class BetweenTwo(nn.Module):
+    """Two layers with something between them that the first inputs, being small, do not show."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(6, 8), nn.Linear(8, 3), between
+
+    def forward(self, x):
+        return self.b(self.between(torch.relu(self.a(x))))
+
+
+def checked_on_small_then_large(between):
+    """The path after both calls gave what plain hooks do."""
+    torch.manual_seed(0)
+    network = BetweenTwo(between).eval()
+    patcher = Patcher(network, dtype=torch.float64)
+    experiments = [{"a": [i]} for i in range(8)] + [{"b": [0]}, {"a": "all"}]
+    for scale in (1, 40):
+        source, target = torch.randn(4, 6) * scale, torch.randn(4, 6) * scale
+        expected = reference_outputs(network, experiments, source, target)
+        check_equal(patcher(experiments, source, target), expected, torch.float64)
+    return patcher.path

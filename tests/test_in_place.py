@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import NotTraced, check_equal
+from networks import NotTraced, check_equal, checked_patcher
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -282,12 +282,7 @@ UNSET = {
 @pytest.mark.parametrize("name", UNSET)
 def test_memory_that_is_made_to_be_written_over_is_captured(name):
     torch.manual_seed(0)
-    network, (source, target) = Filled(UNSET[name]), torch.randn(2, 6, 8)
-    experiments = [{"a": [j]} for j in range(16)] + [{"a": [0, 9]}, {"a": "all", "o": [1]}]
-    patcher = Patcher(network, dtype=torch.float64)
-    found = patcher(experiments, source, target)
-    check_equal(found, reference_outputs(network, experiments, source, target), torch.float64)
-    assert patcher.path.startswith("incremental")
+    assert checked_patcher(Filled(UNSET[name]), (8,)).path.startswith("incremental")
 
 
 class Expanded(nn.Module):
@@ -303,15 +298,7 @@ class Expanded(nn.Module):
 
 def test_an_expanded_output_is_patched_in_one_of_its_places():
     torch.manual_seed(0)
-    network, (source, target) = Expanded(), torch.randn(2, 6, 8)
-    experiments = [
-        {"a": [0], "output_logits": [0]}, {"v": [0], "output_logits": [1, 3]},
-        {"a": [2], "output_logits": "all"}, {"v": [0]},
-    ]  # fmt: skip
-    patcher = Patcher(network, dtype=torch.float64)
-    found = patcher(experiments, source, target)
-    check_equal(found, reference_outputs(network, experiments, source, target), torch.float64)
-    assert patcher.path.startswith("incremental")
+    assert checked_patcher(Expanded(), (8,)).path.startswith("incremental")
 
 
 class Parts(nn.Module):
@@ -333,10 +320,4 @@ class Parts(nn.Module):
 ])  # fmt: skip
 def test_neurons_with_missing_and_several_features_are_written_where_they_belong(slices):
     torch.manual_seed(0)
-    network, (source, target) = Parts(*slices), torch.randn(2, 7, 8)
-    experiments = [{"a": [j]} for j in range(12)] + [{"a": [j, 11 - j]} for j in range(6)]
-    experiments += [{"a": [0, 3, 8]}, {"a": [3], "e": [1]}, {"a": "all"}]
-    patcher = Patcher(network, dtype=torch.float64)
-    found = patcher(experiments, source, target)
-    check_equal(found, reference_outputs(network, experiments, source, target), torch.float64)
-    assert patcher.path.startswith("incremental")
+    assert checked_patcher(Parts(*slices), (8,)).path.startswith("incremental")

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from networks import NotTraced, check_equal, counts_of
+from networks import NotTraced, check_equal, checked_patcher, counts_of
 from torch import nn
 from torch.distributions import Categorical, Distribution, Normal
 from torch.nn import functional as F
@@ -331,8 +331,7 @@ class DrawsAnAction(Two):
 
 
 def test_random_numbers_that_do_not_reach_the_outputs_are_no_hindrance():
-    source, target = torch.randn(2, 5, 6)
-    checked(DrawsAnAction(), source, target)
+    assert checked_patcher(DrawsAnAction(), (6,)).path.startswith("incremental")
 
 
 class Routes(nn.Module):

@@ -62,11 +62,14 @@ def divides_by(node: Node, asked: Callable[[int], bool]) -> bool:
 
 
 def gain_of(
-    nodes: Iterable[Node], is_dense: Callable[[int], bool], value_of: Callable[[int], Any]
+    nodes: Iterable[Node],
+    is_dense: Callable[[int], bool],
+    value_of: Callable[[int], Any],
+    of_modules: dict[int, float],
 ) -> float:
     """By how much these operations on dense rows may enlarge an error, all together and at least 1;
     infinity or NaN where one divides or jumps, or that cannot be told. ``value_of`` is a node's
-    value for some input."""
+    value for some input; ``of_modules`` keeps what was found of modules, by their nodes."""
     gain = 1.0
     for node in nodes:
         name = node.name.replace("_", "").lower()
@@ -79,30 +82,34 @@ def gain_of(
         jumps |= node.kwargs.get("rounding_mode") is not None
         if jumps or not node.is_torchs or not (name in GENTLE or by_what_is_given):
             return torch.inf
-        own = _gain(node, name, is_dense, value_of)
+        if node.op != "module":
+            own = _gain(node, name, is_dense, value_of)
+        elif node.index in of_modules:
+            own = of_modules[node.index]
+        else:
+            own = of_modules[node.index] = _gain_of_module(node.target)
         gain *= 1.0 if own <= 1 else own
     return gain
+
+
+def _gain_of_module(module: nn.Module) -> float:
+    if isinstance(module, _NormBase):
+        if module.running_var is None:
+            return torch.inf
+        scale = (module.running_var + module.eps).rsqrt()
+        return float((scale if module.weight is None else scale * module.weight).abs().max())
+    slope = max(abs(vars(module).get(name, 1.0)) for name in ("alpha", "negative_slope"))
+    slopes = isinstance(module, nn.PReLU)
+    return slope * _longest(p for p in module.parameters() if p.dim() > 1 or slopes)
 
 
 def _gain(
     node: Node, name: str, is_dense: Callable[[int], bool], value_of: Callable[[int], Any]
 ) -> float:
-    """The same of one operation; NaN passes."""
-    if node.op == "module" and isinstance(node.target, _NormBase):
-        layer = node.target
-        if layer.running_var is None:
-            return torch.inf
-        scale = (layer.running_var + layer.eps).rsqrt()
-        return float((scale if layer.weight is None else scale * layer.weight).abs().max())
+    """Of a function or method; NaN passes."""
     if name == "batchnorm":
         return torch.inf
     given = [*node.args, *node.kwargs.values()]
-    if node.op == "module":
-        own = [vars(node.target).get(scale, 1.0) for scale in ("alpha", "negative_slope")]
-        slopes = isinstance(node.target, nn.PReLU)
-        return _longest(p for p in node.target.parameters() if p.dim() > 1 or slopes) * max(
-            map(abs, own)
-        )
 
     def value(arg: Any) -> Any:
         return value_of(arg.node) if isinstance(arg, Ref) else arg

@@ -41,6 +41,8 @@ READS_VALUES = {
 SIZED_BY_VALUES = {
     *("nonzero", "argwhere", "masked_select", "bincount", "unique", "unique_consecutive"),
 }
+# That write into their first argument as ``h += 1`` does.
+OPERATORS = {"add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "and", "or", "xor"}
 READS_SIZES = {Tensor.__len__, Tensor.size, Tensor.numel, torch.numel, Tensor.shape.__get__}  # type: ignore[attr-defined]
 
 
@@ -150,7 +152,7 @@ class _Watch(TorchFunctionMode):
             if self._inputs_meet(func, args, kwargs, result, given):
                 self._met.update(map(id, tensors_in(result)))
                 # What else lies in the memory that is written into, is not followed.
-                self.meet |= str(getattr(func, "__name__", "")).endswith("_")
+                self.meet |= _writes(str(getattr(func, "__name__", "")), kwargs)
             if is_sized or self._sizes_by_values(func, args):
                 self.has_sized = True
                 self._sized.update(map(id, tensors_in(result)))
@@ -183,6 +185,14 @@ class _Watch(TorchFunctionMode):
         elif name in SIZED_BY_VALUES:
             return True
         return any(id(one) in self._following for one in choosing)
+
+
+def _writes(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a function of torch's of this name writes into an argument."""
+    if name.endswith("__"):
+        name = name.strip("_")
+        return name == "setitem" or (name[:1] == "i" and name[1:] in OPERATORS)
+    return name.endswith("_") or kwargs.get("out") is not None
 
 
 def _only_guards(func: Any) -> bool:

@@ -338,7 +338,7 @@ class Prepared:
             self._magnitudes[node.index] = Magnitudes(self, self.scratch.absolute(node))
         magnitudes = self._magnitudes[node.index]
         if self.assumed is not None:
-            if program.gain == torch.inf:
+            if not program.gain < torch.inf:
                 raise Unassumed("rows to be computed whole are looked for")
             self.assumed.append(magnitudes.most * program.gain < LARGE)
             return None

@@ -101,7 +101,7 @@ class Program:
     ends: dict[int, tuple[int, ...]]  # patched node to where its patch alone is no longer all
     row_elements: int  # of all dense values of one row
     work_after: int  # multiplications a row after the first dense step
-    gain: float  # by how much operations on dense rows may enlarge errors; infinite where any
+    gain: float  # by how much dense operations may enlarge errors; infinite where not known
 
 
 class Structure:
@@ -149,6 +149,7 @@ class Structure:
         self.memory = Memory(graph.nodes, sample, self.readers)
         self._operations = [self._on_rows(node) for node in graph.nodes]
         self._programs: dict[tuple[Signature, bool], Program] = {}
+        self._gains: dict[int, float] = {}  # of modules, by their nodes
         self._sizes: dict[int, dict[int, Any]] = {}
         self._overwritings: dict[int, list[tuple[set[int], Node]]] = {}
 
@@ -240,6 +241,7 @@ class Structure:
                 [step.node for step in steps if step.spread is None],
                 lambda i: kinds[i] not in (BASE, SOURCE),
                 self.sample.__getitem__,
+                self._gains,
             ),
         )
 
